@@ -1,0 +1,8 @@
+//! The `ferrotune` command: flags, progress bars, exit codes.
+
+use std::process::ExitCode;
+
+/// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage.
+pub fn run() -> ExitCode {
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,36 @@
+//! Files that are either whole or absent: written beside, synced, renamed.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Writes `bytes` to `path` so that a killed process leaves the old file or the new one, never a torn one.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomically_with(path, |file| Ok(file.write_all(bytes)?))
+}
+
+/// As [`write_atomically`], with the bytes produced by `write` into a buffered file.
+pub fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
+) -> Result<()> {
+    let name = path.file_name().with_context(|| format!("{}: not a file name", path.display()))?;
+    let beside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
+    let written = (|| {
+        let mut file = BufWriter::new(File::create(&beside)?);
+        write(&mut file)?;
+        file.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+        fs::rename(&beside, path)?;
+        if let Some(folder) = path.parent() {
+            // The rename itself is durable only once the folder is synced.
+            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;
+        }
+        Ok(())
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    written.with_context(|| format!("writing {}", path.display()))
+}

@@ -1,0 +1,1 @@
+//! One integration binary, so that it can be carried to a GPU machine. One module a subject.
