@@ -18,7 +18,7 @@ pub fn write_atomically_with(
 ) -> Result<()> {
     let name = path.file_name().with_context(|| format!("{}: not a file name", path.display()))?;
     let beside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let written = (|| {
+    let written = (|| -> Result<()> {
         let mut file = BufWriter::new(File::create(&beside)?);
         write(&mut file)?;
         file.into_inner().map_err(|error| error.into_error())?.sync_all()?;
