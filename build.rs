@@ -11,6 +11,22 @@ fn main() {
         .parent()
         .expect("a library lies in a folder")
         .to_path_buf();
+    let include = torch_lib.parent().expect("lib lies in torch").join("include");
+    // One translation unit: libtorch's headers are nearly all of the compile time, 10 s a file.
+    let stems = ["attention", "blocks", "cross_entropy", "linear", "optim", "rms_norm", "rope", "swiglu"];
+    let unit = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("csrc.cpp");
+    let text: String = stems.iter().map(|stem| format!("#include \"ferrotune/csrc/{stem}.cpp\"\n")).collect();
+    fs::write(&unit, text).unwrap_or_else(|error| panic!("{}: {error}", unit.display()));
+    cxx_build::bridge("src/ffi.rs")
+        .file(&unit)
+        .std("c++17")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .warnings(false)
+        .compile("ferrotune_csrc");
+    println!("cargo:rerun-if-changed=csrc");
+    println!("cargo:rerun-if-changed=src/ffi.rs");
+
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch_lib.display());
     println!("cargo:rustc-env=FERROTUNE_TORCH_LIB={}", torch_lib.display());
     println!("cargo:rerun-if-changed=build.rs");

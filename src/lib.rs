@@ -7,4 +7,6 @@
 pub mod cli;
 pub mod data;
 pub mod error;
+mod ffi;
 pub mod io;
+pub mod ops;

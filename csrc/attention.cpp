@@ -1,0 +1,144 @@
+// Scaled dot-product attention, arXiv:1706.03762; grouped queries, arXiv:2305.13245.
+// Each segment is one call of ATen's fused kernel. Where that kernel lacks something (sliding window, softcap, queries
+// behind a cache), queries go in chunks against just the keys they can see, so memory is O(chunk * (window + chunk)).
+#include "ferrotune/csrc/attention.h"
+
+#include <ATen/ops/_flash_attention_forward.h>
+
+namespace ferrotune {
+
+namespace {
+
+constexpr int64_t kChunk = 256;
+
+// [B, K, S, D] -> [B, H, S, D]: each key/value head serves H / K neighbouring query heads.
+Tensor repeat_heads(const Tensor& kv, int64_t heads) {
+  const int64_t kv_heads = kv.size(1);
+  if (kv_heads == heads) return kv;
+  return kv.unsqueeze(2)
+      .expand({kv.size(0), kv_heads, heads / kv_heads, kv.size(2), kv.size(3)})
+      .reshape({kv.size(0), heads, kv.size(2), kv.size(3)});
+}
+
+// One chunk by the formula, with scores capped. Softmax in f32 for 16-bit inputs.
+Tensor capped(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& hidden, const AttentionSpec& spec) {
+  Tensor scores = at::matmul(q, k.transpose(-2, -1)) * spec.scale;
+  scores = at::tanh(scores / spec.softcap) * spec.softcap;
+  if (hidden.defined()) scores = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity());
+  const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::matmul(at::softmax(scores, -1, acc).to(v.scalar_type()), v);
+}
+
+// True where query `first + i` must not see key `low + j`. [queries, keys]
+Tensor hidden_mask(int64_t first, int64_t queries, int64_t low, int64_t keys, int64_t window, at::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
+  const Tensor distance =
+      at::arange(first, first + queries, options).unsqueeze(1) - at::arange(low, low + keys, options).unsqueeze(0);
+  Tensor hidden = distance.lt(0);
+  if (window > 0) hidden = hidden.logical_or_(distance.ge(window));
+  return hidden;
+}
+
+// q [B, H, T, D], k and v [B, K, S, D]; query i stands at position S - T + i. -> [B, H, T, D]
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const int64_t heads = q.size(1), queries = q.size(2), keys = k.size(2), past = keys - queries;
+  const bool windowed = spec.window > 0 && spec.window < keys;
+  if (spec.softcap == 0 && past == 0 && !windowed) {
+    // ATen's CUDA kernels take grouped heads as they are; the CPU kernel does not.
+    const bool grouped = q.is_cuda() && k.size(1) != heads;
+    return at::scaled_dot_product_attention(q, grouped ? k : repeat_heads(k, heads), grouped ? v : repeat_heads(v, heads),
+                                            {}, 0.0, queries > 1, spec.scale, grouped);
+  }
+  TensorList chunks;
+  for (int64_t start = 0; start < queries; start += kChunk) {
+    const int64_t count = std::min(kChunk, queries - start);
+    const int64_t high = past + start + count;
+    const int64_t low = windowed ? std::max<int64_t>(0, past + start - spec.window + 1) : 0;
+    const Tensor qc = q.narrow(2, start, count);
+    const Tensor kc = repeat_heads(k.narrow(2, low, high - low), heads);
+    const Tensor vc = repeat_heads(v.narrow(2, low, high - low), heads);
+    Tensor hidden;
+    if (count > 1) hidden = hidden_mask(past + start, count, low, high - low, windowed ? spec.window : 0, q.device());
+    if (spec.softcap > 0) {
+      chunks.push_back(capped(qc, kc, vc, hidden, spec));
+    } else {
+      std::optional<Tensor> visible;
+      if (hidden.defined()) visible = hidden.logical_not();
+      chunks.push_back(at::scaled_dot_product_attention(qc, kc, vc, visible, 0.0, false, spec.scale));
+    }
+  }
+  return chunks.size() == 1 ? chunks[0] : at::cat(chunks, 2);
+}
+
+// [N, H, D] -> [1, H, N, D]
+Tensor heads_first(const Tensor& x) { return x.transpose(0, 1).unsqueeze(0); }
+
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                 const AttentionSpec& spec) {
+  const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
+  const int64_t segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
+  TORCH_CHECK(segments >= 1 && cu_seqlens.front() == 0 && cu_seqlens.back() == n,
+              "attention: cu_seqlens must run from 0 to the ", n, " rows of q");
+  int64_t longest = 0, shortest = n;
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t length = cu_seqlens[s + 1] - cu_seqlens[s];
+    TORCH_CHECK(length > 0, "attention: segment ", s, " is empty");
+    longest = std::max(longest, length);
+    shortest = std::min(shortest, length);
+  }
+
+  if (longest == shortest) {
+    const auto batched = [&](const Tensor& x) {
+      return x.view({segments, longest, x.size(1), dim}).transpose(1, 2);
+    };
+    return attend(batched(q), batched(k), batched(v), spec).transpose(1, 2).reshape({n, heads * dim});
+  }
+  const bool sixteen_bit = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
+  if (q.is_cuda() && sixteen_bit && spec.softcap == 0 && dim <= 256) {
+    const Tensor cu = at::tensor(at::ArrayRef<int32_t>(cu_seqlens), at::kInt).to(q.device());
+    std::optional<int64_t> left, right;
+    if (spec.window > 0) {
+      left = spec.window - 1;
+      right = 0;
+    }
+    const auto result =
+        at::_flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, true, false, spec.scale, left, right);
+    return std::get<0>(result).reshape({n, heads * dim});
+  }
+  // split_with_sizes and not narrow: its backward is one concatenation.
+  std::vector<int64_t> lengths;
+  for (int64_t s = 0; s < segments; ++s) lengths.push_back(cu_seqlens[s + 1] - cu_seqlens[s]);
+  const auto qs = q.split_with_sizes(lengths), ks = k.split_with_sizes(lengths), vs = v.split_with_sizes(lengths);
+  TensorList rows;
+  for (int64_t s = 0; s < segments; ++s) {
+    const Tensor y = attend(heads_first(qs[s]), heads_first(ks[s]), heads_first(vs[s]), spec);
+    rows.push_back(y.squeeze(0).transpose(0, 1).reshape({lengths[s], heads * dim}));
+  }
+  return at::cat(rows, 0);
+}
+
+Tensor attention_cached(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const int64_t queries = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(0), keys = k.size(1);
+  if (queries > 1) {
+    return attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec).squeeze(0).transpose(0, 1).reshape(
+        {queries, heads * dim});
+  }
+  // One query: the heads of a group are the rows of one small product, and no head is repeated.
+  const int64_t low = spec.window > 0 ? std::max<int64_t>(0, keys - spec.window) : 0;
+  const Tensor ks = k.narrow(1, low, keys - low), vs = v.narrow(1, low, keys - low);
+  Tensor scores = at::bmm(q.view({kv_heads, heads / kv_heads, dim}), ks.transpose(1, 2)).mul_(spec.scale);
+  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
+  const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({1, heads * dim});
+}
+
+std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     rust::Slice<const std::int32_t> cu_seqlens, double scale, double softcap,
+                                     std::int64_t window) {
+  return std::make_unique<Tensor>(attention(q, k, v, std::vector<int32_t>(cu_seqlens.begin(), cu_seqlens.end()),
+                                            AttentionSpec{scale, softcap, window}));
+}
+
+}  // namespace ferrotune

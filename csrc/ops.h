@@ -1,0 +1,77 @@
+// Every C++ function that Rust calls, declared once. Shapes use the legend of docs/architecture.md:
+// N rows (tokens, flat: samples one after another), C hidden_size, F intermediate_size, H query heads,
+// K key/value heads, D head_dim, V vocab_size, R LoRA rank.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <vector>
+
+#include "rust/cxx.h"
+
+namespace rust::behavior {
+// One line of the C++ message for Rust, without the backtrace that TORCH_CHECK appends.
+template <typename Try, typename Fail>
+static void trycatch(Try&& func, Fail&& fail) noexcept try {
+  func();
+} catch (const c10::Error& error) {
+  fail(error.what_without_backtrace());
+} catch (const std::exception& error) {
+  fail(error.what());
+}
+}  // namespace rust::behavior
+
+namespace ferrotune {
+
+using at::Tensor;
+
+// Shared with Rust; defined in src/ffi.rs.
+struct LoraView;
+struct LinearView;
+struct NormView;
+struct AttentionView;
+struct MlpView;
+struct AdamWStep;
+enum class Activation : std::uint8_t;
+enum class Policy : std::uint8_t;
+
+using TensorList = std::vector<Tensor>;
+std::unique_ptr<TensorList> tensor_list();
+void push(TensorList& list, const Tensor& tensor);
+
+// ---- blocks.cpp
+std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, const LinearView& qkv,
+                                        const LinearView& o, const NormView& post_norm,
+                                        const AttentionView& attention, Policy policy);
+std::unique_ptr<Tensor> mlp_block(const Tensor& x, const NormView& norm, const LinearView& gate_up,
+                                  const LinearView& down, const NormView& post_norm, Activation activation,
+                                  Policy policy);
+
+// ---- one file each; these take part in autograd
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin);
+Tensor swiglu(const Tensor& gate_up, Activation activation);
+
+// ---- the same for Rust
+std::unique_ptr<Tensor> op_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
+std::unique_ptr<Tensor> op_rope(const Tensor& x, const Tensor& cos, const Tensor& sin);
+std::unique_ptr<Tensor> op_swiglu(const Tensor& gate_up, Activation activation);
+std::unique_ptr<Tensor> op_linear(const Tensor& x, const LinearView& linear);
+std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     rust::Slice<const std::int32_t> cu_seqlens, double scale, double softcap,
+                                     std::int64_t window);
+
+// ---- cross_entropy.cpp
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                             double softcap);
+std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                         double softcap);
+
+// ---- optim.cpp
+double grad_norm(const TensorList& params);
+void scale_grads(const TensorList& params, double factor);
+void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
+                const AdamWStep& step);
+
+}  // namespace ferrotune

@@ -1,0 +1,58 @@
+// Multi-tensor optimizer steps: one pass over all parameters.
+#include "ferrotune/csrc/ops.h"
+#include "ferrotune/src/ffi.rs.h"
+
+namespace ferrotune {
+
+namespace {
+
+TensorList grads_of(const TensorList& params) {
+  TensorList grads;
+  for (const Tensor& param : params) {
+    if (param.grad().defined()) grads.push_back(param.grad());
+  }
+  return grads;
+}
+
+}  // namespace
+
+std::unique_ptr<TensorList> tensor_list() { return std::make_unique<TensorList>(); }
+
+void push(TensorList& list, const Tensor& tensor) { list.push_back(tensor); }
+
+double grad_norm(const TensorList& params) {
+  at::NoGradGuard no_grad;
+  const TensorList grads = grads_of(params);
+  if (grads.empty()) return 0;
+  return at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2))).item<double>();
+}
+
+void scale_grads(const TensorList& params, double factor) {
+  at::NoGradGuard no_grad;
+  const TensorList grads = grads_of(params);
+  if (!grads.empty()) at::_foreach_mul_(grads, factor);
+}
+
+void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
+                const AdamWStep& step) {
+  at::NoGradGuard no_grad;
+  TORCH_CHECK(params.size() == exp_avg.size() && params.size() == exp_avg_sq.size(), "adamw_step: ", params.size(),
+              " parameters, ", exp_avg.size(), " and ", exp_avg_sq.size(), " moments");
+  TensorList p, g, m, v, steps;
+  const Tensor count = params.empty() ? Tensor()
+                                      : at::full({}, static_cast<double>(step.step),
+                                                 params[0].options().dtype(at::kFloat).requires_grad(false));
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (!params[i].grad().defined()) continue;
+    p.push_back(params[i]);
+    g.push_back(params[i].grad());
+    m.push_back(exp_avg[i]);
+    v.push_back(exp_avg_sq[i]);
+    steps.push_back(count);
+  }
+  if (p.empty()) return;
+  at::_fused_adamw_(p, g, m, v, {}, steps, step.learning_rate, step.beta1, step.beta2, step.weight_decay, step.epsilon,
+                    false, false);
+}
+
+}  // namespace ferrotune

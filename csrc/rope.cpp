@@ -1,0 +1,55 @@
+// Rotary position embedding, arXiv:2104.09864, in the half-split pairing of Hugging Face checkpoints: with R rotated
+// dims, dim i (i < R/2) is paired with i + R/2, and dims R..D pass through (partial_rotary_factor).
+//   y_i       = x_i cos_i - x_{i+R/2} sin_i
+//   y_{i+R/2} = x_{i+R/2} cos_i + x_i sin_i
+// A rotation's Jacobian is its inverse transposed, so the backward is the same rotation by the opposite angle.
+#include "ferrotune/csrc/ops.h"
+
+namespace ferrotune {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+namespace {
+
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign) {
+  const int64_t half = cos.size(1);
+  const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);
+  const Tensor x1 = x.narrow(2, 0, half), x2 = x.narrow(2, half, half);
+  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y1 = y.narrow(2, 0, half), y2 = y.narrow(2, half, half);
+  at::mul_out(y1, x1, c).addcmul_(x2, s, -sign);
+  at::mul_out(y2, x2, c).addcmul_(x1, s, sign);
+  const int64_t rest = x.size(2) - 2 * half;
+  if (rest > 0) y.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
+  return y;
+}
+
+struct Rope : Function<Rope> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin) {
+    ctx->save_for_backward({cos, sin});
+    return rotate(x, cos, sin, 1);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return {rotate(grads[0], saved[0], saved[1], -1), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(x.dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == x.size(0) &&
+                  2 * cos.size(1) <= x.size(2),
+              "rope: x is ", x.sizes(), ", cos is ", cos.sizes(), ", sin is ", sin.sizes(),
+              ", expected [N, H, D], [N, R/2], [N, R/2] with R <= D");
+  return Rope::apply(x, cos, sin);
+}
+
+std::unique_ptr<Tensor> op_rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  return std::make_unique<Tensor>(rope(x, cos, sin));
+}
+
+}  // namespace ferrotune

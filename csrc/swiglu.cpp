@@ -1,0 +1,58 @@
+// The gated activation of the MLP, arXiv:2002.05202: with gate_up = [gate | up] of shape [N, 2F],
+//   y = act(gate) * up,   act = silu (SwiGLU) or gelu (GeGLU, exact or its tanh form).
+// Backward: dgate = dy up act'(gate), dup = dy act(gate). act(gate) is recomputed from gate, not kept.
+#include "ferrotune/csrc/ops.h"
+#include "ferrotune/src/ffi.rs.h"
+
+namespace ferrotune {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+namespace {
+
+Tensor activate(const Tensor& gate, Activation activation) {
+  if (activation == Activation::Silu) return at::silu(gate);
+  return at::gelu(gate, activation == Activation::GeluTanh ? "tanh" : "none");
+}
+
+Tensor activate_backward(const Tensor& dy, const Tensor& gate, Activation activation) {
+  if (activation == Activation::Silu) return at::silu_backward(dy, gate);
+  return at::gelu_backward(dy, gate, activation == Activation::GeluTanh ? "tanh" : "none");
+}
+
+struct Swiglu : Function<Swiglu> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& gate_up, Activation activation) {
+    ctx->save_for_backward({gate_up});
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    const int64_t f = gate_up.size(1) / 2;
+    return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor gate_up = ctx->get_saved_variables()[0];
+    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    const int64_t f = gate_up.size(1) / 2;
+    const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
+    Tensor d = at::empty(gate_up.sizes(), gate_up.options());
+    d.narrow(1, 0, f).copy_(activate_backward(grads[0] * up, gate, activation));
+    Tensor dup = d.narrow(1, f, f);
+    at::mul_out(dup, grads[0], activate(gate, activation));
+    return {d, Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor swiglu(const Tensor& gate_up, Activation activation) {
+  TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "swiglu: gate_up is ", gate_up.sizes(),
+              ", expected [N, 2F]");
+  return Swiglu::apply(gate_up, activation);
+}
+
+std::unique_ptr<Tensor> op_swiglu(const Tensor& gate_up, Activation activation) {
+  return std::make_unique<Tensor>(swiglu(gate_up, activation));
+}
+
+}  // namespace ferrotune

@@ -1,0 +1,157 @@
+//! The bridge to csrc/. The only unsafe code of the crate beside io/mmap.rs: a tch tensor is a pointer to an at::Tensor,
+//! and [`borrow`] and [`take`] say so.
+
+use cxx::UniquePtr;
+
+#[allow(clippy::needless_lifetimes, clippy::missing_safety_doc, clippy::too_many_arguments)]
+#[cxx::bridge(namespace = "ferrotune")]
+pub(crate) mod bridge {
+    /// One row part of a Linear and its LoRA (undefined tensors where it has none).
+    struct LoraView<'a> {
+        rows: i64,
+        lora_a: &'a Tensor,
+        lora_b: &'a Tensor,
+        scale: f64,
+        dropout: f64,
+        dropout_key: u64,
+    }
+
+    struct LinearView<'a> {
+        weight: &'a Tensor,
+        bias: &'a Tensor,
+        parts: &'a [LoraView<'a>],
+    }
+
+    struct NormView<'a> {
+        weight: &'a Tensor,
+        eps: f64,
+        offset: f64,
+    }
+
+    struct AttentionView<'a> {
+        num_heads: i64,
+        num_kv_heads: i64,
+        head_dim: i64,
+        scale: f64,
+        softcap: f64,
+        window: i64,
+        q_norm: NormView<'a>,
+        k_norm: NormView<'a>,
+        cos: &'a Tensor,
+        sin: &'a Tensor,
+        cu_seqlens: &'a [i32],
+        cache_k: &'a Tensor,
+        cache_v: &'a Tensor,
+        past: i64,
+    }
+
+    struct AdamWStep {
+        step: u64,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+        weight_decay: f64,
+    }
+
+    #[derive(Debug)]
+    enum Activation {
+        Silu,
+        GeluTanh,
+        Gelu,
+    }
+
+    /// What a block keeps of its forward for the backward.
+    #[derive(Debug)]
+    enum Policy {
+        /// Everything autograd asks for.
+        Keep,
+        /// Only the block's input; the rest is computed again.
+        Recompute,
+    }
+
+    unsafe extern "C++" {
+        include!("ferrotune/csrc/ops.h");
+
+        type Tensor;
+        type TensorList;
+
+        fn tensor_list() -> UniquePtr<TensorList>;
+        fn push(list: Pin<&mut TensorList>, tensor: &Tensor);
+
+        fn attention_block(
+            x: &Tensor,
+            norm: &NormView,
+            qkv: &LinearView,
+            o: &LinearView,
+            post_norm: &NormView,
+            attention: &AttentionView,
+            policy: Policy,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn mlp_block(
+            x: &Tensor,
+            norm: &NormView,
+            gate_up: &LinearView,
+            down: &LinearView,
+            post_norm: &NormView,
+            activation: Activation,
+            policy: Policy,
+        ) -> Result<UniquePtr<Tensor>>;
+
+        fn op_rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<UniquePtr<Tensor>>;
+        fn op_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn op_swiglu(gate_up: &Tensor, activation: Activation) -> Result<UniquePtr<Tensor>>;
+        fn op_linear(x: &Tensor, linear: &LinearView) -> Result<UniquePtr<Tensor>>;
+        fn op_attention(
+            q: &Tensor,
+            k: &Tensor,
+            v: &Tensor,
+            cu_seqlens: &[i32],
+            scale: f64,
+            softcap: f64,
+            window: i64,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn linear_cross_entropy(
+            hidden: &Tensor,
+            weight: &Tensor,
+            labels: &Tensor,
+            softcap: f64,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn linear_log_probs(
+            hidden: &Tensor,
+            weight: &Tensor,
+            labels: &Tensor,
+            softcap: f64,
+        ) -> Result<UniquePtr<Tensor>>;
+
+        fn grad_norm(params: &TensorList) -> Result<f64>;
+        fn scale_grads(params: &TensorList, factor: f64) -> Result<()>;
+        fn adamw_step(
+            params: &TensorList,
+            exp_avg: &TensorList,
+            exp_avg_sq: &TensorList,
+            step: &AdamWStep,
+        ) -> Result<()>;
+    }
+}
+
+/// A tch tensor as csrc sees it.
+pub(crate) fn borrow(tensor: &tch::Tensor) -> &bridge::Tensor {
+    // SAFETY: tch's C_tensor is an opaque name for at::Tensor; the pointer lives as long as the tch tensor.
+    unsafe { &*tensor.as_ptr().cast::<bridge::Tensor>() }
+}
+
+/// A tensor from csrc as a tch tensor, which then owns it.
+pub(crate) fn take(tensor: UniquePtr<bridge::Tensor>) -> tch::Tensor {
+    // SAFETY: csrc allocates with make_unique<at::Tensor>, and tch frees with delete on the same type.
+    unsafe { tch::Tensor::from_ptr(tensor.into_raw().cast()) }
+}
+
+/// A list of tensors for the multi-tensor functions; it shares their storage.
+pub(crate) fn list<'a>(tensors: impl IntoIterator<Item = &'a tch::Tensor>) -> UniquePtr<bridge::TensorList> {
+    let mut list = bridge::tensor_list();
+    for tensor in tensors {
+        bridge::push(list.pin_mut(), borrow(tensor));
+    }
+    list
+}

@@ -1,0 +1,252 @@
+//! A checkpoint on disk: tensor names to mapped bytes. One `model.safetensors`, or shards with an index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use safetensors::tensor::{Metadata, SafeTensors};
+use safetensors::{Dtype, View};
+use serde::Deserialize;
+use tch::{Kind, Tensor};
+
+use super::mmap::Mmap;
+use super::write_atomically_with;
+use crate::error::Error;
+
+/// The tensors of one or several safetensors files, read on demand.
+pub struct Weights {
+    files: Vec<Mapped>,
+    /// Tensor name -> index into `files`.
+    place: HashMap<String, usize>,
+}
+
+struct Mapped {
+    path: PathBuf,
+    map: Mmap,
+    metadata: Metadata,
+    data_start: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// Opens the checkpoint of a Hugging Face model folder.
+    pub fn open(dir: &Path) -> Result<Weights> {
+        let single = dir.join("model.safetensors");
+        let index = dir.join("model.safetensors.index.json");
+        if index.is_file() {
+            return Weights::open_sharded(dir, &index);
+        }
+        if single.is_file() {
+            return Weights::open_files(&[single]);
+        }
+        let has_pickle = std::fs::read_dir(dir)
+            .with_context(|| format!("reading the model folder {}", dir.display()))?
+            .flatten()
+            .any(|entry| entry.path().extension().is_some_and(|e| e == "bin" || e == "pth" || e == "pt"));
+        if has_pickle {
+            bail!(
+                "{}: only pickled weights (.bin or .pt) were found; save the model as safetensors \
+                 (`save_pretrained(..., safe_serialization=True)`)",
+                dir.display()
+            );
+        }
+        bail!("{}: neither model.safetensors nor model.safetensors.index.json was found", dir.display())
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Weights> {
+        let text = std::fs::read_to_string(index).with_context(|| format!("reading {}", index.display()))?;
+        let parsed: Index = serde_json::from_str(&text)
+            .with_context(|| format!("{}: not a weight index", index.display()))?;
+        let mut shards: Vec<&String> = parsed.weight_map.values().collect();
+        shards.sort();
+        shards.dedup();
+        for shard in &shards {
+            if Path::new(shard).components().count() != 1 {
+                bail!("{}: shard name {shard:?} is not a plain file name", index.display());
+            }
+            if !dir.join(shard).is_file() {
+                bail!("{}: shard {shard} is missing from {}", index.display(), dir.display());
+            }
+        }
+        let weights = Weights::open_files(&shards.iter().map(|shard| dir.join(shard)).collect::<Vec<_>>())?;
+        for (name, shard) in &parsed.weight_map {
+            if !weights.contains(name) {
+                bail!("{}: names tensor {name} in {shard}, which does not hold it", index.display());
+            }
+        }
+        Ok(weights)
+    }
+
+    /// Opens safetensors files; a name must stand in only one of them.
+    pub fn open_files(paths: &[PathBuf]) -> Result<Weights> {
+        let mut weights = Weights { files: Vec::new(), place: HashMap::new() };
+        for path in paths {
+            let mapped = Mapped::open(path)?;
+            for name in mapped.metadata.tensors().keys() {
+                if let Some(&other) = weights.place.get(name) {
+                    let first = weights.files[other].path.display();
+                    bail!("tensor {name} stands in both {first} and {}", path.display());
+                }
+                weights.place.insert(name.clone(), weights.files.len());
+            }
+            weights.files.push(mapped);
+        }
+        Ok(weights)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.place.contains_key(name)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.place.keys().map(String::as_str)
+    }
+
+    /// Sum of the tensors' bytes on disk.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| (file.map.bytes().len() - file.data_start) as u64).sum()
+    }
+
+    /// Dtype of the stored tensor.
+    pub fn kind(&self, name: &str) -> Result<Kind> {
+        let (file, info) = self.find(name)?;
+        file.kind(name, info.dtype)
+    }
+
+    /// Shape of the stored tensor.
+    pub fn shape(&self, name: &str) -> Result<Vec<i64>> {
+        Ok(self.find(name)?.1.shape.iter().map(|&d| d as i64).collect())
+    }
+
+    /// Copies tensor `name` into `destination`, converting dtype and device. Errors name the file and the tensor: a shape
+    /// other than the destination's, an unknown dtype, a value that is NaN or infinite.
+    pub fn copy_into(&self, name: &str, destination: &Tensor) -> Result<()> {
+        let (file, info) = self.find(name)?;
+        let shape: Vec<i64> = info.shape.iter().map(|&d| d as i64).collect();
+        let expected = destination.size();
+        if shape != expected {
+            let (file, name) = (file.path.display().to_string(), name.to_string());
+            return Err(Error::ShapeMismatch { file, name, expected, found: shape }.into());
+        }
+        let kind = file.kind(name, info.dtype)?;
+        let (start, end) = info.data_offsets;
+        file.map.with_tensor(file.data_start + start..file.data_start + end, &shape, kind, |stored| {
+            destination.shallow_clone().f_copy_(stored)?;
+            // A sum is finite only if every element is.
+            let sum = destination.f_sum(Kind::Double)?.double_value(&[]);
+            if !sum.is_finite() {
+                let reason = format!("tensor {name} holds NaN or infinite values");
+                return Err(Error::Corrupt { file: file.path.display().to_string(), reason }.into());
+            }
+            Ok(())
+        })
+    }
+
+    /// Tensor `name` as stored, on the CPU.
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let tensor = Tensor::f_empty(self.shape(name)?, (self.kind(name)?, tch::Device::Cpu))?;
+        self.copy_into(name, &tensor)?;
+        Ok(tensor)
+    }
+
+    fn find(&self, name: &str) -> Result<(&Mapped, &safetensors::tensor::TensorInfo)> {
+        let missing = || Error::MissingTensor {
+            file: self.files.first().map_or(String::new(), |file| file.path.display().to_string()),
+            name: name.to_string(),
+        };
+        let file = &self.files[*self.place.get(name).ok_or_else(missing)?];
+        Ok((file, file.metadata.info(name).ok_or_else(missing)?))
+    }
+}
+
+impl Mapped {
+    fn open(path: &Path) -> Result<Mapped> {
+        let map = Mmap::open(path)?;
+        let corrupt = |reason: String| Error::Corrupt { file: path.display().to_string(), reason };
+        let (header, metadata) = SafeTensors::read_metadata(map.bytes())
+            .map_err(|error| corrupt(format!("not a readable safetensors file: {error}")))?;
+        let data_start = header + 8;
+        let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0);
+        let held = map.bytes().len().saturating_sub(data_start);
+        if end != held {
+            let reason = format!(
+                "its header promises {end} bytes of tensors, the file holds {held}: truncated or torn"
+            );
+            return Err(corrupt(reason).into());
+        }
+        Ok(Mapped { path: path.to_path_buf(), map, metadata, data_start })
+    }
+
+    fn kind(&self, name: &str, dtype: Dtype) -> Result<Kind> {
+        Ok(match dtype {
+            Dtype::F64 => Kind::Double,
+            Dtype::F32 => Kind::Float,
+            Dtype::F16 => Kind::Half,
+            Dtype::BF16 => Kind::BFloat16,
+            Dtype::I64 => Kind::Int64,
+            Dtype::I32 => Kind::Int,
+            Dtype::U8 => Kind::Uint8,
+            Dtype::I8 => Kind::Int8,
+            Dtype::BOOL => Kind::Bool,
+            other => {
+                let reason = format!(
+                    "tensor {name} has dtype {other:?}; F64, F32, F16 and BF16 weights are supported"
+                );
+                return Err(Error::Corrupt { file: self.path.display().to_string(), reason }.into());
+            }
+        })
+    }
+}
+
+/// A tensor ready to be written: its bytes on the CPU.
+struct Bytes {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl View for &Bytes {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.data.as_slice().into()
+    }
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
+/// Writes tensors as one safetensors file with metadata `{"format": "pt"}`, whole or not at all.
+pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    let mut bytes = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        bytes.push((name.as_str(), to_bytes(tensor).with_context(|| format!("tensor {name}"))?));
+    }
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let serialized = safetensors::serialize(bytes.iter().map(|(name, bytes)| (*name, bytes)), Some(metadata))
+        .with_context(|| format!("serialising {}", path.display()))?;
+    write_atomically_with(path, |file| Ok(std::io::Write::write_all(file, &serialized)?))
+}
+
+fn to_bytes(tensor: &Tensor) -> Result<Bytes> {
+    let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
+    let dtype = match tensor.kind() {
+        Kind::Double => Dtype::F64,
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        other => bail!("cannot be written as {other:?}"),
+    };
+    let mut data = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut data, tensor.numel())?;
+    Ok(Bytes { dtype, shape: tensor.size().iter().map(|&d| d as usize).collect(), data })
+}

@@ -1,0 +1,372 @@
+//! One safe function an op: the operands as Rust structs, the work in csrc/.
+//!
+//! Dimensions: `N` rows (tokens of a flat batch), `C` hidden_size, `F` intermediate_size, `H` query heads, `K` key/value
+//! heads, `D` head_dim, `V` vocab_size, `R` LoRA rank. Every function checks its shapes and returns an error that
+//! names them. On the CPU each op is its plain ATen formula in any float dtype, f64 included.
+
+use anyhow::{Result, anyhow};
+use tch::Tensor;
+
+pub use crate::ffi::bridge::{Activation, Policy};
+use crate::ffi::{self, bridge};
+
+/// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
+#[derive(Debug)]
+pub struct Lora {
+    /// `[R, in]`, f32.
+    pub a: Tensor,
+    /// `[rows, R]`, f32.
+    pub b: Tensor,
+    /// `lora_alpha / R`, or `lora_alpha / sqrt(R)` with rslora.
+    pub scale: f64,
+    /// Probability that an element of the input is dropped in training.
+    pub dropout: f64,
+}
+
+/// Neighbouring output rows of a [`Linear`] that the checkpoint and peft know by a name of their own.
+#[derive(Debug)]
+pub struct Part {
+    /// The module's name in the checkpoint, for instance `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    pub rows: i64,
+    pub lora: Option<Lora>,
+}
+
+/// A projection `[in] -> [sum of rows]`: q, k and v are one Linear of three parts, gate and up of two.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[rows, in]`, the parts below each other.
+    pub weight: Tensor,
+    /// `[rows]`.
+    pub bias: Option<Tensor>,
+    pub parts: Vec<Part>,
+}
+
+/// RMSNorm: `y = x / sqrt(mean(x^2) + eps) * (weight + offset)`. arXiv:1910.07467
+#[derive(Debug)]
+pub struct RmsNorm {
+    /// The tensor's name in the checkpoint, for instance `model.norm.weight`.
+    pub name: String,
+    /// `[C]`.
+    pub weight: Tensor,
+    pub eps: f64,
+    /// 1 for Gemma, whose checkpoints hold the weight minus one; else 0.
+    pub offset: f64,
+}
+
+/// What attention does in one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionSpec {
+    pub num_heads: i64,
+    pub num_kv_heads: i64,
+    pub head_dim: i64,
+    /// Factor of `q k^T`.
+    pub scale: f64,
+    /// `c tanh(s / c)` on the scores.
+    pub softcap: Option<f64>,
+    /// A query sees the last `sliding_window` keys, itself included.
+    pub sliding_window: Option<i64>,
+}
+
+/// The keys and values of one layer, for decoding one sequence.
+pub struct LayerCache<'a> {
+    /// `[K, capacity, D]`; the block writes rows `past..past + N`.
+    pub k: &'a Tensor,
+    pub v: &'a Tensor,
+    /// Positions already filled.
+    pub past: i64,
+}
+
+/// Where the rows of a batch stand.
+pub struct Rows<'a> {
+    /// `[N, R/2]`, f32 (f64 in an f64 model).
+    pub cos: &'a Tensor,
+    pub sin: &'a Tensor,
+    /// Starts of the segments, then N. Rows see only their own segment. Not used with a cache.
+    pub cu_seqlens: &'a [i32],
+}
+
+/// Names one draw of dropout masks; with the module's number it is the key of the counter-based generator.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DropoutKey(pub u64);
+
+impl DropoutKey {
+    /// The key of micro-batch `micro_batch` of optimizer step `step`.
+    pub fn new(seed: u64, step: u64, micro_batch: u64) -> DropoutKey {
+        DropoutKey(mix(mix(mix(seed) ^ step) ^ micro_batch))
+    }
+
+    fn module(self, layer: usize, module: usize) -> u64 {
+        mix(self.0 ^ ((layer as u64) << 8 | module as u64))
+    }
+}
+
+/// SplitMix64's finaliser: every bit of the input changes half of the output's.
+fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// How a block runs in this pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass {
+    pub policy: Policy,
+    /// `Some` in training: LoRA dropout is on, with this key.
+    pub dropout: Option<DropoutKey>,
+    /// LoRA is left out: the base model, for instance as reference in preference training.
+    pub without_lora: bool,
+}
+
+impl Pass {
+    /// Inference: LoRA on, no dropout.
+    pub const INFERENCE: Pass = Pass { policy: Policy::Keep, dropout: None, without_lora: false };
+}
+
+/// `y = x W^T + bias + LoRA`: x `[N, in]` -> `[N, rows]`.
+pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
+    let absent = Tensor::new();
+    let parts = lora_views(linear, &absent, pass, 0, 0);
+    checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts)))
+}
+
+/// RMSNorm over the last dimension: x `[.., C]` -> `[.., C]`. Statistics in f32 for 16-bit inputs.
+pub fn rms_norm(x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
+    checked(bridge::op_rms_norm(ffi::borrow(x), ffi::borrow(&norm.weight), norm.eps, norm.offset))
+}
+
+/// Rotary position embedding in Hugging Face's half-split pairing: x `[N, H, D]`, cos and sin `[N, R/2]` with
+/// `R <= D`; dims `R..D` pass through. arXiv:2104.09864
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    checked(bridge::op_rope(ffi::borrow(x), ffi::borrow(cos), ffi::borrow(sin)))
+}
+
+/// `act(gate) * up` for `gate_up = [gate | up]`: `[N, 2F]` -> `[N, F]`. arXiv:2002.05202
+pub fn swiglu(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
+    checked(bridge::op_swiglu(ffi::borrow(gate_up), activation))
+}
+
+/// Causal attention inside each segment: q `[N, H, D]`, k and v `[N, K, D]` -> `[N, H*D]`. arXiv:1706.03762
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i32],
+    spec: &AttentionSpec,
+) -> Result<Tensor> {
+    checked(bridge::op_attention(
+        ffi::borrow(q),
+        ffi::borrow(k),
+        ffi::borrow(v),
+        cu_seqlens,
+        spec.scale,
+        spec.softcap.unwrap_or(0.0),
+        spec.sliding_window.unwrap_or(0),
+    ))
+}
+
+/// Operands of [`attention_block`].
+pub struct AttentionBlock<'a> {
+    pub layer: usize,
+    pub norm: &'a RmsNorm,
+    pub qkv: &'a Linear,
+    pub o: &'a Linear,
+    /// Per-head norms before the rotation (Qwen3, Gemma 3).
+    pub q_norm: Option<&'a RmsNorm>,
+    pub k_norm: Option<&'a RmsNorm>,
+    /// Norm of the output before the residual sum (Gemma).
+    pub post_norm: Option<&'a RmsNorm>,
+    pub spec: &'a AttentionSpec,
+}
+
+/// `x + post_norm(o(attention(rope(qkv(norm(x))))))`: `[N, C]` -> `[N, C]`.
+pub fn attention_block(
+    x: &Tensor,
+    block: &AttentionBlock,
+    rows: &Rows,
+    cache: Option<LayerCache>,
+    pass: Pass,
+) -> Result<Tensor> {
+    let absent = Tensor::new();
+    let qkv = lora_views(block.qkv, &absent, pass, block.layer, 0);
+    let o = lora_views(block.o, &absent, pass, block.layer, qkv.len());
+    let (cache_k, cache_v, past) =
+        cache.as_ref().map_or((&absent, &absent, 0), |cache| (cache.k, cache.v, cache.past));
+    let attention = bridge::AttentionView {
+        num_heads: block.spec.num_heads,
+        num_kv_heads: block.spec.num_kv_heads,
+        head_dim: block.spec.head_dim,
+        scale: block.spec.scale,
+        softcap: block.spec.softcap.unwrap_or(0.0),
+        window: block.spec.sliding_window.unwrap_or(0),
+        q_norm: norm_view(block.q_norm, &absent),
+        k_norm: norm_view(block.k_norm, &absent),
+        cos: ffi::borrow(rows.cos),
+        sin: ffi::borrow(rows.sin),
+        cu_seqlens: rows.cu_seqlens,
+        cache_k: ffi::borrow(cache_k),
+        cache_v: ffi::borrow(cache_v),
+        past,
+    };
+    checked(bridge::attention_block(
+        ffi::borrow(x),
+        &norm_view(Some(block.norm), &absent),
+        &linear_view(block.qkv, &absent, &qkv),
+        &linear_view(block.o, &absent, &o),
+        &norm_view(block.post_norm, &absent),
+        &attention,
+        pass.policy,
+    ))
+}
+
+/// Operands of [`mlp_block`].
+pub struct MlpBlock<'a> {
+    pub layer: usize,
+    pub norm: &'a RmsNorm,
+    pub gate_up: &'a Linear,
+    pub down: &'a Linear,
+    /// Norm of the output before the residual sum (Gemma).
+    pub post_norm: Option<&'a RmsNorm>,
+    pub activation: Activation,
+}
+
+/// `x + post_norm(down(act(gate) * up))`, `[gate | up] = gate_up(norm(x))`: `[N, C]` -> `[N, C]`.
+pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
+    let absent = Tensor::new();
+    // Module numbers after those of the attention block, so that no two modules share a dropout mask.
+    let gate_up = lora_views(block.gate_up, &absent, pass, block.layer, 8);
+    let down = lora_views(block.down, &absent, pass, block.layer, 8 + gate_up.len());
+    checked(bridge::mlp_block(
+        ffi::borrow(x),
+        &norm_view(Some(block.norm), &absent),
+        &linear_view(block.gate_up, &absent, &gate_up),
+        &linear_view(block.down, &absent, &down),
+        &norm_view(block.post_norm, &absent),
+        block.activation,
+        pass.policy,
+    ))
+}
+
+/// `sum over labels != -100 of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without
+/// ever holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`, labels int64 `[N]`, already shifted.
+pub fn linear_cross_entropy(
+    hidden: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let softcap = softcap.unwrap_or(0.0);
+    checked(bridge::linear_cross_entropy(
+        ffi::borrow(hidden),
+        ffi::borrow(weight),
+        ffi::borrow(labels),
+        softcap,
+    ))
+}
+
+/// `log softmax(cap(hidden W^T))[label]` of every row, in f32, not differentiable: -> `[N]`.
+pub fn linear_log_probs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let softcap = softcap.unwrap_or(0.0);
+    checked(bridge::linear_log_probs(ffi::borrow(hidden), ffi::borrow(weight), ffi::borrow(labels), softcap))
+}
+
+/// 2-norm of all gradients together; parameters without one count nothing.
+pub fn grad_norm<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
+    bridge::grad_norm(&*ffi::list(params)).map_err(op_error)
+}
+
+/// Multiplies every gradient by `factor`, in place.
+pub fn scale_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>, factor: f64) -> Result<()> {
+    bridge::scale_grads(&*ffi::list(params), factor).map_err(op_error)
+}
+
+/// Hyper-parameters of one AdamW step.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+}
+
+/// One AdamW step over all tensors, in place (arXiv:1711.05101, as torch.optim.AdamW): with t the 1-based `step`,
+/// `p *= 1 - lr wd`, `m = b1 m + (1-b1) g`, `v = b2 v + (1-b2) g^2`,
+/// `p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`. Parameters without a gradient stay.
+pub fn adamw_step<'a>(
+    params: impl IntoIterator<Item = &'a Tensor>,
+    exp_avg: impl IntoIterator<Item = &'a Tensor>,
+    exp_avg_sq: impl IntoIterator<Item = &'a Tensor>,
+    step: u64,
+    adamw: AdamW,
+) -> Result<()> {
+    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = adamw;
+    let step = bridge::AdamWStep { step, learning_rate, beta1, beta2, epsilon, weight_decay };
+    bridge::adamw_step(&*ffi::list(params), &*ffi::list(exp_avg), &*ffi::list(exp_avg_sq), &step)
+        .map_err(op_error)
+}
+
+fn lora_views<'a>(
+    linear: &'a Linear,
+    absent: &'a Tensor,
+    pass: Pass,
+    layer: usize,
+    first_module: usize,
+) -> Vec<bridge::LoraView<'a>> {
+    let view = |(module, part): (usize, &'a Part)| {
+        let lora = part.lora.as_ref().filter(|_| !pass.without_lora);
+        bridge::LoraView {
+            rows: part.rows,
+            lora_a: ffi::borrow(lora.map_or(absent, |lora| &lora.a)),
+            lora_b: ffi::borrow(lora.map_or(absent, |lora| &lora.b)),
+            scale: lora.map_or(0.0, |lora| lora.scale),
+            dropout: pass.dropout.and(lora).map_or(0.0, |lora| lora.dropout),
+            dropout_key: pass.dropout.map_or(0, |key| key.module(layer, first_module + module)),
+        }
+    };
+    linear.parts.iter().enumerate().map(view).collect()
+}
+
+fn linear_view<'a>(
+    linear: &'a Linear,
+    absent: &'a Tensor,
+    parts: &'a [bridge::LoraView<'a>],
+) -> bridge::LinearView<'a> {
+    bridge::LinearView {
+        weight: ffi::borrow(&linear.weight),
+        bias: ffi::borrow(linear.bias.as_ref().unwrap_or(absent)),
+        parts,
+    }
+}
+
+fn norm_view<'a>(norm: Option<&'a RmsNorm>, absent: &'a Tensor) -> bridge::NormView<'a> {
+    match norm {
+        Some(norm) => {
+            bridge::NormView { weight: ffi::borrow(&norm.weight), eps: norm.eps, offset: norm.offset }
+        }
+        None => bridge::NormView { weight: ffi::borrow(absent), eps: 0.0, offset: 0.0 },
+    }
+}
+
+fn checked(result: Result<cxx::UniquePtr<bridge::Tensor>, cxx::Exception>) -> Result<Tensor> {
+    result.map(ffi::take).map_err(op_error)
+}
+
+/// libtorch's out-of-memory message becomes the error that callers branch on.
+fn op_error(error: cxx::Exception) -> anyhow::Error {
+    let message = error.what();
+    if message.contains("out of memory") {
+        let advice = "lower --per-device-train-batch-size or --max-seq-length, or use \
+                      --use-gradient-checkpointing on"
+            .to_string();
+        return anyhow::Error::new(crate::error::Error::OutOfMemory { device: "the device".into(), advice })
+            .context(message.to_string());
+    }
+    anyhow!("{message}")
+}
