@@ -108,14 +108,11 @@ struct Checkpoint : Function<Checkpoint> {
     variable_list fresh, wanted;
     std::vector<size_t> place;
     for (size_t i = 0; i < saved.size(); ++i) {
-      Tensor tensor = saved[i];
-      if (tensor.defined()) {
-        tensor = tensor.detach();
-        if (saved[i].requires_grad()) {
-          tensor.set_requires_grad(true);
-          wanted.push_back(tensor);
-          place.push_back(i);
-        }
+      const Tensor tensor = saved[i].detach();
+      if (saved[i].requires_grad()) {
+        tensor.set_requires_grad(true);
+        wanted.push_back(tensor);
+        place.push_back(i);
       }
       fresh.push_back(tensor);
     }
@@ -139,11 +136,15 @@ template <typename Block>
 Tensor run(Block block, const Tensor& x, Policy policy) {
   if (policy == Policy::Keep || !at::GradMode::is_enabled()) return block(x);
   variable_list tensors;
-  for (const Tensor* tensor : block.visit()) tensors.push_back(*tensor);
+  for (const Tensor* tensor : block.visit()) {
+    if (tensor->defined()) tensors.push_back(*tensor);
+  }
   const Checkpoint::Body body = [block](const Tensor& input, const variable_list& given) {
     Block again = block;
-    const auto slots = again.visit();
-    for (size_t i = 0; i < slots.size(); ++i) *slots[i] = given[i];
+    size_t next = 0;
+    for (Tensor* slot : again.visit()) {
+      if (slot->defined()) *slot = given[next++];
+    }
     return again(input);
   };
   return Checkpoint::apply(x, at::TensorList(tensors), body);

@@ -39,11 +39,11 @@ struct Layout {
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
 // The A_p lie below each other in one [sum R_p, in] matrix, so X is read once for all parts.
 struct LoraLinear : Function<LoraLinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                        at::TensorList a, at::TensorList b, const Layout& layout) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, const Layout& layout) {
     const auto dtype = x.scalar_type();
     const Tensor w = weight.to(dtype);
-    Tensor y = bias.defined() ? at::addmm(bias.to(dtype), x, w.t()) : at::mm(x, w.t());
+    Tensor y = bias.has_value() ? at::addmm(bias->to(dtype), x, w.t()) : at::mm(x, w.t());
     Tensor a_all, z;
     if (!a.empty()) {
       a_all = (a.size() == 1 ? a[0] : at::cat(a, 0)).to(dtype);
@@ -60,7 +60,7 @@ struct LoraLinear : Function<LoraLinear> {
     variable_list saved{need_x ? x : Tensor(), weight, a_all, z};
     saved.insert(saved.end(), b.begin(), b.end());
     ctx->save_for_backward(saved);
-    ctx->saved_data["bias"] = bias.defined();
+    ctx->saved_data["bias"] = bias.has_value();
     ctx->saved_data["row"] = layout.row;
     ctx->saved_data["rows"] = layout.rows;
     ctx->saved_data["rank"] = layout.rank;
@@ -138,6 +138,9 @@ Tensor dropout(const Tensor& x, double p, uint64_t key) {
 Tensor linear(const Tensor& x, const Linear& l) {
   TORCH_CHECK(x.dim() == 2 && l.weight.dim() == 2 && x.size(1) == l.weight.size(1), "linear: x is ", x.sizes(),
               ", weight is ", l.weight.sizes(), ", expected [N, in] and [rows, in]");
+  // Autograd takes no undefined tensors, only absent ones.
+  std::optional<Tensor> bias;
+  if (l.bias.defined()) bias = l.bias;
   Layout layout;
   TensorList a, b;
   int64_t row = 0;
@@ -154,10 +157,10 @@ Tensor linear(const Tensor& x, const Linear& l) {
     }
     row += part.rows;
   }
-  if (!drops) return LoraLinear::apply(x, l.weight, l.bias, at::TensorList(a), at::TensorList(b), layout);
+  if (!drops) return LoraLinear::apply(x, l.weight, bias, at::TensorList(a), at::TensorList(b), layout);
 
   // Dropout gives every part an input of its own: plain ATen.
-  Tensor y = LoraLinear::apply(x, l.weight, l.bias, at::TensorList(), at::TensorList(), Layout());
+  Tensor y = LoraLinear::apply(x, l.weight, bias, at::TensorList(), at::TensorList(), Layout());
   TensorList deltas;
   for (const Lora& part : l.parts) {
     if (!part.a.defined()) {

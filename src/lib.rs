@@ -9,4 +9,6 @@ pub mod data;
 pub mod error;
 mod ffi;
 pub mod io;
+pub mod models;
+pub mod nn;
 pub mod ops;

@@ -1,0 +1,276 @@
+//! The decoder: embedding, layers of two ops each, final norm, head.
+
+use anyhow::{Result, bail};
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::config::Config;
+use crate::io::Weights;
+use crate::nn::{Init, KvCache, Loader};
+use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
+
+/// A flat batch: samples one after another, no padding.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// `[N]`.
+    pub input_ids: &'a [i64],
+    /// `[N]`, starting at 0 in each segment (at the cache's length with a cache).
+    pub position_ids: &'a [i64],
+    /// Starts of the segments, then N.
+    pub cu_seqlens: &'a [i32],
+}
+
+pub(super) struct DecoderLayer {
+    pub(super) input_norm: RmsNorm,
+    pub(super) qkv: Linear,
+    pub(super) o: Linear,
+    pub(super) q_norm: Option<RmsNorm>,
+    pub(super) k_norm: Option<RmsNorm>,
+    pub(super) post_attention_norm: Option<RmsNorm>,
+    pub(super) mlp_norm: RmsNorm,
+    pub(super) gate_up: Linear,
+    pub(super) down: Linear,
+    pub(super) post_mlp_norm: Option<RmsNorm>,
+}
+
+/// A causal language model.
+pub struct Decoder {
+    pub config: Config,
+    /// Dtype of the activations, and of the weights that do not train.
+    pub kind: Kind,
+    pub device: Device,
+    /// What the checkpoint puts before `layers.0`: `model.`, `language_model.model.`, ...
+    pub(super) prefix: String,
+    /// `[V, C]`
+    pub(super) embed_tokens: Tensor,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) norm: RmsNorm,
+    /// `[V, C]`; none where the embedding is also the head.
+    pub(super) lm_head: Option<Tensor>,
+}
+
+const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_model.", ""];
+
+impl Decoder {
+    /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
+    pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
+        let Some(prefix) =
+            PREFIXES.iter().find(|prefix| weights.contains(&format!("{prefix}embed_tokens.weight")))
+        else {
+            // The error for the usual name is the one that helps.
+            weights.shape("model.embed_tokens.weight")?;
+            bail!("the checkpoint has no embed_tokens.weight");
+        };
+        Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), kind, device })
+    }
+
+    /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`.
+    pub fn random(config: Config, kind: Kind, device: Device) -> Result<Decoder> {
+        let init = Init::Random { std: config.initializer_range };
+        Decoder::build(config, PREFIXES[0], &Loader { init, kind, device })
+    }
+
+    fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embed_tokens = loader.matrix(&format!("{prefix}embed_tokens.weight"), [vocab, hidden])?;
+        let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
+        let layers = match loader.init {
+            Init::Checkpoint(_) => {
+                (0..config.layers.len()).into_par_iter().map(build).collect::<Result<_>>()?
+            }
+            // One generator: in order.
+            Init::Random { .. } => (0..config.layers.len()).map(build).collect::<Result<_>>()?,
+        };
+        let norm =
+            loader.norm(format!("{prefix}norm.weight"), hidden, config.rms_norm_eps, config.norm_offset)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            let names = ["lm_head.weight", "language_model.lm_head.weight"];
+            let name = match &loader.init {
+                Init::Checkpoint(weights) => names.into_iter().find(|name| weights.contains(name)),
+                Init::Random { .. } => None,
+            };
+            Some(loader.matrix(name.unwrap_or(names[0]), [vocab, hidden])?)
+        };
+        let (kind, device, prefix) = (loader.kind, loader.device, prefix.to_string());
+        Ok(Decoder { config, kind, device, prefix, embed_tokens, layers, norm, lm_head })
+    }
+
+    /// A cache for one sequence of up to `capacity` tokens.
+    pub fn kv_cache(&self, capacity: usize) -> Result<KvCache> {
+        let spec = &self.config.layers[0].attention;
+        KvCache::new(self.layers.len(), spec.num_kv_heads, spec.head_dim, capacity, self.kind, self.device)
+    }
+
+    /// Hidden states after the final norm: `[N, C]`. With a cache the input is one segment that continues it.
+    pub fn hidden(&self, input: Input, cache: Option<&mut KvCache>, pass: Pass) -> Result<Tensor> {
+        let n = input.input_ids.len();
+        if n == 0 || input.position_ids.len() != n {
+            bail!(
+                "{n} token ids and {} position ids, expected the same number, at least 1",
+                input.position_ids.len()
+            );
+        }
+        if let Some(id) = input.input_ids.iter().find(|&&id| id < 0 || id >= self.config.vocab_size) {
+            bail!("token id {id} is outside the model's vocabulary of {}", self.config.vocab_size);
+        }
+        let ids = Tensor::f_from_slice(input.input_ids)?.f_to_device(self.device)?;
+        let positions = Tensor::f_from_slice(input.position_ids)?.f_to_device(self.device)?;
+        let seq_len = input.position_ids.iter().max().map_or(1, |last| last + 1);
+        let angles = self
+            .config
+            .ropes
+            .iter()
+            .map(|rope| rope.cos_sin(&positions, seq_len))
+            .collect::<Result<Vec<_>>>()?;
+
+        let mut x = Tensor::f_embedding(&self.embed_tokens, &ids, -1, false, false)?.f_to_kind(self.kind)?;
+        if let Some(scale) = self.config.embedding_scale {
+            // Rounded to the dtype first, as Gemma was trained.
+            let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
+            x = x.f_mul_scalar(scale)?;
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (cos, sin) = &angles[self.config.layers[index].rope];
+            let rows = Rows { cos, sin, cu_seqlens: input.cu_seqlens };
+            let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
+            let attention = AttentionBlock {
+                layer: index,
+                norm: &layer.input_norm,
+                qkv: &layer.qkv,
+                o: &layer.o,
+                q_norm: layer.q_norm.as_ref(),
+                k_norm: layer.k_norm.as_ref(),
+                post_norm: layer.post_attention_norm.as_ref(),
+                spec: &self.config.layers[index].attention,
+            };
+            x = ops::attention_block(&x, &attention, &rows, layer_cache, pass)?;
+            let mlp = MlpBlock {
+                layer: index,
+                norm: &layer.mlp_norm,
+                gate_up: &layer.gate_up,
+                down: &layer.down,
+                post_norm: layer.post_mlp_norm.as_ref(),
+                activation: self.config.hidden_act,
+            };
+            x = ops::mlp_block(&x, &mlp, pass)?;
+        }
+        if let Some(cache) = cache {
+            cache.advance(n);
+        }
+        ops::rms_norm(&x, &self.norm)
+    }
+
+    /// Logits `[N, V]` of hidden states, in f32 (f64 in an f64 model), final softcap applied.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let weight = self.head().f_to_kind(hidden.kind())?;
+        let logits = hidden.f_matmul(&weight.f_numpy_t()?)?;
+        let logits = if logits.kind() == Kind::Double { logits } else { logits.f_to_kind(Kind::Float)? };
+        Ok(match self.config.final_logit_softcapping {
+            Some(cap) => logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?,
+            None => logits,
+        })
+    }
+
+    /// The head's weight `[V, C]`: lm_head, or the tied embedding.
+    pub fn head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Sum of the cross-entropy over the tokens whose label is not -100, as a scalar that can be differentiated.
+    /// `labels[n]` is the label of token n; inside each segment token n predicts label n + 1.
+    pub fn loss_sum(&self, input: Input, labels: &[i64], pass: Pass) -> Result<Tensor> {
+        let hidden = self.hidden(input, None, pass)?;
+        let shifted =
+            Tensor::f_from_slice(&shift_labels(labels, input.cu_seqlens))?.f_to_device(self.device)?;
+        ops::linear_cross_entropy(&hidden, self.head(), &shifted, self.config.final_logit_softcapping)
+    }
+
+    /// Log-probability of each token after the first, given those before it: `[T - 1]` in f32.
+    pub fn log_probs(&self, input_ids: &[i64]) -> Result<Tensor> {
+        if input_ids.len() < 2 {
+            return Ok(Tensor::f_zeros([0], (Kind::Float, Device::Cpu))?);
+        }
+        let _no_grad = tch::no_grad_guard();
+        let n = input_ids.len() - 1;
+        let positions: Vec<i64> = (0..n as i64).collect();
+        let input =
+            Input { input_ids: &input_ids[..n], position_ids: &positions, cu_seqlens: &[0, n as i32] };
+        let hidden = self.hidden(input, None, Pass::INFERENCE)?;
+        let labels = Tensor::f_from_slice(&input_ids[1..])?.f_to_device(self.device)?;
+        ops::linear_log_probs(&hidden, self.head(), &labels, self.config.final_logit_softcapping)
+    }
+
+    /// Feeds `input_ids` after what `cache` holds and returns the logits of the last one, `[V]` in f32. `sequence` is all
+    /// of the sequence, cached part included: where longer sequences rotate keys otherwise (dynamic and longrope
+    /// scaling), the cache is filled again from it.
+    pub fn extend(&self, sequence: &[i64], cache: &mut KvCache) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let (past, total) = (cache.len(), sequence.len());
+        if past >= total {
+            bail!("the cache holds {past} of {total} tokens: nothing to feed");
+        }
+        let same_angles =
+            self.config.ropes.iter().all(|rope| rope.regime(past as i64) == rope.regime(total as i64));
+        if !same_angles {
+            cache.truncate(0);
+        }
+        let past = cache.len();
+        let positions: Vec<i64> = (past as i64..total as i64).collect();
+        let n = (total - past) as i32;
+        let input = Input { input_ids: &sequence[past..], position_ids: &positions, cu_seqlens: &[0, n] };
+        let hidden = self.hidden(input, Some(cache), Pass::INFERENCE)?;
+        self.logits(&hidden.f_narrow(0, i64::from(n) - 1, 1)?)?.f_squeeze_dim(0).map_err(Into::into)
+    }
+}
+
+/// `shifted[n] = labels[n + 1]` inside each segment, -100 at its last token.
+fn shift_labels(labels: &[i64], cu_seqlens: &[i32]) -> Vec<i64> {
+    let mut shifted = vec![-100; labels.len()];
+    for segment in cu_seqlens.windows(2) {
+        let (start, end) = (segment[0] as usize, segment[1] as usize);
+        if end > start + 1 {
+            shifted[start..end - 1].copy_from_slice(&labels[start + 1..end]);
+        }
+    }
+    shifted
+}
+
+impl DecoderLayer {
+    fn build(config: &Config, index: usize, prefix: &str, loader: &Loader) -> Result<DecoderLayer> {
+        let at = |name: &str| format!("{prefix}layers.{index}.{name}");
+        let spec = &config.layers[index].attention;
+        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+        let norm = |name: &str, size: i64| {
+            loader.norm(at(&format!("{name}.weight")), size, config.rms_norm_eps, config.norm_offset)
+        };
+        let qkv = if config.fused_projections {
+            vec![(at("self_attn.qkv_proj"), q + 2 * kv)]
+        } else {
+            vec![(at("self_attn.q_proj"), q), (at("self_attn.k_proj"), kv), (at("self_attn.v_proj"), kv)]
+        };
+        let gate_up = if config.fused_projections {
+            vec![(at("mlp.gate_up_proj"), 2 * ff)]
+        } else {
+            vec![(at("mlp.gate_proj"), ff), (at("mlp.up_proj"), ff)]
+        };
+        let mlp_norm =
+            if config.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let post = |name: &str| config.post_norms.then(|| norm(name, hidden)).transpose();
+        let head_norm = |name: &str| config.qk_norm.then(|| norm(name, spec.head_dim)).transpose();
+        Ok(DecoderLayer {
+            input_norm: norm("input_layernorm", hidden)?,
+            qkv: loader.linear(&qkv, hidden, config.qkv_bias)?,
+            o: loader.linear(&[(at("self_attn.o_proj"), hidden)], q, config.o_bias)?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
+            post_attention_norm: post("post_attention_layernorm")?,
+            mlp_norm: norm(mlp_norm, hidden)?,
+            gate_up: loader.linear(&gate_up, hidden, config.mlp_bias)?,
+            down: loader.linear(&[(at("mlp.down_proj"), hidden)], ff, config.mlp_bias)?,
+            post_mlp_norm: post("post_feedforward_layernorm")?,
+        })
+    }
+}

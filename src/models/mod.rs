@@ -1,0 +1,34 @@
+//! Decoders of Hugging Face checkpoints: one [`Decoder`], many descriptions.
+
+pub mod config;
+mod decoder;
+mod gemma;
+mod llama;
+mod mistral;
+mod parameters;
+mod phi3;
+mod qwen;
+
+use anyhow::Result;
+
+pub use config::{Config, LayerConfig};
+pub use decoder::{Decoder, Input};
+pub use parameters::{LoraModule, Parameter, ParameterRole};
+
+/// A row a `model_type`: how its config.json is read.
+pub struct Architecture {
+    pub model_type: &'static str,
+    config: fn(&config::Json) -> Result<Config>,
+}
+
+/// Every supported `model_type`.
+pub const ARCHITECTURES: &[Architecture] = &[
+    Architecture { model_type: "llama", config: llama::config },
+    Architecture { model_type: "mistral", config: mistral::config },
+    Architecture { model_type: "qwen2", config: qwen::qwen2 },
+    Architecture { model_type: "qwen3", config: qwen::qwen3 },
+    Architecture { model_type: "phi3", config: phi3::config },
+    Architecture { model_type: "gemma2", config: gemma::gemma2 },
+    Architecture { model_type: "gemma3_text", config: gemma::gemma3 },
+    Architecture { model_type: "gemma3", config: gemma::gemma3_multimodal },
+];

@@ -1,0 +1,268 @@
+//! What of a decoder trains, under which name it is saved, and how LoRA gets into it.
+
+use std::collections::HashMap;
+
+use anyhow::{Result, bail};
+use tch::{Kind, Tensor};
+
+use super::decoder::{Decoder, DecoderLayer};
+use crate::error::Error;
+use crate::ops::{Linear, Lora, RmsNorm};
+
+/// Which rule a parameter follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParameterRole {
+    /// A matrix: weight decay applies.
+    Matrix,
+    /// A norm weight or a bias: no weight decay.
+    Vector,
+}
+
+/// One trainable tensor.
+#[derive(Debug)]
+pub struct Parameter {
+    /// Its name in the file it is saved to: peft's for LoRA and modules_to_save, else the checkpoint's. A fused tensor
+    /// of several checkpoint entries has the names of all, joined by `+`.
+    pub name: String,
+    pub tensor: Tensor,
+    pub role: ParameterRole,
+}
+
+/// What LoRA to put on one module.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraModule {
+    pub r: i64,
+    /// `lora_alpha / r` or `lora_alpha / sqrt(r)`.
+    pub scale: f64,
+    pub dropout: f64,
+}
+
+impl Decoder {
+    /// Names of all modules that can carry LoRA, with `(rows, in_features)`.
+    pub fn linear_modules(&self) -> Vec<(String, i64, i64)> {
+        self.linears()
+            .flat_map(|linear| {
+                linear.parts.iter().map(|part| (part.name.clone(), part.rows, linear.in_features()))
+            })
+            .collect()
+    }
+
+    /// Index of the layer that `module` belongs to.
+    pub fn layer_of(&self, module: &str) -> Option<usize> {
+        module.strip_prefix(&self.prefix)?.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+    }
+
+    /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose.
+    pub fn add_lora(&mut self, choose: impl Fn(&str) -> Option<LoraModule>) -> Result<usize> {
+        let device = self.device;
+        let mut count = 0;
+        for linear in self.linears_mut() {
+            let in_features = linear.in_features();
+            for part in &mut linear.parts {
+                if let Some(LoraModule { r, scale, dropout }) = choose(&part.name) {
+                    if r <= 0 {
+                        bail!("LoRA rank of {} is {r}, expected at least 1", part.name);
+                    }
+                    part.lora = Some(Lora::new(in_features, part.rows, r, scale, dropout, device)?);
+                    count += 1;
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// Makes a trainable f32 copy of the embedding or the head, as peft's `modules_to_save` does.
+    pub fn train_module(&mut self, module: &str) -> Result<()> {
+        let trainable = |tensor: &Tensor| -> Result<Tensor> {
+            Ok(tensor.f_to_dtype(Kind::Float, false, true)?.f_set_requires_grad(true)?)
+        };
+        match module.rsplit('.').next() {
+            Some("embed_tokens") => {
+                // A tied head stays the original embedding, as in peft.
+                if self.lm_head.is_none() {
+                    self.lm_head = Some(self.embed_tokens.shallow_clone());
+                }
+                self.embed_tokens = trainable(&self.embed_tokens)?;
+            }
+            Some("lm_head") => self.lm_head = Some(trainable(self.head())?),
+            _ => {
+                let supported = "embed_tokens, lm_head".to_string();
+                return Err(
+                    Error::Unsupported { what: format!("modules_to_save {module:?}"), supported }.into()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every weight trainable, in f32: activations keep the decoder's dtype.
+    pub fn train_all(&mut self) -> Result<()> {
+        let trainable = |tensor: &mut Tensor| -> Result<()> {
+            *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
+            Ok(())
+        };
+        trainable(&mut self.embed_tokens)?;
+        trainable(&mut self.norm.weight)?;
+        if let Some(head) = &mut self.lm_head {
+            trainable(head)?;
+        }
+        for layer in &mut self.layers {
+            for norm in layer.norms_mut() {
+                trainable(&mut norm.weight)?;
+            }
+            for linear in layer.linears_mut() {
+                trainable(&mut linear.weight)?;
+                if let Some(bias) = &mut linear.bias {
+                    trainable(bias)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every trainable tensor, in a fixed order.
+    pub fn trainable(&self) -> Vec<Parameter> {
+        let mut parameters = Vec::new();
+        let mut add = |name: String, tensor: &Tensor| {
+            if tensor.requires_grad() {
+                let role = if tensor.dim() == 1 { ParameterRole::Vector } else { ParameterRole::Matrix };
+                parameters.push(Parameter { name, tensor: tensor.shallow_clone(), role });
+            }
+        };
+        add(format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens);
+        for layer in &self.layers {
+            for norm in layer.norms() {
+                add(norm.name.clone(), &norm.weight);
+            }
+            for linear in layer.linears() {
+                let joined = |suffix: &str| {
+                    let names: Vec<String> =
+                        linear.parts.iter().map(|part| format!("{}.{suffix}", part.name)).collect();
+                    names.join("+")
+                };
+                add(joined("weight"), &linear.weight);
+                if let Some(bias) = &linear.bias {
+                    add(joined("bias"), bias);
+                }
+                for part in &linear.parts {
+                    if let Some(lora) = &part.lora {
+                        add(format!("base_model.model.{}.lora_A.weight", part.name), &lora.a);
+                        add(format!("base_model.model.{}.lora_B.weight", part.name), &lora.b);
+                    }
+                }
+            }
+        }
+        add(self.norm.name.clone(), &self.norm.weight);
+        if let Some(head) = &self.lm_head {
+            add("lm_head.weight".into(), head);
+        }
+        parameters
+    }
+
+    /// Number of elements of all weights, LoRA apart; a tied head counts once.
+    pub fn num_parameters(&self) -> i64 {
+        let linears: i64 = self
+            .linears()
+            .map(|linear| linear.weight.numel() + linear.bias.as_ref().map_or(0, Tensor::numel))
+            .map(|n| n as i64)
+            .sum();
+        let norms: i64 =
+            self.layers.iter().flat_map(DecoderLayer::norms).map(|norm| norm.weight.numel() as i64).sum();
+        let head = if self.config.tie_word_embeddings { 0 } else { self.head().numel() as i64 };
+        linears + norms + head + self.embed_tokens.numel() as i64 + self.norm.weight.numel() as i64
+    }
+
+    /// The adapter under peft's names: LoRA matrices and the trained copies of `modules_to_save`.
+    pub fn adapter_state(&self) -> Vec<(String, Tensor)> {
+        let named = |parameter: Parameter| {
+            let name = if parameter.name.starts_with("base_model.") {
+                parameter.name
+            } else {
+                format!("base_model.model.{}", parameter.name)
+            };
+            (name, parameter.tensor)
+        };
+        self.trainable().into_iter().map(named).collect()
+    }
+
+    /// Copies an adapter's tensors (peft's names, the decoder's own module prefix) into the LoRA and the trained copies
+    /// that are already in place. Every tensor on either side must have its partner.
+    pub fn load_adapter_state(&mut self, mut tensors: HashMap<String, Tensor>) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (name, mut tensor) in self.adapter_state() {
+            let Some(stored) = tensors.remove(&name) else {
+                return Err(Error::MissingTensor { file: "adapter".into(), name }.into());
+            };
+            if stored.size() != tensor.size() {
+                let (expected, found) = (tensor.size(), stored.size());
+                return Err(Error::ShapeMismatch { file: "adapter".into(), name, expected, found }.into());
+            }
+            tensor.f_copy_(&stored)?;
+        }
+        if let Some(name) = tensors.keys().min() {
+            bail!("adapter: tensor {name} fits no module that the adapter's configuration targets");
+        }
+        Ok(())
+    }
+
+    /// The whole model under the checkpoint's names, in `kind`; fused tensors as views of their parts.
+    pub fn state_dict(&self, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+        let _no_grad = tch::no_grad_guard();
+        let mut tensors =
+            vec![(format!("{}embed_tokens.weight", self.prefix), self.embed_tokens.f_to_kind(kind)?)];
+        for layer in &self.layers {
+            for norm in layer.norms() {
+                tensors.push((norm.name.clone(), norm.weight.f_to_kind(kind)?));
+            }
+            for linear in layer.linears() {
+                for (row, part) in linear.rows() {
+                    let weight = linear.weight.f_narrow(0, row, part.rows)?.f_to_kind(kind)?;
+                    tensors.push((format!("{}.weight", part.name), weight));
+                    if let Some(bias) = &linear.bias {
+                        let bias = bias.f_narrow(0, row, part.rows)?.f_to_kind(kind)?;
+                        tensors.push((format!("{}.bias", part.name), bias));
+                    }
+                }
+            }
+        }
+        tensors.push((self.norm.name.clone(), self.norm.weight.f_to_kind(kind)?));
+        if let Some(head) = &self.lm_head {
+            tensors.push(("lm_head.weight".into(), head.f_to_kind(kind)?));
+        }
+        Ok(tensors)
+    }
+
+    /// What the checkpoint puts before `layers.0`.
+    pub fn module_prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(DecoderLayer::linears)
+    }
+
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.layers.iter_mut().flat_map(DecoderLayer::linears_mut)
+    }
+}
+
+impl DecoderLayer {
+    fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down]
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &RmsNorm> {
+        let optional = [&self.q_norm, &self.k_norm, &self.post_attention_norm, &self.post_mlp_norm];
+        [&self.input_norm, &self.mlp_norm].into_iter().chain(optional.into_iter().flatten())
+    }
+
+    fn norms_mut(&mut self) -> impl Iterator<Item = &mut RmsNorm> {
+        let optional =
+            [&mut self.q_norm, &mut self.k_norm, &mut self.post_attention_norm, &mut self.post_mlp_norm];
+        [&mut self.input_norm, &mut self.mlp_norm].into_iter().chain(optional.into_iter().flatten())
+    }
+}

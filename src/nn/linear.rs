@@ -1,0 +1,119 @@
+//! Building projections and norms: from a checkpoint, or at random from a config.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::io::Weights;
+use crate::ops::{Linear, Lora, Part, RmsNorm};
+
+/// Where values come from.
+pub enum Init<'a> {
+    Checkpoint(&'a Weights),
+    /// Matrices from N(0, std^2), biases 0, norms such that they start as the identity; drawn from libtorch's CPU
+    /// generator, so the same on every device.
+    Random {
+        std: f64,
+    },
+}
+
+/// Makes tensors of one dtype on one device.
+pub struct Loader<'a> {
+    pub init: Init<'a>,
+    pub kind: Kind,
+    pub device: Device,
+}
+
+impl Loader<'_> {
+    /// A matrix `[rows, in]`, such as an embedding.
+    pub fn matrix(&self, name: &str, shape: [i64; 2]) -> Result<Tensor> {
+        let tensor = self.empty(&shape)?;
+        self.fill(name, &tensor, 0.0)?;
+        Ok(tensor)
+    }
+
+    /// A projection whose parts `(module name, rows)` the checkpoint stores as `<name>.weight` and, with `bias`,
+    /// `<name>.bias`.
+    pub fn linear(&self, parts: &[(String, i64)], in_features: i64, bias: bool) -> Result<Linear> {
+        let rows: i64 = parts.iter().map(|(_, rows)| rows).sum();
+        let weight = self.empty(&[rows, in_features])?;
+        let bias = if bias { Some(self.empty(&[rows])?) } else { None };
+        let mut row = 0;
+        for (name, rows) in parts {
+            self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
+            if let Some(bias) = &bias {
+                self.fill(&format!("{name}.bias"), &bias.f_narrow(0, row, *rows)?, 0.0)?;
+            }
+            row += rows;
+        }
+        let parts =
+            parts.iter().map(|(name, rows)| Part { name: name.clone(), rows: *rows, lora: None }).collect();
+        Ok(Linear { weight, bias, parts })
+    }
+
+    /// A norm stored as `name`, `[size]`.
+    pub fn norm(&self, name: String, size: i64, eps: f64, offset: f64) -> Result<RmsNorm> {
+        let weight = self.empty(&[size])?;
+        self.fill(&name, &weight, 1.0 - offset)?;
+        Ok(RmsNorm { name, weight, eps, offset })
+    }
+
+    fn empty(&self, shape: &[i64]) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, (self.kind, self.device))?)
+    }
+
+    /// `vector_start` is what the elements of a random vector start as; matrices are drawn.
+    fn fill(&self, name: &str, destination: &Tensor, vector_start: f64) -> Result<()> {
+        match &self.init {
+            Init::Checkpoint(weights) => weights.copy_into(name, destination),
+            Init::Random { std } => {
+                let mut destination = destination.shallow_clone();
+                if destination.dim() == 1 {
+                    let _ = destination.f_fill_(vector_start)?;
+                } else {
+                    let drawn = Tensor::f_randn(destination.size(), (Kind::Float, Device::Cpu))?;
+                    destination.f_copy_(&drawn.f_mul_scalar(*std)?)?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Linear {
+    /// Input width.
+    pub fn in_features(&self) -> i64 {
+        self.weight.size()[1]
+    }
+
+    /// First row of each part.
+    pub fn rows(&self) -> impl Iterator<Item = (i64, &Part)> {
+        self.parts.iter().scan(0, |row, part| {
+            let first = *row;
+            *row += part.rows;
+            Some((first, part))
+        })
+    }
+}
+
+impl Lora {
+    /// peft's initialisation: A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero; both f32 and
+    /// trainable. Drawn on the CPU, so the same on every device.
+    pub fn new(
+        in_features: i64,
+        rows: i64,
+        r: i64,
+        scale: f64,
+        dropout: f64,
+        device: Device,
+    ) -> Result<Lora> {
+        let bound = 1.0 / (in_features as f64).sqrt();
+        let a = Tensor::f_empty([r, in_features], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
+        let b = Tensor::f_zeros([rows, r], (Kind::Float, device))?;
+        Ok(Lora {
+            a: a.f_to_device(device)?.f_set_requires_grad(true)?,
+            b: b.f_set_requires_grad(true)?,
+            scale,
+            dropout,
+        })
+    }
+}
