@@ -278,12 +278,12 @@ pub fn linear_log_probs(
 
 /// 2-norm of all gradients together; parameters without one count nothing.
 pub fn grad_norm<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
-    bridge::grad_norm(&*ffi::list(params)).map_err(op_error)
+    bridge::grad_norm(&ffi::list(params)).map_err(op_error)
 }
 
 /// Multiplies every gradient by `factor`, in place.
 pub fn scale_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>, factor: f64) -> Result<()> {
-    bridge::scale_grads(&*ffi::list(params), factor).map_err(op_error)
+    bridge::scale_grads(&ffi::list(params), factor).map_err(op_error)
 }
 
 /// Hyper-parameters of one AdamW step.
@@ -308,7 +308,7 @@ pub fn adamw_step<'a>(
 ) -> Result<()> {
     let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = adamw;
     let step = bridge::AdamWStep { step, learning_rate, beta1, beta2, epsilon, weight_decay };
-    bridge::adamw_step(&*ffi::list(params), &*ffi::list(exp_avg), &*ffi::list(exp_avg_sq), &step)
+    bridge::adamw_step(&ffi::list(params), &ffi::list(exp_avg), &ffi::list(exp_avg_sq), &step)
         .map_err(op_error)
 }
 

@@ -1,0 +1,441 @@
+//! The training loop.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use tch::Tensor;
+
+use super::checkpoint::{self, Checkpoint, Checkpoints, OPTIMIZER, RUN_CONFIG, TrainerState};
+use super::memory;
+use super::objective::{Objective, input};
+use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
+use super::optim::AdamW;
+use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
+use crate::data::{Batch, BatchStream, Cursor};
+use crate::io::{Weights, write_atomically};
+use crate::models::FastLanguageModel;
+use crate::ops::{DropoutKey, Pass, Policy};
+
+/// A model, its data and the words that say how to train it.
+pub struct Trainer<'a> {
+    pub model: &'a mut FastLanguageModel,
+    pub objective: &'a dyn Objective,
+    /// Resolved: every choice made.
+    pub arguments: &'a TrainingArguments,
+    pub train: BatchStream,
+    pub eval: Option<BatchStream>,
+    pub observer: &'a mut dyn TrainObserver,
+    /// Set from outside: save and stop after the present step.
+    pub stop: &'a AtomicBool,
+}
+
+/// Where the loop stands between two optimizer steps.
+#[derive(Clone)]
+struct Progress {
+    step: u64,
+    num_tokens: u64,
+    best: BestMetric,
+}
+
+impl Trainer<'_> {
+    /// Trains, and leaves the weights of the last (or best) step in the model. `resume` continues a checkpoint.
+    pub fn run(mut self, resume: Option<&Checkpoint>) -> Result<TrainResults> {
+        let args = self.arguments;
+        let checkpoints = Checkpoints::open(&args.output_dir, args.save_total_limit)?;
+        if args.overwrite_output_dir && resume.is_none() {
+            checkpoints.clear()?;
+        }
+        let accumulation = args.gradient_accumulation_steps as u64;
+        let steps_per_epoch = self.train.batches_per_epoch().div_ceil(accumulation);
+        let total_steps =
+            args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
+        let schedule = self.schedule(total_steps);
+        let mut optimizer = AdamW::new(
+            self.model.decoder.trainable(),
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+            args.weight_decay,
+        )?;
+        self.check_disk(&optimizer)?;
+        let mut at = Progress { step: 0, num_tokens: 0, best: BestMetric::default() };
+        if let Some(checkpoint) = resume {
+            at = self.restore(checkpoint, &mut optimizer, total_steps)?;
+        }
+        write_atomically(&args.output_dir.join(RUN_CONFIG), args.to_yaml()?.as_bytes())?;
+        let device = self.model.decoder.device;
+        let model_memory = memory::in_use(device);
+        self.observer.on_start(&RunStart {
+            total_steps,
+            start_step: at.step,
+            num_train_epochs: total_steps as f64 / steps_per_epoch as f64,
+        })?;
+
+        let mut clock = Clock::start();
+        let (first_step, first_tokens) = (at.step, at.num_tokens);
+        let (mut samples, mut loss_sum, mut final_loss) = (0u64, 0.0, f64::NAN);
+        let mut reason = StopReason::Done;
+        while at.step < total_steps {
+            let before = self.train.cursor();
+            let batches = self.step_batches(accumulation)?;
+            let learning_rate = schedule.at(at.step);
+            let (loss, grad_norm) = self.forward_backward(&batches, at.step)?;
+            if !grad_norm.is_finite() || !loss.is_finite() {
+                return Err(self.non_finite(&checkpoints, &mut optimizer, &at, before, &batches, total_steps));
+            }
+            self.update(&mut optimizer, grad_norm, learning_rate)?;
+
+            at.step += 1;
+            let tokens: usize = batches.iter().map(Batch::tokens).sum();
+            let step_samples: usize = batches.iter().map(Batch::samples).sum();
+            at.num_tokens += tokens as u64;
+            samples += step_samples as u64;
+            loss_sum += loss;
+            final_loss = loss;
+            let (tokens_per_second, samples_per_second) = clock.step(tokens, step_samples);
+            self.observer.on_step(&StepMetrics {
+                step: at.step,
+                epoch: self.epoch(),
+                loss,
+                grad_norm,
+                learning_rate,
+                num_tokens: at.num_tokens,
+                tokens_per_second,
+                samples_per_second,
+                memory: memory::in_use(device),
+            })?;
+
+            let last = at.step == total_steps;
+            let mut save = last || (args.save_steps > 0 && at.step.is_multiple_of(args.save_steps));
+            if self.evaluates_after(at.step, last) {
+                let is_best = clock.pausing(|| self.evaluate(&mut at))?;
+                save |= is_best && args.load_best_model_at_end;
+                if at.best.should_stop(args.early_stopping_patience) {
+                    reason = StopReason::EarlyStopping;
+                }
+            }
+            if self.stop.load(Ordering::Relaxed) && !last {
+                reason = StopReason::Interrupted;
+            }
+            if save || reason != StopReason::Done {
+                let cursor = self.train.cursor();
+                clock.pausing(|| self.save(&checkpoints, &optimizer, &at, cursor, total_steps))?;
+            }
+            if reason != StopReason::Done {
+                break;
+            }
+        }
+
+        if args.load_best_model_at_end && reason != StopReason::Interrupted {
+            self.load_best(&at)?;
+        }
+        let runtime = clock.seconds();
+        let steps = at.step - first_step;
+        let (peak_memory, device_memory) = (memory::peak(device), memory::total(device));
+        let results = TrainResults {
+            stop_reason: reason,
+            global_step: at.step,
+            epoch: self.epoch(),
+            train_runtime: runtime,
+            train_samples_per_second: samples as f64 / runtime,
+            train_steps_per_second: steps as f64 / runtime,
+            train_tokens_per_second: (at.num_tokens - first_tokens) as f64 / runtime,
+            num_tokens: at.num_tokens,
+            train_loss: if steps > 0 { loss_sum / steps as f64 } else { f64::NAN },
+            final_loss,
+            best_metric: at.best.best_metric,
+            best_step: at.best.best_step,
+            model_memory,
+            peak_memory,
+            device_memory,
+            device_memory_share: peak_memory as f64 / device_memory.max(1) as f64,
+        };
+        self.observer.on_end(&results)?;
+        Ok(results)
+    }
+
+    /// The micro-batches of one optimizer step; fewer than asked for at the end of an epoch.
+    fn step_batches(&mut self, accumulation: u64) -> Result<Vec<Batch>> {
+        let mut batches = Vec::with_capacity(accumulation as usize);
+        while batches.len() < accumulation as usize {
+            match self.train.next_batch()? {
+                Some(batch) => batches.push(batch),
+                None if batches.is_empty() => continue,
+                None => break,
+            }
+        }
+        Ok(batches)
+    }
+
+    /// Gradients of the mean loss over all target tokens of the step; returns that loss and the gradients' norm.
+    fn forward_backward(&self, batches: &[Batch], step: u64) -> Result<(f64, f64)> {
+        let args = self.arguments;
+        let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
+        let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
+        let mut total: Option<Tensor> = None;
+        for (micro_batch, batch) in batches.iter().enumerate() {
+            let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
+            let pass = Pass { policy, dropout, without_lora: false };
+            let loss = self.objective.loss_sum(&self.model.decoder, batch, pass)?;
+            let loss = loss.f_div_scalar(targets.max(1) as f64)?;
+            loss.f_backward()?;
+            let loss = loss.detach();
+            total = Some(match total {
+                Some(sum) => sum.f_add(&loss)?,
+                None => loss,
+            });
+        }
+        let loss = total.map_or(0.0, |loss| loss.double_value(&[]));
+        let norm = crate::ops::grad_norm(self.model.decoder.trainable().iter().map(|param| &param.tensor))?;
+        Ok((loss, norm))
+    }
+
+    /// Clips by norm and steps.
+    fn update(&self, optimizer: &mut AdamW, grad_norm: f64, learning_rate: f64) -> Result<()> {
+        let max_norm = self.arguments.max_grad_norm;
+        if max_norm > 0.0 && grad_norm > max_norm {
+            // The small term is torch.nn.utils.clip_grad_norm_'s.
+            optimizer.scale_grads(max_norm / (grad_norm + 1e-6))?;
+        }
+        optimizer.step(learning_rate)?;
+        optimizer.zero_grad();
+        Ok(())
+    }
+
+    /// Mean loss over the evaluation set; true if it is the best so far.
+    fn evaluate(&mut self, at: &mut Progress) -> Result<bool> {
+        let epoch = self.epoch();
+        let Some(eval) = &mut self.eval else { return Ok(false) };
+        let start = Instant::now();
+        let _no_grad = tch::no_grad_guard();
+        let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
+        while let Some(batch) = eval.next_batch()? {
+            loss += self.objective.loss_sum(&self.model.decoder, &batch, Pass::INFERENCE)?.f_double_value(&[])?;
+            targets += self.objective.targets(&batch);
+            tokens += batch.tokens();
+            samples += batch.samples();
+        }
+        let eval_loss = loss / targets.max(1) as f64;
+        let is_best = at.best.update(at.step, eval_loss, self.arguments.early_stopping_threshold);
+        let eval_runtime = start.elapsed().as_secs_f64();
+        self.observer.on_eval(&EvalMetrics {
+            step: at.step,
+            epoch,
+            eval_loss,
+            eval_runtime,
+            eval_samples_per_second: samples as f64 / eval_runtime,
+            eval_tokens_per_second: tokens as f64 / eval_runtime,
+            is_best,
+        })?;
+        Ok(is_best)
+    }
+
+    fn evaluates_after(&self, step: u64, last: bool) -> bool {
+        if self.eval.is_none() {
+            return false;
+        }
+        match self.arguments.eval_strategy {
+            None | Some(EvalStrategy::No) => false,
+            Some(EvalStrategy::Steps) => {
+                last || self.arguments.eval_steps.is_some_and(|every| step.is_multiple_of(every.max(1)))
+            }
+            Some(EvalStrategy::Epoch) => {
+                // The last batch of an epoch was given out, and the next call starts another.
+                let done = self.train.cursor().index > 0 && self.train.is_epoch_end();
+                last || done
+            }
+        }
+    }
+
+    /// Writes a checkpoint. A full disk costs the checkpoint, not the run.
+    fn save(
+        &mut self,
+        checkpoints: &Checkpoints,
+        optimizer: &AdamW,
+        at: &Progress,
+        cursor: Cursor,
+        total_steps: u64,
+    ) -> Result<()> {
+        let args = self.arguments;
+        let state = TrainerState {
+            global_step: at.step,
+            max_steps: total_steps,
+            epoch: self.epoch(),
+            cursor: serde_json::to_value(cursor)?,
+            seed: args.seed,
+            threads: tch::get_num_threads() as usize,
+            num_tokens: at.num_tokens,
+            best: at.best.clone(),
+            ..TrainerState::default()
+        };
+        let model = &*self.model;
+        let saved = checkpoints.save(&state, |folder: &Path| {
+            model.save_trained(folder)?;
+            crate::io::write_safetensors(&folder.join(OPTIMIZER), &optimizer.state())?;
+            write_atomically(&folder.join(RUN_CONFIG), args.to_yaml()?.as_bytes())
+        });
+        match saved {
+            Ok(folder) => self.observer.on_checkpoint(at.step, &folder),
+            Err(error) if checkpoint::is_disk_full(&error) => {
+                let message = format!("{error:#}: the checkpoint before stays, training goes on without this one");
+                self.observer.on_warning(&message)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a checkpoint's weights, moments, data cursor and counters in place.
+    fn restore(&mut self, from: &Checkpoint, optimizer: &mut AdamW, total_steps: u64) -> Result<Progress> {
+        let folder = from.folder.display();
+        let state = &from.state;
+        let threads = tch::get_num_threads() as usize;
+        if state.threads != threads {
+            self.observer.on_warning(&format!(
+                "{folder} was written with {} CPU threads, now {threads}: the run continues, but not to the bit \
+                 (--threads {} does)",
+                state.threads, state.threads
+            ))?;
+        }
+        if state.max_steps != total_steps {
+            self.observer.on_warning(&format!(
+                "{folder} belongs to a run of {} steps, this one has {total_steps}: the learning rate follows the \
+                 new length",
+                state.max_steps
+            ))?;
+        }
+        self.model.load_trained(&from.folder)?;
+        let path = from.folder.join(OPTIMIZER);
+        let moments = read_all(&path)?;
+        optimizer.load_state(moments, &path.display().to_string())?;
+        let cursor: Cursor = serde_json::from_value(state.cursor.clone())
+            .with_context(|| format!("{folder}: the data cursor in trainer_state.json"))?;
+        self.train.seek(&cursor).with_context(|| format!("resuming from {folder}"))?;
+        Ok(Progress { step: state.global_step, num_tokens: state.num_tokens, best: state.best.clone() })
+    }
+
+    /// Saves the state before the step, finds the first module that goes wrong, and says both.
+    fn non_finite(
+        &mut self,
+        checkpoints: &Checkpoints,
+        optimizer: &mut AdamW,
+        at: &Progress,
+        before: Cursor,
+        batches: &[Batch],
+        total_steps: u64,
+    ) -> anyhow::Error {
+        let culprit = batches
+            .iter()
+            .find_map(|batch| self.model.decoder.first_non_finite(input(batch), &batch.labels).transpose())
+            .unwrap_or_else(|| Ok(self.first_non_finite_gradient()));
+        optimizer.zero_grad();
+        let saved = self.save(checkpoints, optimizer, at, before, total_steps);
+        let culprit = culprit.unwrap_or_else(|error| format!("a module that could not be found ({error:#})"));
+        let kept = match saved {
+            Ok(()) => format!(
+                "the state before it is in {}",
+                self.arguments.output_dir.join(format!("checkpoint-{}", at.step)).display()
+            ),
+            Err(error) => format!("saving the state before it failed too: {error:#}"),
+        };
+        anyhow::anyhow!(
+            "step {}: loss or gradient is not finite and was not applied; the first non-finite value is in {culprit}; \
+             {kept}. Usual causes: a learning rate that is too high, or weights that overflow in this --dtype",
+            at.step + 1
+        )
+    }
+
+    fn first_non_finite_gradient(&self) -> String {
+        let finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
+        // The backward runs from the last layer to the first.
+        let parameters = self.model.decoder.trainable();
+        let bad = parameters.iter().rev().find(|param| {
+            let grad = param.tensor.grad();
+            grad.defined() && !finite(&grad)
+        });
+        bad.map_or("the sum of all gradients".into(), |param| format!("the gradient of {}", param.name))
+    }
+
+    fn load_best(&mut self, at: &Progress) -> Result<()> {
+        let Some(step) = at.best.best_step.filter(|&step| step != at.step) else { return Ok(()) };
+        let folder: PathBuf = self.arguments.output_dir.join(format!("checkpoint-{step}"));
+        if !folder.is_dir() {
+            return self.observer.on_warning(&format!(
+                "the checkpoint of the best evaluation ({}) was not saved: the weights of the last step are kept",
+                folder.display()
+            ));
+        }
+        self.model.load_trained(&folder)
+    }
+
+    fn check_disk(&mut self, optimizer: &AdamW) -> Result<()> {
+        let elements: usize = optimizer.params().iter().map(|param| param.tensor.numel()).sum();
+        // Weights and two moments, f32.
+        let bytes = 12 * elements as u64;
+        let kept = self.arguments.save_total_limit.unwrap_or(2) as u64;
+        match checkpoint::check_free_space(&self.arguments.output_dir, bytes, kept)? {
+            Some(warning) => self.observer.on_warning(&warning),
+            None => Ok(()),
+        }
+    }
+
+    fn schedule(&self, total_steps: u64) -> Schedule {
+        let args = self.arguments;
+        let learning_rate = args.learning_rate.unwrap_or(2e-4);
+        let warmup = (args.warmup_steps, args.warmup_ratio);
+        Schedule::new(args.lr_scheduler_type, learning_rate, total_steps, warmup, args.lr_decay_ratio)
+    }
+
+    /// Passes over the data so far, with the part of the present one.
+    fn epoch(&self) -> f64 {
+        let cursor = self.train.cursor();
+        cursor.epoch as f64 + self.train.epoch_share()
+    }
+}
+
+/// Tensors of a safetensors file by name.
+pub(crate) fn read_all(path: &Path) -> Result<std::collections::HashMap<String, Tensor>> {
+    let weights = Weights::open_files(&[path.to_path_buf()])?;
+    weights.names().map(|name| Ok((name.to_string(), weights.get(name)?))).collect()
+}
+
+/// Time spent training, evaluation and saving apart, and the speed of the last steps.
+struct Clock {
+    start: Instant,
+    paused: f64,
+    /// (seconds, tokens, samples) of the last steps.
+    recent: VecDeque<(f64, usize, usize)>,
+    last: f64,
+}
+
+impl Clock {
+    fn start() -> Clock {
+        Clock { start: Instant::now(), paused: 0.0, recent: VecDeque::new(), last: 0.0 }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.start.elapsed().as_secs_f64() - self.paused
+    }
+
+    fn pausing<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let before = Instant::now();
+        let result = work();
+        self.paused += before.elapsed().as_secs_f64();
+        result
+    }
+
+    /// Notes a step; tokens/s and samples/s over the last 20.
+    fn step(&mut self, tokens: usize, samples: usize) -> (f64, f64) {
+        let now = self.seconds();
+        self.recent.push_back((now - self.last, tokens, samples));
+        self.last = now;
+        if self.recent.len() > 20 {
+            self.recent.pop_front();
+        }
+        let seconds: f64 = self.recent.iter().map(|step| step.0).sum::<f64>().max(1e-9);
+        let tokens: usize = self.recent.iter().map(|step| step.1).sum();
+        let samples: usize = self.recent.iter().map(|step| step.2).sum();
+        (tokens as f64 / seconds, samples as f64 / seconds)
+    }
+}
