@@ -1,1 +1,3 @@
 //! One integration binary, so that it can be carried to a GPU machine. One module a subject.
+
+mod data;

@@ -1,0 +1,181 @@
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::TokenDataset;
+use super::order::Order;
+
+/// The label of a token that is not trained.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// Samples side by side, without padding: N tokens in all, S samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `[N]`.
+    pub input_ids: Vec<i64>,
+    /// Each token's own id where it is a target, else -100; not shifted. `[N]`
+    pub labels: Vec<i64>,
+    /// The place of each token in its sample, `[N]`.
+    pub position_ids: Vec<i64>,
+    /// Sample s is the tokens `cu_seqlens[s]..cu_seqlens[s + 1]`; `[S + 1]`, from 0 to N.
+    pub cu_seqlens: Vec<i32>,
+}
+
+impl Batch {
+    /// A batch of samples, each given as token ids and labels of one length.
+    pub fn from_samples<'a>(samples: impl IntoIterator<Item = (&'a [i64], &'a [i64])>) -> Batch {
+        let mut batch = Batch { cu_seqlens: vec![0], ..Default::default() };
+        for (ids, labels) in samples {
+            batch.push(ids.iter().copied().zip(labels.iter().copied()));
+        }
+        batch
+    }
+
+    fn push(&mut self, tokens: impl Iterator<Item = (i64, i64)>) {
+        for (position, (id, label)) in (0..).zip(tokens) {
+            self.input_ids.push(id);
+            self.labels.push(label);
+            self.position_ids.push(position);
+        }
+        self.cu_seqlens.push(self.input_ids.len() as i32);
+    }
+
+    /// N.
+    pub fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// S.
+    pub fn samples(&self) -> usize {
+        self.cu_seqlens.len() - 1
+    }
+
+    /// The labels that are predicted: other than -100 and not the first of a sample, which nothing predicts.
+    pub fn num_targets(&self) -> usize {
+        let targets = self.labels.iter().zip(&self.position_ids);
+        targets.filter(|(label, position)| **label != IGNORE_INDEX && **position > 0).count()
+    }
+}
+
+/// How samples become batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// Rows a batch: samples, or packs (TRL's `per_device_train_batch_size`).
+    pub batch_size: usize,
+    /// The most tokens in a pack.
+    pub max_seq_length: usize,
+    /// Packs samples into rows of up to `max_seq_length` tokens. They still do not see each other.
+    pub packing: bool,
+    /// A new order in each epoch, from `seed`; otherwise the order of the data.
+    pub shuffle: bool,
+    /// The seed of the order.
+    pub seed: u64,
+}
+
+/// A place in the endless sequence of batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Epochs done.
+    pub epoch: u64,
+    /// Rows of the epoch that were given out.
+    pub index: u64,
+    /// [`TokenDataset::fingerprint`] of the data.
+    pub fingerprint: u32,
+}
+
+/// Batches of a dataset, epoch after epoch, from any [`Cursor`] on.
+#[derive(Clone, Debug)]
+pub struct BatchStream {
+    data: Arc<TokenDataset>,
+    options: BatchOptions,
+    cursor: Cursor,
+    order: Order,
+    order_epoch: u64,
+}
+
+impl BatchStream {
+    /// A stream at the start of epoch 0.
+    ///
+    /// # Errors
+    /// No samples, a `batch_size` of 0, or, with packing, a sample longer than `max_seq_length`.
+    pub fn new(data: Arc<TokenDataset>, options: BatchOptions) -> Result<BatchStream> {
+        if data.is_empty() {
+            bail!("the dataset has no samples");
+        }
+        if options.batch_size == 0 {
+            bail!("the batch size is 0: expected at least 1");
+        }
+        if options.packing && data.max_len() > options.max_seq_length {
+            bail!(
+                "a sample of {} tokens does not fit into packs of {}",
+                data.max_len(),
+                options.max_seq_length
+            );
+        }
+        let cursor = Cursor { fingerprint: data.fingerprint(), ..Default::default() };
+        let mut stream = BatchStream { data, options, cursor, order: Order::default(), order_epoch: 0 };
+        stream.order = stream.order(0);
+        Ok(stream)
+    }
+
+    fn order(&self, epoch: u64) -> Order {
+        let pack_to = self.options.packing.then_some(self.options.max_seq_length);
+        Order::new(&self.data, pack_to, self.options.shuffle.then_some(self.options.seed), epoch)
+    }
+
+    /// The next batch, or `None` at the end of an epoch; the call after that starts the next epoch. An epoch's last batch
+    /// may be smaller.
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        if self.order_epoch != self.cursor.epoch {
+            self.order = self.order(self.cursor.epoch);
+            self.order_epoch = self.cursor.epoch;
+        }
+        let row = self.cursor.index as usize;
+        if row >= self.order.num_rows() {
+            self.cursor.epoch += 1;
+            self.cursor.index = 0;
+            return Ok(None);
+        }
+        let mut batch = Batch { cu_seqlens: vec![0], ..Default::default() };
+        for &sample in self.order.samples(row, self.options.batch_size) {
+            let ids = self.data.ids(sample as usize).iter().map(|id| i64::from(*id));
+            let tokens = ids.zip(self.data.trained(sample as usize));
+            batch.push(tokens.map(|(id, trained)| (id, if trained { id } else { IGNORE_INDEX })));
+        }
+        self.cursor.index = (row + self.options.batch_size).min(self.order.num_rows()) as u64;
+        Ok(Some(batch))
+    }
+
+    /// Where the stream stands: the batches that [`seek`](Self::seek) to here gives are those that follow now.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// Goes to `cursor`.
+    ///
+    /// # Errors
+    /// The cursor was taken on other data.
+    pub fn seek(&mut self, cursor: &Cursor) -> Result<()> {
+        if cursor.fingerprint != self.cursor.fingerprint {
+            bail!(
+                "the dataset is not the one that the checkpoint was made with (checksum {:08x}, then {:08x}): resume \
+                 with the same files, chat template, max_seq_length and loss options",
+                self.cursor.fingerprint,
+                cursor.fingerprint
+            );
+        }
+        self.cursor = *cursor;
+        Ok(())
+    }
+
+    /// Batches in one epoch, the same for every epoch.
+    pub fn batches_per_epoch(&self) -> u64 {
+        self.order.num_rows().div_ceil(self.options.batch_size) as u64
+    }
+
+    /// The data behind the stream.
+    pub fn data(&self) -> &Arc<TokenDataset> {
+        &self.data
+    }
+}

@@ -1,0 +1,136 @@
+use std::ops::Range;
+
+use anyhow::{Context, Result, bail};
+
+use super::format::{Conversation, Example};
+use super::turns::assistant_spans;
+use super::{DatasetOptions, RenderOptions, SpecialToken, Tokenizer};
+
+/// A tokenised example and its targets.
+pub(super) struct Encoded {
+    pub ids: Vec<u32>,
+    pub trained: Vec<bool>,
+}
+
+/// Turns examples into tokens and label masks.
+pub(super) struct Encoder<'a> {
+    pub tokenizer: &'a Tokenizer,
+    pub options: &'a DatasetOptions,
+    pub end_of_turn: Option<SpecialToken>,
+}
+
+impl Encoder<'_> {
+    pub fn encode(&self, example: &Example) -> Result<Encoded> {
+        match example {
+            Example::Text(text) => {
+                let (ids, _) = self.tokenizer.encode_with_offsets(text, true)?;
+                let trained = vec![true; ids.len()];
+                Ok(self.with_eos(ids, trained))
+            }
+            Example::PromptCompletion { prompt, completion } => {
+                let text = format!("{prompt}{completion}");
+                let (ids, offsets) = self.tokenizer.encode_with_offsets(&text, true)?;
+                let trained = match self.options.completion_only_loss {
+                    true => overlaps(&offsets, std::slice::from_ref(&(prompt.len()..text.len()))),
+                    false => vec![true; ids.len()],
+                };
+                Ok(self.with_eos(ids, trained))
+            }
+            Example::Conversation(conversation) => self.conversation(conversation),
+        }
+    }
+
+    /// Ends a plain text with EOS, as TRL does; a chat template writes its own.
+    fn with_eos(&self, mut ids: Vec<u32>, mut trained: Vec<bool>) -> Encoded {
+        match (self.tokenizer.eos_token_id(), ids.last()) {
+            (Some(eos), Some(last)) if *last == eos => {
+                // The text, or the tokenizer's post-processor, has it already.
+                if let Some(last) = trained.last_mut() {
+                    *last = true;
+                }
+            }
+            (Some(eos), _) => {
+                ids.push(eos);
+                trained.push(true);
+            }
+            (None, _) => {}
+        }
+        Encoded { ids, trained }
+    }
+
+    fn conversation(&self, conversation: &Conversation) -> Result<Encoded> {
+        let Some(template) = self.tokenizer.chat_template() else {
+            bail!(
+                "the row is a conversation, but {} has no chat template: give one with --chat-template FILE",
+                self.tokenizer.dir().display()
+            )
+        };
+        let options = RenderOptions {
+            tools: conversation.tools.as_ref(),
+            variables: Some(&conversation.variables),
+            ..Default::default()
+        };
+        let rendered = template.render_spans(&conversation.messages, &options)?;
+        let text = &rendered.text;
+        // The template has written the special tokens, BOS too.
+        let (ids, offsets) = self.tokenizer.encode_with_offsets(text, false)?;
+        let completion = conversation.prompt_messages.filter(|_| self.options.completion_only_loss);
+        let mut trained = match completion {
+            None => vec![true; ids.len()],
+            Some(messages) => {
+                let prompt = &conversation.messages[..messages];
+                let header = RenderOptions { add_generation_prompt: true, ..options };
+                let prompt = template.render(prompt, &header).context("rendering the prompt alone")?;
+                overlaps(
+                    &offsets,
+                    std::slice::from_ref(&(self.prompt_len(conversation, &prompt, text)?..text.len())),
+                )
+            }
+        };
+        if self.options.assistant_only_loss {
+            let spans = match template.marks_generation() {
+                true => rendered.generation,
+                false => {
+                    let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
+                    assistant_spans(template, conversation, text, end_of_turn)?
+                }
+            };
+            for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, &spans)) {
+                *trained &= assistant;
+            }
+        }
+        Ok(Encoded { ids, trained })
+    }
+
+    /// Where the completion starts in `text`: behind `prompt`, or, where the template renders a prompt alone differently
+    /// (it may drop or add a thinking block), where the completion's first assistant turn does.
+    fn prompt_len(&self, conversation: &Conversation, prompt: &str, text: &str) -> Result<usize> {
+        if text.starts_with(prompt) {
+            return Ok(prompt.len());
+        }
+        let template = self.tokenizer.chat_template().context("a conversation needs a chat template")?;
+        let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
+        let spans = assistant_spans(template, conversation, text, end_of_turn)?;
+        let earlier = conversation.messages[..conversation.prompt_messages.unwrap_or(0)]
+            .iter()
+            .filter(|message| message["role"] == "assistant")
+            .count();
+        let span = spans.get(earlier).context("the completion has no assistant message")?;
+        Ok(span.start)
+    }
+}
+
+/// Which tokens cover a byte of one of the ordered `spans`. A token across the edge counts, as in transformers'
+/// `char_to_token`.
+fn overlaps(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bool> {
+    let mut span = 0;
+    offsets
+        .iter()
+        .map(|&(start, end)| {
+            while span < spans.len() && spans[span].end <= start {
+                span += 1;
+            }
+            spans.get(span).is_some_and(|span| start < span.end && end > span.start)
+        })
+        .collect()
+}

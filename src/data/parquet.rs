@@ -1,0 +1,92 @@
+//! Parquet rows as JSON values, one row group after another.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use chrono::DateTime;
+use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row as ParquetRow};
+use serde_json::{Map, Value};
+
+use super::records::{Place, Record};
+
+pub(super) fn rows<R>(source: R, file: Arc<Path>) -> Result<Box<dyn Iterator<Item = Result<Record>> + Send>>
+where
+    R: ChunkReader + 'static,
+{
+    let reader = SerializedFileReader::new(source).context("not a whole Parquet file")?;
+    let groups = reader.num_row_groups();
+    let mut number = 0;
+    let rows = (0..groups).flat_map(move |group| group_rows(&reader, group));
+    Ok(Box::new(rows.map(move |row| {
+        number += 1;
+        let place = Place { file: file.clone(), unit: "row", number };
+        match row {
+            Ok(row) => Ok(Record { row: object(&row, true), place }),
+            Err(error) => Err(anyhow!("{place}: {error}")),
+        }
+    })))
+}
+
+/// One row group's rows. They are collected: the reader's iterator borrows the group.
+fn group_rows(reader: &dyn FileReader, group: usize) -> Vec<Result<ParquetRow>> {
+    let group = match reader.get_row_group(group) {
+        Ok(group) => group,
+        Err(error) => return vec![Err(error.into())],
+    };
+    match RowIter::from_row_group(None, group.as_ref()) {
+        Ok(rows) => rows.map(|row| Ok(row?)).collect(),
+        Err(error) => vec![Err(error.into())],
+    }
+}
+
+/// A struct's null fields are left out: columns hold a key for every row that any row has, such as `tool_calls`.
+fn object(row: &ParquetRow, keep_null: bool) -> Map<String, Value> {
+    row.get_column_iter()
+        .filter(|(_, field)| keep_null || !matches!(field, Field::Null))
+        .map(|(name, field)| (name.clone(), value(field)))
+        .collect()
+}
+
+fn value(field: &Field) -> Value {
+    let time =
+        |time: Option<DateTime<chrono::Utc>>| time.map_or(Value::Null, |t| Value::from(t.to_rfc3339()));
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(x) => Value::from(*x),
+        Field::Byte(x) => Value::from(*x),
+        Field::Short(x) => Value::from(*x),
+        Field::Int(x) | Field::TimeMillis(x) => Value::from(*x),
+        Field::Long(x) | Field::TimeMicros(x) => Value::from(*x),
+        Field::UByte(x) => Value::from(*x),
+        Field::UShort(x) => Value::from(*x),
+        Field::UInt(x) => Value::from(*x),
+        Field::ULong(x) => Value::from(*x),
+        Field::Float16(x) => Value::from(f32::from(*x)),
+        Field::Float(x) => Value::from(*x),
+        Field::Double(x) => Value::from(*x),
+        Field::Str(x) => Value::from(x.as_str()),
+        Field::Bytes(x) => Value::from(String::from_utf8_lossy(x.data())),
+        Field::Date(days) => time(DateTime::from_timestamp(i64::from(*days) * 86_400, 0)),
+        Field::TimestampMillis(x) => time(DateTime::from_timestamp_millis(*x)),
+        Field::TimestampMicros(x) => time(DateTime::from_timestamp_micros(*x)),
+        Field::Group(row) => Value::Object(object(row, false)),
+        Field::ListInternal(list) => Value::Array(list.elements().iter().map(value).collect()),
+        Field::MapInternal(map) => Value::Object(
+            map.entries()
+                .iter()
+                .map(|(key, item)| {
+                    let key = match value(key) {
+                        Value::String(text) => text,
+                        other => other.to_string(),
+                    };
+                    (key, value(item))
+                })
+                .collect(),
+        ),
+        // Decimals print as their digits.
+        other => Value::from(other.to_string()),
+    }
+}

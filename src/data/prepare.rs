@@ -1,0 +1,201 @@
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::encode::{Encoded, Encoder};
+use super::format::{Example, RowOptions};
+use super::records::{Record, Records};
+use super::turns::end_of_turn;
+use super::{TokenDataset, Tokenizer};
+
+/// How a dataset becomes samples.
+#[derive(Clone, Debug)]
+pub struct DatasetOptions {
+    /// How rows are understood.
+    pub rows: RowOptions,
+    /// Longer samples lose their end (TRL's `keep_start`).
+    pub max_seq_length: usize,
+    /// Trains on the assistant's turns only, of conversations.
+    pub assistant_only_loss: bool,
+    /// Trains on the completion only, of prompt-completion rows.
+    pub completion_only_loss: bool,
+    /// Goes on when the chat template's end-of-turn token is never a label.
+    pub allow_missing_eot: bool,
+}
+
+impl Default for DatasetOptions {
+    fn default() -> DatasetOptions {
+        DatasetOptions {
+            rows: RowOptions::default(),
+            max_seq_length: 2048,
+            assistant_only_loss: false,
+            completion_only_loss: true,
+            allow_missing_eot: false,
+        }
+    }
+}
+
+/// What became of a dataset's rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetReport {
+    /// Rows read.
+    pub rows: u64,
+    /// Samples kept.
+    pub samples: u64,
+    /// Tokens of all samples.
+    pub tokens: u64,
+    /// Tokens that are predicted.
+    pub target_tokens: u64,
+    /// Samples that lost their end to `max_seq_length`.
+    pub truncated: u64,
+    /// Rows left out, by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// The chat template's end-of-turn token, where a template was used.
+    pub end_of_turn: Option<String>,
+}
+
+impl fmt::Display for DatasetReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows, {} samples, ", self.rows, self.samples)?;
+        write!(f, "{} tokens, {} of them trained", self.tokens, self.target_tokens)?;
+        if self.truncated > 0 {
+            write!(f, "; {} truncated to max_seq_length", self.truncated)?;
+        }
+        for (reason, count) in &self.dropped {
+            write!(f, "; {count} dropped: {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows that are rendered and tokenised in parallel at a time.
+const CHUNK: usize = 1024;
+const EMPTY: &str = "no tokens";
+const NOTHING_TRAINED: &str = "no token is trained";
+const CUT_AWAY: &str = "max_seq_length cuts off all that is trained";
+
+/// Reads `sources` (files, folders, globs), renders and tokenises each row once, and keeps the samples in order.
+///
+/// # Errors
+/// Names the file and line of a row that cannot be read, understood or rendered; and refuses a dataset in which nothing
+/// is trained or, where a chat template is in use, the token that ends a turn never is.
+pub fn prepare<S: AsRef<str>>(
+    sources: &[S],
+    tokenizer: &Tokenizer,
+    options: &DatasetOptions,
+) -> Result<(TokenDataset, DatasetReport)> {
+    let encoder = Encoder {
+        tokenizer,
+        options,
+        end_of_turn: tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template)),
+    };
+    let mut data = TokenDataset::new();
+    let mut report = DatasetReport::default();
+    let mut records = Records::open(sources)?;
+    let (mut conversations, mut with_end_of_turn) = (0u64, 0u64);
+    loop {
+        let chunk: Vec<Record> = records.by_ref().take(CHUNK).collect::<Result<_>>()?;
+        if chunk.is_empty() {
+            break;
+        }
+        report.rows += chunk.len() as u64;
+        let encoded: Vec<(bool, Encoded)> = chunk
+            .into_par_iter()
+            .map(|record| encode_record(&encoder, &record).with_context(|| record.place.to_string()))
+            .collect::<Result<_>>()?;
+        for (is_conversation, Encoded { mut ids, mut trained }) in encoded {
+            conversations += u64::from(is_conversation);
+            let targets = |trained: &[bool]| trained.iter().skip(1).any(|trained| *trained);
+            let had_targets = targets(&trained);
+            let whole = ids.len();
+            ids.truncate(options.max_seq_length);
+            trained.truncate(options.max_seq_length);
+            let reason = match () {
+                () if whole == 0 => Some(EMPTY),
+                () if !had_targets => Some(NOTHING_TRAINED),
+                () if !targets(&trained) => Some(CUT_AWAY),
+                () => None,
+            };
+            if let Some(reason) = reason {
+                *report.dropped.entry(reason.to_owned()).or_default() += 1;
+                continue;
+            }
+            report.truncated += u64::from(ids.len() < whole);
+            if let Some(token) = &encoder.end_of_turn {
+                let ends = ids.iter().zip(&trained).skip(1).any(|(id, trained)| *trained && *id == token.id);
+                with_end_of_turn += u64::from(ends && is_conversation);
+            }
+            data.push(&ids, &trained);
+        }
+    }
+    report.samples = data.len() as u64;
+    report.tokens = data.num_tokens();
+    report.target_tokens = data.num_targets();
+    let sources: Vec<&str> = sources.iter().map(AsRef::as_ref).collect();
+    let sources = sources.join(", ");
+    if data.is_empty() {
+        bail!("{sources}: {}", nothing_to_train(&report, options));
+    }
+    if conversations > 0 {
+        report.end_of_turn = encoder.end_of_turn.as_ref().map(|token| token.content.clone());
+        if with_end_of_turn == 0 {
+            let message = missing_end_of_turn(&encoder, &report);
+            if !options.allow_missing_eot {
+                bail!("{sources}: {message}; or go on with --allow-missing-eot");
+            }
+            tracing::warn!("{sources}: {message}");
+        }
+    }
+    Ok((data, report))
+}
+
+fn encode_record(encoder: &Encoder, record: &Record) -> Result<(bool, Encoded)> {
+    let example = encoder.options.rows.example(&record.row, encoder.tokenizer.chat_template().is_some())?;
+    let encoded = encoder.encode(&example)?;
+    Ok((matches!(example, Example::Conversation(_)), encoded))
+}
+
+fn nothing_to_train(report: &DatasetReport, options: &DatasetOptions) -> String {
+    if report.rows == 0 {
+        return "no rows".to_owned();
+    }
+    let reasons: Vec<String> =
+        report.dropped.iter().map(|(reason, count)| format!("{reason} ({count} rows)")).collect();
+    let advice = if report.dropped.contains_key(CUT_AWAY) {
+        format!("raise --max-seq-length (now {})", options.max_seq_length)
+    } else if options.assistant_only_loss {
+        "check that the conversations have assistant turns that are not empty, or train on all tokens without \
+         --assistant-only-loss"
+            .to_owned()
+    } else {
+        "check that texts and completions are not empty".to_owned()
+    };
+    format!("every label is masked, so there is nothing to learn: {}. {advice}", reasons.join(", "))
+}
+
+fn missing_end_of_turn(encoder: &Encoder, report: &DatasetReport) -> String {
+    let origin = encoder.tokenizer.chat_template().map_or("", |template| template.origin());
+    let Some(token) = &encoder.end_of_turn else {
+        return format!(
+            "chat template {origin} ends the assistant's turn with no special token, and the tokenizer has no \
+             eos_token: a model tuned so would not learn to stop. Use a template that ends turns (--chat-template FILE)"
+        );
+    };
+    let mut message = format!(
+        "the token {:?} ({}), with which chat template {origin} ends the assistant's turn, is never a label in {} \
+         samples: a model tuned so would not learn to stop. ",
+        token.content, token.id, report.samples
+    );
+    let truncated = report.truncated == report.samples;
+    message.push_str(match encoder.tokenizer.chat_template() {
+        _ if truncated => "Every sample is cut before its end: raise --max-seq-length",
+        Some(template) if template.marks_generation() => {
+            "Put the token inside the template's {% generation %} block (--chat-template FILE)"
+        }
+        _ => "Use a template that writes it behind assistant messages (--chat-template FILE)",
+    });
+    message
+}

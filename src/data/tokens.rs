@@ -1,0 +1,115 @@
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+use super::order::shuffle;
+
+/// Tokenised samples, compact: 4 bytes and 1 bit a token, 8 bytes a sample.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenDataset {
+    ids: Vec<u32>,
+    /// Bit n: token n is trained (its label is its id).
+    trained: Vec<u64>,
+    ends: Vec<u64>,
+}
+
+impl TokenDataset {
+    /// An empty dataset.
+    pub fn new() -> TokenDataset {
+        TokenDataset::default()
+    }
+
+    /// Appends a sample; `trained[n]` says whether token n is a target. Both have one length.
+    pub fn push(&mut self, ids: &[u32], trained: &[bool]) {
+        assert_eq!(ids.len(), trained.len(), "one mask bit a token");
+        for (n, trained) in (self.ids.len()..).zip(trained) {
+            if n % 64 == 0 {
+                self.trained.push(0);
+            }
+            self.trained[n / 64] |= u64::from(*trained) << (n % 64);
+        }
+        self.ids.extend_from_slice(ids);
+        self.ends.push(self.ids.len() as u64);
+    }
+
+    /// The number of samples.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are no samples.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    fn range(&self, sample: usize) -> std::ops::Range<usize> {
+        let start = if sample == 0 { 0 } else { self.ends[sample - 1] as usize };
+        start..self.ends[sample] as usize
+    }
+
+    /// The token ids of a sample.
+    pub fn ids(&self, sample: usize) -> &[u32] {
+        &self.ids[self.range(sample)]
+    }
+
+    /// Which tokens of a sample are targets.
+    pub fn trained(&self, sample: usize) -> impl Iterator<Item = bool> + '_ {
+        self.range(sample).map(|n| self.trained[n / 64] >> (n % 64) & 1 == 1)
+    }
+
+    /// The number of tokens of a sample.
+    pub fn sample_len(&self, sample: usize) -> usize {
+        self.range(sample).len()
+    }
+
+    /// The number of tokens of all samples.
+    pub fn num_tokens(&self) -> u64 {
+        self.ids.len() as u64
+    }
+
+    /// The tokens of all samples that are predicted: trained ones, the first of a sample excepted.
+    pub fn num_targets(&self) -> u64 {
+        (0..self.len())
+            .map(|sample| self.trained(sample).skip(1).filter(|trained| *trained).count() as u64)
+            .sum()
+    }
+
+    /// The tokens of the longest sample.
+    pub fn max_len(&self) -> usize {
+        (0..self.len()).map(|sample| self.sample_len(sample)).max().unwrap_or(0)
+    }
+
+    /// A checksum of samples and masks: two runs with one fingerprint see the same data.
+    pub fn fingerprint(&self) -> u32 {
+        let words =
+            self.trained.iter().chain(&self.ends).flat_map(|word| [*word as u32, (*word >> 32) as u32]);
+        let mut sum = 0;
+        let mut buffer = Vec::with_capacity(1 << 16);
+        for word in self.ids.iter().copied().chain(words) {
+            buffer.extend_from_slice(&word.to_le_bytes());
+            if buffer.len() == 1 << 16 {
+                sum = crc32c::crc32c_append(sum, &buffer);
+                buffer.clear();
+            }
+        }
+        crc32c::crc32c_append(sum, &buffer)
+    }
+
+    /// Splits off `share` (0 to 1) of the samples for evaluation, at least one, chosen by `seed`: (training, evaluation),
+    /// both in the old order.
+    pub fn split(&self, share: f64, seed: u64) -> (TokenDataset, TokenDataset) {
+        let mut order: Vec<u32> = (0..self.len() as u32).collect();
+        shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
+        let held_out = ((self.len() as f64 * share).round() as usize).clamp(1, self.len().max(2) - 1);
+        let mut is_held_out = vec![false; self.len()];
+        for sample in order.into_iter().take(held_out) {
+            is_held_out[sample as usize] = true;
+        }
+        let (mut training, mut evaluation) = (TokenDataset::new(), TokenDataset::new());
+        for (sample, held_out) in is_held_out.into_iter().enumerate() {
+            let trained: Vec<bool> = self.trained(sample).collect();
+            let into = if held_out { &mut evaluation } else { &mut training };
+            into.push(self.ids(sample), &trained);
+        }
+        (training, evaluation)
+    }
+}

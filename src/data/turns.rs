@@ -1,0 +1,119 @@
+//! Where the assistant speaks in a rendered conversation, for templates that do not mark it with `{% generation %}`.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use super::{ChatTemplate, Conversation, RenderOptions, SpecialToken, Tokenizer};
+
+/// Stands in for a message whose place is sought; a noncharacter, so no message contains it.
+const PROBE: &str = "\u{fdd2}";
+
+/// The token that ends the assistant's turn: the first added token that the template writes after the content, or
+/// else `eos_token`.
+pub(super) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<SpecialToken> {
+    let messages = [json!({"role": "user", "content": "Hi"}), json!({"role": "assistant", "content": PROBE})];
+    let text = template.render(&messages, &RenderOptions::default()).unwrap_or_default();
+    let after = text.rsplit_once(PROBE).map_or("", |(_, after)| after);
+    let added = tokenizer.inner().get_added_tokens_decoder();
+    added
+        .into_iter()
+        .filter_map(|(id, token)| Some((after.find(&token.content)?, id, token.content)))
+        // Of tokens that start at one place the tokenizer takes the longest.
+        .min_by_key(|(at, _, content)| (*at, usize::MAX - content.len()))
+        .map(|(_, id, content)| SpecialToken { content, id })
+        .or_else(|| tokenizer.eos_token().cloned())
+}
+
+/// The byte ranges of `text`, the rendered `conversation`, that are the assistant's: from behind the header that
+/// `add_generation_prompt` writes up to and with the end-of-turn token.
+///
+/// # Errors
+/// A turn whose place cannot be told, because the template neither shows it where the prompt ends nor at one place.
+pub(super) fn assistant_spans(
+    template: &ChatTemplate,
+    conversation: &Conversation,
+    text: &str,
+    end_of_turn: Option<&str>,
+) -> Result<Vec<Range<usize>>> {
+    let messages = &conversation.messages;
+    let options = RenderOptions {
+        tools: conversation.tools.as_ref(),
+        variables: Some(&conversation.variables),
+        ..Default::default()
+    };
+    let mut spans: Vec<Range<usize>> = Vec::new();
+    for (i, _) in messages.iter().enumerate().filter(|(_, message)| message["role"] == "assistant") {
+        let prompt =
+            template.render(&messages[..i], &RenderOptions { add_generation_prompt: true, ..options });
+        let start = prompt.ok().filter(|prompt| text.starts_with(prompt)).map(|prompt| prompt.len());
+        let end = if i + 1 == messages.len() {
+            Some(text.len())
+        } else {
+            let closed = template.render(&messages[..=i], &options).ok();
+            closed.filter(|closed| text.starts_with(closed)).map(|closed| closed.len())
+        };
+        let shown = match (start, end) {
+            (Some(start), Some(end)) => start..end,
+            _ => match changed_by(template, messages, i, &options, text) {
+                Some(shown) => start.unwrap_or(shown.start)..end.unwrap_or(shown.end),
+                None => bail!(
+                    "chat template {}: cannot tell where message {} (assistant) stands in the rendered text; mark it \
+                     in the template with {{% generation %}} .. {{% endgeneration %}}, or train on all tokens",
+                    template.origin(),
+                    i + 1
+                ),
+            },
+        };
+        let span = shown.start..behind_end_of_turn(text, &shown, end.is_some(), end_of_turn);
+        // Templates that repeat a turn's header in front of the next one could make ranges overlap.
+        let start = span.start.max(spans.last().map_or(0, |last| last.end));
+        if start < span.end {
+            spans.push(start..span.end);
+        }
+    }
+    Ok(spans)
+}
+
+/// The part of `text` that changes with message `i`.
+fn changed_by(
+    template: &ChatTemplate,
+    messages: &[Value],
+    i: usize,
+    options: &RenderOptions,
+    text: &str,
+) -> Option<Range<usize>> {
+    let mut changed = messages.to_vec();
+    changed[i] = json!({"role": "assistant", "content": PROBE});
+    let other = template.render(&changed, options).ok().or_else(|| {
+        // A tool's answer may be refused without its call.
+        changed[i] = messages[i].clone();
+        changed[i]["content"] = Value::from(PROBE);
+        template.render(&changed, options).ok()
+    })?;
+    let (probe, _) = other.split_once(PROBE)?;
+    let same: usize =
+        text.chars().zip(probe.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+    let rest = &other[probe.len() + PROBE.len()..];
+    let tail: usize = text[same..]
+        .chars()
+        .rev()
+        .zip(rest.chars().rev())
+        .take_while(|(a, b)| a == b)
+        .map(|(a, _)| a.len_utf8())
+        .sum();
+    Some(same..text.len() - tail)
+}
+
+/// Where a turn really ends: behind its last end-of-turn token. What follows (a line break, as a rule) belongs to the
+/// header of the next turn: no model is asked to write it.
+fn behind_end_of_turn(text: &str, shown: &Range<usize>, whole: bool, end_of_turn: Option<&str>) -> usize {
+    let Some(token) = end_of_turn else { return shown.end };
+    if whole {
+        return text[shown.clone()].rfind(token).map_or(shown.end, |at| shown.start + at + token.len());
+    }
+    let rest = &text[shown.end..];
+    let space = rest.len() - rest.trim_start().len();
+    if rest[space..].starts_with(token) { shown.end + space + token.len() } else { shown.end }
+}
