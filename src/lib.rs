@@ -8,3 +8,4 @@ pub mod cli;
 pub mod data;
 pub mod error;
 pub mod io;
+pub mod train;

@@ -1,5 +1,7 @@
 //! Bytes in and out: checkpoints, configuration, downloads. No model knowledge.
 
+pub mod adapter;
 mod atomic;
+pub mod lora_spec;
 
 pub use atomic::{write_atomically, write_atomically_with};
