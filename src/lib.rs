@@ -12,3 +12,4 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod train;

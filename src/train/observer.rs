@@ -1,0 +1,150 @@
+//! What the training loop tells the outside: progress, metrics, checkpoints.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+/// Known before the first step.
+#[derive(Debug, Clone, Default)]
+pub struct RunStart {
+    /// Optimizer steps of the whole run.
+    pub total_steps: u64,
+    /// Steps done by the run that this one continues, 0 for a new one.
+    pub start_step: u64,
+    /// Passes over the data.
+    pub num_train_epochs: f64,
+}
+
+/// One optimizer step; serialised, a line of `metrics.jsonl` in the words of transformers' log.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Optimizer steps done, this one included.
+    pub step: u64,
+    /// Passes over the data, with the part of the present one.
+    pub epoch: f64,
+    /// Mean over the target tokens of the step, nats.
+    pub loss: f64,
+    /// Before clipping, 2-norm over all trained tensors.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Tokens seen so far in the run, prompts included.
+    pub num_tokens: u64,
+    pub tokens_per_second: f64,
+    pub samples_per_second: f64,
+    /// In use by tensors on the device (CPU: the process's resident memory), bytes.
+    pub memory: u64,
+}
+
+/// One evaluation.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct EvalMetrics {
+    pub step: u64,
+    pub epoch: f64,
+    /// Mean over the target tokens of the evaluation set, nats.
+    pub eval_loss: f64,
+    /// Seconds.
+    pub eval_runtime: f64,
+    pub eval_samples_per_second: f64,
+    pub eval_tokens_per_second: f64,
+    /// Whether it is the lowest loss so far.
+    #[serde(default)]
+    pub is_best: bool,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum StopReason {
+    #[default]
+    Done,
+    EarlyStopping,
+    Interrupted,
+    NonFiniteGradient,
+}
+
+/// `train_results.json`, in transformers' words; memory in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainResults {
+    pub stop_reason: StopReason,
+    /// Optimizer steps done.
+    pub global_step: u64,
+    pub epoch: f64,
+    /// Seconds of this process's training.
+    pub train_runtime: f64,
+    /// Of this process: a resumed run counts from its checkpoint.
+    pub train_samples_per_second: f64,
+    pub train_steps_per_second: f64,
+    pub train_tokens_per_second: f64,
+    /// Tokens of the whole run.
+    pub num_tokens: u64,
+    /// Mean loss over the steps of this process.
+    pub train_loss: f64,
+    /// Loss of the last step.
+    pub final_loss: f64,
+    /// Lowest evaluation loss and its step.
+    pub best_metric: Option<f64>,
+    pub best_step: Option<u64>,
+    /// After the model was loaded, before the first step.
+    pub model_memory: u64,
+    /// The highest during training, the model included.
+    pub peak_memory: u64,
+    /// The device's memory (CPU: the machine's).
+    pub device_memory: u64,
+    /// peak_memory / device_memory.
+    pub device_memory_share: f64,
+}
+
+impl TrainResults {
+    /// What training took beyond the model itself, bytes.
+    pub fn training_memory(&self) -> u64 {
+        self.peak_memory.saturating_sub(self.model_memory)
+    }
+}
+
+/// Gets told what the loop does; every method may be left out. An error ends the run.
+pub trait TrainObserver {
+    fn on_start(&mut self, _start: &RunStart) -> Result<()> {
+        Ok(())
+    }
+    /// After every optimizer step.
+    fn on_step(&mut self, _metrics: &StepMetrics) -> Result<()> {
+        Ok(())
+    }
+    fn on_eval(&mut self, _metrics: &EvalMetrics) -> Result<()> {
+        Ok(())
+    }
+    /// After a checkpoint is whole on disk.
+    fn on_checkpoint(&mut self, _step: u64, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+    /// Something the user should know of, and the run goes on.
+    fn on_warning(&mut self, _message: &str) -> Result<()> {
+        Ok(())
+    }
+    fn on_end(&mut self, _results: &TrainResults) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Tells each in turn.
+impl TrainObserver for Vec<Box<dyn TrainObserver>> {
+    fn on_start(&mut self, start: &RunStart) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_start(start))
+    }
+    fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_step(metrics))
+    }
+    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_eval(metrics))
+    }
+    fn on_checkpoint(&mut self, step: u64, folder: &Path) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_checkpoint(step, folder))
+    }
+    fn on_warning(&mut self, message: &str) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_warning(message))
+    }
+    fn on_end(&mut self, results: &TrainResults) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_end(results))
+    }
+}
