@@ -147,6 +147,13 @@ def randomise(model, name):
 def save(path, tensors, name, **about):
     metadata = {"format": "pt", "seed": str(seed_of(name))} | VERSIONS | {k: str(v) for k, v in about.items()}
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata)
+    # safetensors writes the metadata in the order of a hash map: sorted, the same run gives the same bytes.
+    file = path.read_bytes()
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + file[8 + length :])
 
 
 def logits_of(model, input_ids):
@@ -181,9 +188,14 @@ def write_gradients(path, model, input_ids, name):
 
 
 def in_words_of_transformers_4(config):
-    """config.json as the hub has it from before transformers 5: rope_theta and rope_scaling at the top."""
+    """config.json as the hub has it from before transformers 5: rope_theta and rope_scaling at the top, and, as in
+    Gemma 3's, nothing that equals the default."""
+    defaults = AutoConfig.for_model(config["model_type"]).to_dict() | {"rope_scaling": None, "partial_rotary_factor": 1.0}
+    defaults["rope_theta"] = 1e6 if config["model_type"] == "gemma3_text" else 1e4
+    defaults["rope_local_base_freq"] = 1e4
     config = copy.deepcopy(config)
-    config |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.51.3"}
+    for key in ("dtype", "transformers_version", "_sliding_window_pattern"):
+        config.pop(key, None)
     layer_types = config.pop("layer_types", None)
     scaling = config.pop("rope_parameters")
     if config["model_type"] == "gemma3_text":
@@ -200,7 +212,9 @@ def in_words_of_transformers_4(config):
     # "rope_type" came with Llama 3.1; older files say "type".
     word = "rope_type" if rope_type in ("llama3", "linear") else "type"
     config["rope_scaling"] = {word: rope_type} | scaling if rope_type != "default" else None
-    return config
+    absent = object()
+    config = {key: value for key, value in config.items() if key == "model_type" or defaults.get(key, absent) != value}
+    return config | {"torch_dtype": "float32", "transformers_version": "4.51.3"}
 
 
 def make_checkpoint(name):
@@ -245,6 +259,11 @@ def make_gemma3_multimodal(name):
     (folder / "generation_config.json").unlink(missing_ok=True)
     weights = {key: weight.detach() for key, weight in model.named_parameters() if key != "lm_head.weight"}
     if name == "gemma3_multimodal_old":
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["text_config"] = in_words_of_transformers_4(config["text_config"])
+        config |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.51.3"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
         weights = {re.sub(r"^model\.language_model\.", "language_model.model.",
                           re.sub(r"^model\.(?!language_model)", "", key)): weight for key, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -268,6 +287,11 @@ def make_adapter(name):
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text())
+    if isinstance(written["target_modules"], list):
+        written["target_modules"].sort()  # a Python set: another order in every run
+    path.write_text(json.dumps(written, indent=2) + "\n")
     input_ids = token_ids(name, 32, model.config.vocab_size)
     logits = write_logits(folder / "golden.safetensors", model, input_ids, name)
     again = peft.PeftModel.from_pretrained(load(GOLDEN / base), folder)
