@@ -194,8 +194,13 @@ def in_words_of_transformers_4(config):
     defaults["rope_theta"] = 1e6 if config["model_type"] == "gemma3_text" else 1e4
     defaults["rope_local_base_freq"] = 1e4
     config = copy.deepcopy(config)
-    for key in ("dtype", "transformers_version", "_sliding_window_pattern"):
+    dtype = config.pop("dtype")
+    for key in ("transformers_version", "_sliding_window_pattern"):
         config.pop(key, None)
+    if config["model_type"] in ("llama", "mistral"):  # derived when absent; a default of their own elsewhere
+        defaults["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if config["model_type"] in ("llama", "phi3"):
+        defaults["num_key_value_heads"] = config["num_attention_heads"]
     layer_types = config.pop("layer_types", None)
     scaling = config.pop("rope_parameters")
     if config["model_type"] == "gemma3_text":
@@ -214,7 +219,7 @@ def in_words_of_transformers_4(config):
     config["rope_scaling"] = {word: rope_type} | scaling if rope_type != "default" else None
     absent = object()
     config = {key: value for key, value in config.items() if key == "model_type" or defaults.get(key, absent) != value}
-    return config | {"torch_dtype": "float32", "transformers_version": "4.51.3"}
+    return config | {"torch_dtype": dtype, "transformers_version": "4.51.3"}
 
 
 def make_checkpoint(name):
