@@ -194,7 +194,7 @@ def in_words_of_transformers_4(config):
     defaults["rope_theta"] = 1e6 if config["model_type"] == "gemma3_text" else 1e4
     defaults["rope_local_base_freq"] = 1e4
     config = copy.deepcopy(config)
-    dtype = config.pop("dtype")
+    dtype = config.pop("dtype", "float32")
     for key in ("transformers_version", "_sliding_window_pattern"):
         config.pop(key, None)
     if config["model_type"] in ("llama", "mistral"):  # derived when absent; a default of their own elsewhere
