@@ -6,3 +6,5 @@ mod checkpoint_io;
 mod cli_config;
 mod run_log;
 mod schedule;
+mod golden;
+mod parity;

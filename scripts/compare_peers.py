@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Ferrotune beside transformers + peft: same machine, models, token ids, LoRA and threads; prints a markdown table.
+
+    scripts/compare_peers.py --ferrotune target/release/ferrotune [--data ../shared/data] [--threads 2]
+
+Needs a Python with torch, transformers and peft, and an otherwise idle machine. Both sides are separate processes
+that print one line a step; the times are those at which the lines arrive here, so that both are measured by one clock
+in the same way. Each step trains the same 4 rows (r 16, alpha 16, every linear layer, float32, AdamW): the first losses
+must agree, or nothing is printed. The peer is a bare loop over the model, without a Trainer: its fastest form.
+"""
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROWS, RANK, LEARNING_RATE, PROMPT, NEW_TOKENS = 4, 16, 2e-4, "Once upon a time", 200
+# measure -> (target, whether a larger ratio is the better one)
+TARGETS = {"LoRA step, tiny": (0.35, False), "LoRA step, 60M": (0.95, False), "generation": (8.0, True),
+           "first step": (1.0, False), "peak memory": (0.5, False)}
+
+
+def peer_train(model_dir, rows, steps):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.001, fused=True)
+    input_ids = torch.tensor(json.loads(pathlib.Path(rows).read_text()))
+    model.train()
+    for step in range(steps):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1} loss {loss.item():.6f}", flush=True)
+
+
+def peer_generate(model_dir, prompt_ids, repeats):
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    input_ids = torch.tensor([json.loads(prompt_ids)])
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, pad_token_id=0,
+                       min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+        print(NEW_TOKENS / (time.perf_counter() - start), flush=True)
+
+
+def run(command, threads):
+    """(seconds after the start at which each line of stdout came, the line), peak resident set in MB."""
+    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            errors.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}\nfailed with {process.returncode}: {errors.read()[-2000:]}")
+    return lines, usage.ru_maxrss / 1024
+
+
+def training(command, threads):
+    """Median step in ms, seconds to the end of the first step, peak MB, first loss."""
+    lines, peak = run(command, threads)
+    steps = [(at, float(match[1])) for at, line in lines if (match := re.search(r"\bloss[ =:]+([0-9.]+)", line))]
+    times = [at for at, _ in steps]
+    # The first steps also pay for page faults and thread pools, on both sides.
+    gaps = [after - before for before, after in zip(times[3:], times[4:])]
+    return dict(step=1000 * statistics.median(gaps), first=times[0], peak=peak, loss=steps[0][1])
+
+
+def generation(ferrotune, model_dir, threads, repeats):
+    """Tokens a second of ferrotune: the time between the ends of a short and a long run, so that loading drops out."""
+    def seconds(new_tokens):
+        command = [ferrotune, "generate", "--model", model_dir, "--prompt", PROMPT, "--temperature", "0", "--device", "cpu",
+                   "--ignore-eos", "--max-new-tokens", str(new_tokens)]
+        start = time.perf_counter()
+        run(command, threads)
+        return time.perf_counter() - start
+    seconds(1)
+    short, long = (statistics.median(seconds(count) for _ in range(repeats)) for count in (1, NEW_TOKENS + 1))
+    return NEW_TOKENS / (long - short)
+
+
+def make_llama_60m(folder, tokenizer_dir):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+                         num_key_value_heads=8, max_position_embeddings=1024)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_dir / file, folder / file)
+
+
+def write_rows(model_dir, text, length, folder):
+    """The same 4 rows of `length` tokens for both: as text for ferrotune, which truncates, and as ids."""
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    part = len(text) // ROWS
+    texts = [text[row * part : row * part + 16 * length] for row in range(ROWS)]
+    ids = [tokenizer.encode(row).ids[:length] for row in texts]
+    assert all(len(row) == length for row in ids)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in texts))
+    (folder / "rows.json").write_text(json.dumps(ids))
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--ferrotune", required=True, type=pathlib.Path, help="a release build")
+    arguments.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--steps", type=int, default=40, help="steps of a tiny model; the 60M model takes a quarter")
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
+    ferrotune, this = options.ferrotune.resolve(), [sys.executable, __file__]
+    text = (options.data / "datasets/tinyshakespeare/input.txt").read_text()
+
+    print("| measure | ferrotune | transformers + peft | ratio | target |\n|---|---|---|---|---|")
+
+    def row(what, measure, ours, theirs, unit, absolute=False):
+        target, more = TARGETS[measure]
+        ratio = ours / theirs
+        met = (ratio >= target) if more else ((ours if absolute else ratio) <= target)
+        limit = f"{'at least' if more else 'at most'} {target:g}{' s' if absolute else 'x'}"
+        print(f"| {what} | {ours:.4g} {unit} | {theirs:.4g} {unit} | {ratio:.3g}x | {limit}: {'met' if met else 'MISSED'} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        big = scratch / "llama-60M"
+        make_llama_60m(big, options.data / "tokenizers/mistral-v1")
+        # model, tokens a row, steps, which step target
+        for model_dir, length, steps, kind in [(options.data / "models/stories260K", 128, options.steps, "LoRA step, tiny"),
+                                               (options.data / "models/tinystories-656k", 128, options.steps, "LoRA step, tiny"),
+                                               (big, 128, max(8, options.steps // 4), "LoRA step, 60M")]:
+            write_rows(model_dir, text, length, scratch)
+            ours = [ferrotune, "train", "--model", model_dir, "--dataset", scratch / "rows.jsonl", "--output-dir", scratch / "output",
+                    "--device", "cpu", "--dtype", "float32", "--max-seq-length", length, "--max-steps", steps, "--logging-steps", 1,
+                    "--per-device-train-batch-size", ROWS, "--gradient-accumulation-steps", 1, "--r", RANK, "--lora-alpha", RANK,
+                    "--learning-rate", LEARNING_RATE, "--weight-decay", 0.001, "--lr-scheduler-type", "constant",
+                    "--warmup-ratio", 0]
+            a = training([str(part) for part in ours], options.threads)
+            b = training([*this, "--peer-train", str(model_dir), str(scratch / "rows.json"), str(steps)], options.threads)
+            shutil.rmtree(scratch / "output")
+            if abs(a["loss"] - b["loss"]) > 1e-3 * b["loss"]:
+                sys.exit(f"{model_dir.name}: the first losses differ: {a['loss']} and {b['loss']}")
+            name = f"{model_dir.name}, {ROWS} x {length} tokens"
+            row(f"LoRA step, {name}", kind, a["step"], b["step"], "ms")
+            row(f"process start to first step, {name}", "first step", a["first"], b["first"], "s", absolute=True)
+            row(f"peak memory of training, {name}", "peak memory", a["peak"], b["peak"], "MB")
+        for name in ("stories260K", "tinystories-656k"):
+            model_dir = options.data / "models" / name
+            score = json.loads(run([ferrotune, "score", "--model", model_dir, "--text", PROMPT], options.threads)[0][-1][1])
+            ours = generation(ferrotune, str(model_dir), options.threads, options.repeats)
+            lines, _ = run([*this, "--peer-generate", str(model_dir), json.dumps(score["input_ids"]), str(options.repeats)], options.threads)
+            theirs = statistics.median(float(line) for _, line in lines[1:])
+            row(f"generation, {name}, batch 1, greedy, {NEW_TOKENS} tokens", "generation", ours, theirs, "tokens/s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peer-train"]:
+        peer_train(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["--peer-generate"]:
+        peer_generate(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main()
