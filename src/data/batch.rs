@@ -174,6 +174,16 @@ impl BatchStream {
         self.order.num_rows().div_ceil(self.options.batch_size) as u64
     }
 
+    /// The part of the present epoch that was given out, 0 to 1.
+    pub fn epoch_share(&self) -> f64 {
+        self.cursor.index as f64 / self.order.num_rows() as f64
+    }
+
+    /// Whether the last batch of an epoch was the last one given out.
+    pub fn is_epoch_end(&self) -> bool {
+        self.cursor.index as usize >= self.order.num_rows()
+    }
+
     /// The data behind the stream.
     pub fn data(&self) -> &Arc<TokenDataset> {
         &self.data

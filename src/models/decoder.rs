@@ -105,6 +105,18 @@ impl Decoder {
 
     /// Hidden states after the final norm: `[N, C]`. With a cache the input is one segment that continues it.
     pub fn hidden(&self, input: Input, cache: Option<&mut KvCache>, pass: Pass) -> Result<Tensor> {
+        self.hidden_watched(input, cache, pass, &mut |_, _, _| Ok(()))
+    }
+
+    /// As [`Decoder::hidden`], showing `watch` each layer's input and output; for the embedding (no layer) its output
+    /// twice.
+    pub(super) fn hidden_watched(
+        &self,
+        input: Input,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+        watch: &mut dyn FnMut(Option<&DecoderLayer>, &Tensor, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
         let n = input.input_ids.len();
         if n == 0 || input.position_ids.len() != n {
             bail!(
@@ -131,7 +143,9 @@ impl Decoder {
             let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
             x = x.f_mul_scalar(scale)?;
         }
+        watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            let layer_input = x.shallow_clone();
             let (cos, sin) = &angles[self.config.layers[index].rope];
             let rows = Rows { cos, sin, cu_seqlens: input.cu_seqlens };
             let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
@@ -155,6 +169,7 @@ impl Decoder {
                 activation: self.config.hidden_act,
             };
             x = ops::mlp_block(&x, &mlp, pass)?;
+            watch(Some(layer), &layer_input, &x)?;
         }
         if let Some(cache) = cache {
             cache.advance(n);

@@ -2,9 +2,11 @@
 
 pub mod config;
 mod decoder;
+mod fast_language_model;
 mod gemma;
 mod llama;
 mod mistral;
+mod non_finite;
 mod parameters;
 mod phi3;
 mod qwen;
@@ -13,6 +15,7 @@ use anyhow::Result;
 
 pub use config::{Config, LayerConfig};
 pub use decoder::{Decoder, Input};
+pub use fast_language_model::FastLanguageModel;
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 
 /// A row a `model_type`: how its config.json is read.

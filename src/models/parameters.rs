@@ -1,12 +1,11 @@
 //! What of a decoder trains, under which name it is saved, and how LoRA gets into it.
 
-use std::collections::HashMap;
-
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
+use crate::io::adapter::InitLoraWeights;
 use crate::ops::{Linear, Lora, RmsNorm};
 
 /// Which rule a parameter follows.
@@ -53,7 +52,11 @@ impl Decoder {
     }
 
     /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose.
-    pub fn add_lora(&mut self, choose: impl Fn(&str) -> Option<LoraModule>) -> Result<usize> {
+    pub fn add_lora(
+        &mut self,
+        choose: impl Fn(&str) -> Option<LoraModule>,
+        init: InitLoraWeights,
+    ) -> Result<usize> {
         let device = self.device;
         let mut count = 0;
         for linear in self.linears_mut() {
@@ -63,7 +66,7 @@ impl Decoder {
                     if r <= 0 {
                         bail!("LoRA rank of {} is {r}, expected at least 1", part.name);
                     }
-                    part.lora = Some(Lora::new(in_features, part.rows, r, scale, dropout, device)?);
+                    part.lora = Some(Lora::new([part.rows, in_features], r, (scale, dropout), init, device)?);
                     count += 1;
                 }
             }
@@ -161,15 +164,13 @@ impl Decoder {
 
     /// Number of elements of all weights, LoRA apart; a tied head counts once.
     pub fn num_parameters(&self) -> i64 {
-        let linears: i64 = self
-            .linears()
-            .map(|linear| linear.weight.numel() + linear.bias.as_ref().map_or(0, Tensor::numel))
-            .map(|n| n as i64)
-            .sum();
-        let norms: i64 =
-            self.layers.iter().flat_map(DecoderLayer::norms).map(|norm| norm.weight.numel() as i64).sum();
-        let head = if self.config.tie_word_embeddings { 0 } else { self.head().numel() as i64 };
-        linears + norms + head + self.embed_tokens.numel() as i64 + self.norm.weight.numel() as i64
+        let mut total = 0;
+        let counted = self.each_weight(|_, tensor| {
+            total += tensor.numel() as i64;
+            Ok(())
+        });
+        debug_assert!(counted.is_ok());
+        total
     }
 
     /// The adapter under peft's names: LoRA matrices and the trained copies of `modules_to_save`.
@@ -185,50 +186,35 @@ impl Decoder {
         self.trainable().into_iter().map(named).collect()
     }
 
-    /// Copies an adapter's tensors (peft's names, the decoder's own module prefix) into the LoRA and the trained copies
-    /// that are already in place. Every tensor on either side must have its partner.
-    pub fn load_adapter_state(&mut self, mut tensors: HashMap<String, Tensor>) -> Result<()> {
-        let _no_grad = tch::no_grad_guard();
-        for (name, mut tensor) in self.adapter_state() {
-            let Some(stored) = tensors.remove(&name) else {
-                return Err(Error::MissingTensor { file: "adapter".into(), name }.into());
-            };
-            if stored.size() != tensor.size() {
-                let (expected, found) = (tensor.size(), stored.size());
-                return Err(Error::ShapeMismatch { file: "adapter".into(), name, expected, found }.into());
-            }
-            tensor.f_copy_(&stored)?;
-        }
-        if let Some(name) = tensors.keys().min() {
-            bail!("adapter: tensor {name} fits no module that the adapter's configuration targets");
-        }
-        Ok(())
-    }
-
-    /// The whole model under the checkpoint's names, in `kind`; fused tensors as views of their parts.
-    pub fn state_dict(&self, kind: Kind) -> Result<Vec<(String, Tensor)>> {
-        let _no_grad = tch::no_grad_guard();
-        let mut tensors =
-            vec![(format!("{}embed_tokens.weight", self.prefix), self.embed_tokens.f_to_kind(kind)?)];
+    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`.
+    pub fn each_weight(&self, mut visit: impl FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
+        visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
         for layer in &self.layers {
             for norm in layer.norms() {
-                tensors.push((norm.name.clone(), norm.weight.f_to_kind(kind)?));
+                visit(&norm.name, &norm.weight)?;
             }
             for linear in layer.linears() {
                 for (row, part) in linear.rows() {
-                    let weight = linear.weight.f_narrow(0, row, part.rows)?.f_to_kind(kind)?;
-                    tensors.push((format!("{}.weight", part.name), weight));
+                    let rows = |tensor: &Tensor| tensor.f_narrow(0, row, part.rows);
+                    visit(&format!("{}.weight", part.name), &rows(&linear.weight)?)?;
                     if let Some(bias) = &linear.bias {
-                        let bias = bias.f_narrow(0, row, part.rows)?.f_to_kind(kind)?;
-                        tensors.push((format!("{}.bias", part.name), bias));
+                        visit(&format!("{}.bias", part.name), &rows(bias)?)?;
                     }
                 }
             }
         }
-        tensors.push((self.norm.name.clone(), self.norm.weight.f_to_kind(kind)?));
-        if let Some(head) = &self.lm_head {
-            tensors.push(("lm_head.weight".into(), head.f_to_kind(kind)?));
-        }
+        visit(&self.norm.name, &self.norm.weight)?;
+        self.lm_head.as_ref().map_or(Ok(()), |head| visit("lm_head.weight", head))
+    }
+
+    /// The whole model under the checkpoint's names, in `kind`.
+    pub fn state_dict(&self, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+        let _no_grad = tch::no_grad_guard();
+        let mut tensors = Vec::new();
+        self.each_weight(|name, tensor| {
+            tensors.push((name.to_string(), tensor.f_to_kind(kind)?));
+            Ok(())
+        })?;
         Ok(tensors)
     }
 

@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::io::Weights;
+use crate::io::adapter::InitLoraWeights;
 use crate::ops::{Linear, Lora, Part, RmsNorm};
 
 /// Where values come from.
@@ -96,24 +97,28 @@ impl Linear {
 }
 
 impl Lora {
-    /// peft's initialisation: A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero; both f32 and
-    /// trainable. Drawn on the CPU, so the same on every device.
+    /// peft's initialisation of an update of a `[rows, in]` weight; both matrices f32 and trainable. Drawn on the CPU, so
+    /// the same on every device.
     pub fn new(
-        in_features: i64,
-        rows: i64,
+        [rows, in_features]: [i64; 2],
         r: i64,
-        scale: f64,
-        dropout: f64,
+        (scale, dropout): (f64, f64),
+        init: InitLoraWeights,
         device: Device,
     ) -> Result<Lora> {
-        let bound = 1.0 / (in_features as f64).sqrt();
-        let a = Tensor::f_empty([r, in_features], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
-        let b = Tensor::f_zeros([rows, r], (Kind::Float, device))?;
-        Ok(Lora {
-            a: a.f_to_device(device)?.f_set_requires_grad(true)?,
-            b: b.f_set_requires_grad(true)?,
-            scale,
-            dropout,
-        })
+        let empty = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, Device::Cpu));
+        let uniform = |shape: [i64; 2]| -> Result<Tensor> {
+            let bound = 1.0 / (shape[1] as f64).sqrt();
+            Ok(empty(shape)?.f_uniform_(-bound, bound)?)
+        };
+        let (a, b) = match init {
+            InitLoraWeights::KaimingUniform => (uniform([r, in_features])?, empty([rows, r])?),
+            InitLoraWeights::Gaussian => {
+                (empty([r, in_features])?.f_normal_(0.0, 1.0 / r as f64)?, empty([rows, r])?)
+            }
+            InitLoraWeights::Random => (uniform([r, in_features])?, uniform([rows, r])?),
+        };
+        let trainable = |tensor: Tensor| tensor.f_to_device(device)?.f_set_requires_grad(true);
+        Ok(Lora { a: trainable(a)?, b: trainable(b)?, scale, dropout })
     }
 }

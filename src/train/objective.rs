@@ -30,9 +30,5 @@ impl Objective for Sft {
 
 /// The decoder's view of a batch.
 pub fn input(batch: &Batch) -> Input<'_> {
-    Input {
-        input_ids: &batch.input_ids,
-        position_ids: &batch.position_ids,
-        cu_seqlens: &batch.cu_seqlens,
-    }
+    Input { input_ids: &batch.input_ids, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens }
 }

@@ -49,7 +49,8 @@ impl AdamW {
         self.step += 1;
         for role in [ParameterRole::Matrix, ParameterRole::Vector] {
             let weight_decay = if role == ParameterRole::Matrix { self.weight_decay } else { 0.0 };
-            let group = || self.params.iter().enumerate().filter(|(_, param)| param.role == role).map(|(i, _)| i);
+            let group =
+                || self.params.iter().enumerate().filter(|(_, param)| param.role == role).map(|(i, _)| i);
             let (beta1, beta2) = self.betas;
             ops::adamw_step(
                 group().map(|i| &self.params[i].tensor),
@@ -96,7 +97,9 @@ impl AdamW {
             for (suffix, moment) in
                 [("exp_avg", &mut self.exp_avg[i]), ("exp_avg_sq", &mut self.exp_avg_sq[i])]
             {
-                moment.f_copy_(&take(format!("{}.{suffix}", param.name), param.tensor.size())?.to_kind(Kind::Float))?;
+                moment.f_copy_(
+                    &take(format!("{}.{suffix}", param.name), param.tensor.size())?.to_kind(Kind::Float),
+                )?;
             }
         }
         Ok(())

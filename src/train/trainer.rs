@@ -83,7 +83,14 @@ impl Trainer<'_> {
             let learning_rate = schedule.at(at.step);
             let (loss, grad_norm) = self.forward_backward(&batches, at.step)?;
             if !grad_norm.is_finite() || !loss.is_finite() {
-                return Err(self.non_finite(&checkpoints, &mut optimizer, &at, before, &batches, total_steps));
+                return Err(self.non_finite(
+                    &checkpoints,
+                    &mut optimizer,
+                    &at,
+                    before,
+                    &batches,
+                    total_steps,
+                ));
             }
             self.update(&mut optimizer, grad_norm, learning_rate)?;
 
@@ -212,7 +219,8 @@ impl Trainer<'_> {
         let _no_grad = tch::no_grad_guard();
         let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
         while let Some(batch) = eval.next_batch()? {
-            loss += self.objective.loss_sum(&self.model.decoder, &batch, Pass::INFERENCE)?.f_double_value(&[])?;
+            loss +=
+                self.objective.loss_sum(&self.model.decoder, &batch, Pass::INFERENCE)?.f_double_value(&[])?;
             targets += self.objective.targets(&batch);
             tokens += batch.tokens();
             samples += batch.samples();
@@ -241,11 +249,7 @@ impl Trainer<'_> {
             Some(EvalStrategy::Steps) => {
                 last || self.arguments.eval_steps.is_some_and(|every| step.is_multiple_of(every.max(1)))
             }
-            Some(EvalStrategy::Epoch) => {
-                // The last batch of an epoch was given out, and the next call starts another.
-                let done = self.train.cursor().index > 0 && self.train.is_epoch_end();
-                last || done
-            }
+            Some(EvalStrategy::Epoch) => last || self.train.is_epoch_end(),
         }
     }
 
@@ -279,7 +283,8 @@ impl Trainer<'_> {
         match saved {
             Ok(folder) => self.observer.on_checkpoint(at.step, &folder),
             Err(error) if checkpoint::is_disk_full(&error) => {
-                let message = format!("{error:#}: the checkpoint before stays, training goes on without this one");
+                let message =
+                    format!("{error:#}: the checkpoint before stays, training goes on without this one");
                 self.observer.on_warning(&message)
             }
             Err(error) => Err(error),

@@ -1,0 +1,188 @@
+//! A checkpoint ready to use: decoder, tokenizer, and the adapter on it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use tch::{Device, Kind, Tensor};
+
+use super::{Config, Decoder, LoraModule};
+use crate::data::Tokenizer;
+use crate::io::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor, text_module};
+use crate::io::lora_spec::LoraSpec;
+use crate::io::{Weights, write_safetensors};
+
+/// The two calls of Unsloth's users: [`FastLanguageModel::from_pretrained`], then
+/// [`FastLanguageModel::get_peft_model`].
+pub struct FastLanguageModel {
+    pub decoder: Decoder,
+    tokenizer: Option<Tokenizer>,
+    /// The folder that the base model came from.
+    pub dir: PathBuf,
+    /// The adapter's configuration, where there is one.
+    pub adapter: Option<AdapterConfig>,
+}
+
+/// Files beside the weights that a model folder needs to be complete.
+const COMPANIONS: [&str; 2] = ["config.json", "generation_config.json"];
+const WEIGHTS: &str = "model.safetensors";
+
+impl FastLanguageModel {
+    /// Loads a Hugging Face model folder, weights converted to `kind` on `device`.
+    pub fn from_pretrained(dir: &Path, kind: Kind, device: Device) -> Result<FastLanguageModel> {
+        let config = Config::from_dir(dir)?;
+        let tokenizer = load_tokenizer(&config, dir)?;
+        if config.ignores_vision {
+            tracing::warn!("{}: the vision tower is ignored, only the text model is loaded", dir.display());
+        }
+        let decoder = Decoder::load(config, &Weights::open(dir)?, kind, device)?;
+        Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
+    }
+
+    /// A model with random weights from the folder's config.json and tokenizer. The same seed gives the same weights.
+    pub fn from_scratch(dir: &Path, kind: Kind, device: Device, seed: u64) -> Result<FastLanguageModel> {
+        let config = Config::from_dir(dir)?;
+        let tokenizer = load_tokenizer(&config, dir)?;
+        tch::manual_seed(seed as i64);
+        let decoder = Decoder::random(config, kind, device)?;
+        Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
+    }
+
+    /// The tokenizer; an error where the folder has none (token ids still work without).
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        match &self.tokenizer {
+            Some(tokenizer) => Ok(tokenizer),
+            // The reason is the one that reading it gives.
+            None => bail!(
+                Tokenizer::from_dir(&self.dir).err().unwrap_or_else(|| anyhow!("no tokenizer was loaded"))
+            ),
+        }
+    }
+
+    pub fn tokenizer_mut(&mut self) -> Option<&mut Tokenizer> {
+        self.tokenizer.as_mut()
+    }
+
+    /// Puts fresh LoRA on the modules that `config` targets and makes its `modules_to_save` trainable. The same seed gives
+    /// the same start.
+    pub fn get_peft_model(&mut self, config: AdapterConfig, seed: u64) -> Result<()> {
+        if self.adapter.is_some() {
+            bail!("the model already has an adapter");
+        }
+        config.check()?;
+        let spec = LoraSpec::new(&config)?;
+        let mut chosen = HashMap::new();
+        for (module, ..) in self.decoder.linear_modules() {
+            if let Some(lora) = spec.for_module(&text_module(&module))? {
+                let module_lora =
+                    LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
+                chosen.insert(module, module_lora);
+            }
+        }
+        let names = || self.decoder.linear_modules().into_iter().map(|(module, ..)| module);
+        if chosen.is_empty() {
+            let known: std::collections::BTreeSet<String> =
+                names().map(|name| name.rsplit('.').next().unwrap_or_default().to_string()).collect();
+            bail!(
+                "target_modules matches no layer of the model (linear layers: {})",
+                known.into_iter().collect::<Vec<_>>().join(", ")
+            );
+        }
+        tch::manual_seed(seed as i64);
+        self.decoder.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights)?;
+        for module in config.modules_to_save.iter().flatten() {
+            self.decoder.train_module(module)?;
+        }
+        self.adapter = Some(config.spelled_out(chosen.keys().map(String::as_str)));
+        Ok(())
+    }
+
+    /// Makes every weight trainable, in f32.
+    pub fn train_all(&mut self) -> Result<()> {
+        self.decoder.train_all()
+    }
+
+    /// Puts an adapter folder written by peft or by [`FastLanguageModel::save_trained`] on the model.
+    pub fn load_adapter(&mut self, folder: &Path) -> Result<()> {
+        let config = AdapterConfig::load(folder)?;
+        self.get_peft_model(config, 0).with_context(|| format!("adapter {}", folder.display()))?;
+        self.load_trained(folder)
+    }
+
+    /// Writes what trains: the adapter in peft's format, or the whole model in f32.
+    pub fn save_trained(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        match &self.adapter {
+            Some(config) => {
+                write_safetensors(&folder.join(ADAPTER_WEIGHTS), &self.decoder.adapter_state())?;
+                config.save(folder)
+            }
+            None => self.save_pretrained(folder, Kind::Float),
+        }
+    }
+
+    /// Reads what [`FastLanguageModel::save_trained`] wrote into the tensors in place.
+    pub fn load_trained(&mut self, folder: &Path) -> Result<()> {
+        if self.adapter.is_none() {
+            let weights = Weights::open(folder)?;
+            let _no_grad = tch::no_grad_guard();
+            return self.decoder.each_weight(|name, tensor| weights.copy_into(name, tensor));
+        }
+        let path = folder.join(ADAPTER_WEIGHTS);
+        if !path.is_file() {
+            bail!("{}: there is no {ADAPTER_WEIGHTS} in this adapter folder", folder.display());
+        }
+        let weights = Weights::open_files(std::slice::from_ref(&path))?;
+        // Vision-language checkpoints name the same module in several ways: compare by the text model's names.
+        let mut ours: HashMap<(String, AdapterTensor), Tensor> = HashMap::new();
+        for (name, tensor) in self.decoder.adapter_state() {
+            if let Some(key) = AdapterTensor::parse(&name) {
+                ours.insert(key, tensor);
+            }
+        }
+        let _no_grad = tch::no_grad_guard();
+        for name in weights.names() {
+            let tensor = AdapterTensor::parse(name).and_then(|key| ours.remove(&key));
+            let Some(tensor) = tensor else {
+                bail!("{}: tensor {name} belongs to no module that {ADAPTER_CONFIG} targets", path.display());
+            };
+            weights.copy_into(name, &tensor)?;
+        }
+        match ours.keys().min() {
+            Some((module, tensor)) => bail!("{}: no tensor named {}", path.display(), tensor.key(module)),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the whole model as a Hugging Face folder: weights in `kind`, config.json, tokenizer.
+    pub fn save_pretrained(&self, folder: &Path, kind: Kind) -> Result<()> {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        write_safetensors(&folder.join(WEIGHTS), &self.decoder.state_dict(kind)?)?;
+        for name in COMPANIONS {
+            let from = self.dir.join(name);
+            if from.is_file() {
+                let bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
+                crate::io::write_atomically(&folder.join(name), &bytes)?;
+            }
+        }
+        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
+    }
+}
+
+/// The folder's tokenizer, if it has one. Every id that it can give must have a row in the embedding.
+fn load_tokenizer(config: &Config, dir: &Path) -> Result<Option<Tokenizer>> {
+    if !dir.join("tokenizer.json").is_file() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::from_dir(dir)?;
+    let highest = i64::from(tokenizer.max_id());
+    if highest >= config.vocab_size {
+        bail!(
+            "{}: the tokenizer gives ids up to {highest}, the model's vocab_size is {}: they do not belong together",
+            dir.display(),
+            config.vocab_size
+        );
+    }
+    Ok(Some(tokenizer))
+}
