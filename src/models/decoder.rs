@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use crate::io::Weights;
-use crate::nn::{Init, KvCache, Loader};
+use crate::nn::{Init, KvCache, Loader, Rope};
 use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
@@ -129,12 +129,11 @@ impl Decoder {
         }
         let ids = Tensor::f_from_slice(input.input_ids)?.f_to_device(self.device)?;
         let positions = Tensor::f_from_slice(input.position_ids)?.f_to_device(self.device)?;
-        let seq_len = input.position_ids.iter().max().map_or(1, |last| last + 1);
         let angles = self
             .config
             .ropes
             .iter()
-            .map(|rope| rope.cos_sin(&positions, seq_len))
+            .map(|rope| rope_angles(rope, &positions, input))
             .collect::<Result<Vec<_>>>()?;
 
         let mut x = Tensor::f_embedding(&self.embed_tokens, &ids, -1, false, false)?.f_to_kind(self.kind)?;
@@ -238,6 +237,25 @@ impl Decoder {
         let hidden = self.hidden(input, Some(cache), Pass::INFERENCE)?;
         self.logits(&hidden.f_narrow(0, i64::from(n) - 1, 1)?)?.f_squeeze_dim(0).map_err(Into::into)
     }
+}
+
+/// cos and sin of all rows. Where the scaling depends on the length, each segment has that of its own length, so that a
+/// sample does not depend on what it is packed with.
+fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor, Tensor)> {
+    let segments = || input.cu_seqlens.windows(2).map(|s| (i64::from(s[0]), i64::from(s[1])));
+    let length = |(start, end): (i64, i64)| {
+        input.position_ids[start as usize..end as usize].iter().max().map_or(1, |last| last + 1)
+    };
+    let longest = segments().map(length).max().unwrap_or(1);
+    if segments().all(|segment| rope.regime(length(segment)) == rope.regime(longest)) {
+        return rope.cos_sin(positions, longest);
+    }
+    let (cos, sin): (Vec<_>, Vec<_>) = segments()
+        .map(|(start, end)| rope.cos_sin(&positions.f_narrow(0, start, end - start)?, length((start, end))))
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .unzip();
+    Ok((Tensor::f_cat(&cos, 0)?, Tensor::f_cat(&sin, 0)?))
 }
 
 /// `shifted[n] = labels[n + 1]` inside each segment, -100 at its last token.

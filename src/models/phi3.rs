@@ -8,6 +8,7 @@ use super::config::{self, Config, Json};
 pub fn config(json: &Json) -> Result<Config> {
     let mut config = config::base(json)?;
     config.fused_projections = true;
+    config.rms_norm_eps = json.number("rms_norm_eps")?.unwrap_or(1e-5);
     config.ropes = vec![config::rope(json, config.layers[0].attention.head_dim, 10_000.0)?];
     let window = json.int("sliding_window")?;
     for layer in &mut config.layers {
