@@ -97,7 +97,7 @@ struct Checkpoint : Function<Checkpoint> {
     variable_list saved{x};
     saved.insert(saved.end(), tensors.begin(), tensors.end());
     ctx->save_for_backward(saved);
-    ctx->saved_data["body"] = c10::make_intrusive<Held>(body);
+    ctx->saved_data["body"] = c10::IValue::make_capsule(c10::make_intrusive<Held>(body));
     return body(x, tensors.vec());
   }
 

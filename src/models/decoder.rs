@@ -54,12 +54,11 @@ const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_
 impl Decoder {
     /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
-        let Some(prefix) =
-            PREFIXES.iter().find(|prefix| weights.contains(&format!("{prefix}embed_tokens.weight")))
+        let Some(prefix) = PREFIXES.iter().find(|prefix| weights.contains(&format!("{prefix}norm.weight")))
         else {
             // The error for the usual name is the one that helps.
-            weights.shape("model.embed_tokens.weight")?;
-            bail!("the checkpoint has no embed_tokens.weight");
+            weights.shape("model.norm.weight")?;
+            bail!("the checkpoint has no norm.weight");
         };
         Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), kind, device })
     }
@@ -72,7 +71,15 @@ impl Decoder {
 
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embed_tokens = loader.matrix(&format!("{prefix}embed_tokens.weight"), [vocab, hidden])?;
+        let named = |name: &str| match &loader.init {
+            Init::Checkpoint(weights) => weights.contains(name),
+            Init::Random { .. } => false,
+        };
+        let head = ["lm_head.weight", "language_model.lm_head.weight"].into_iter().find(|name| named(name));
+        let embed = format!("{prefix}embed_tokens.weight");
+        // Some tools keep only the head of a tied pair.
+        let stored = head.filter(|_| config.tie_word_embeddings && !named(&embed)).unwrap_or(&embed);
+        let embed_tokens = loader.matrix(stored, [vocab, hidden])?;
         let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
         let layers = match loader.init {
             Init::Checkpoint(_) => {
@@ -86,12 +93,7 @@ impl Decoder {
         let lm_head = if config.tie_word_embeddings {
             None
         } else {
-            let names = ["lm_head.weight", "language_model.lm_head.weight"];
-            let name = match &loader.init {
-                Init::Checkpoint(weights) => names.into_iter().find(|name| weights.contains(name)),
-                Init::Random { .. } => None,
-            };
-            Some(loader.matrix(name.unwrap_or(names[0]), [vocab, hidden])?)
+            Some(loader.matrix(head.unwrap_or("lm_head.weight"), [vocab, hidden])?)
         };
         let (kind, device, prefix) = (loader.kind, loader.device, prefix.to_string());
         Ok(Decoder { config, kind, device, prefix, embed_tokens, layers, norm, lm_head })
