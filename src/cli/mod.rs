@@ -1,6 +1,10 @@
 //! The `ferrotune` command: flags, progress bars, exit codes.
 
+pub mod banner;
 pub mod config_file;
+pub mod format;
+pub mod progress;
+pub mod signals;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,142 @@
+//! The run as it goes: a bar on a terminal, plain lines on a pipe.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::LazyLock;
+use std::time::Instant;
+
+use anyhow::Result;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::format::{bytes, rate, seconds};
+use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
+
+/// The terminal's bars. One process has one terminal: whoever writes to it must know of the bars.
+static BARS: LazyLock<MultiProgress> =
+    LazyLock::new(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout()));
+
+/// Writes to stderr without tearing a bar: for log lines.
+pub fn log_writer() -> impl Write {
+    struct BesideBars;
+    impl Write for BesideBars {
+        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+            BARS.suspend(|| io::stderr().write(text))
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            io::stderr().flush()
+        }
+    }
+    BesideBars
+}
+
+/// Shows a training run on stdout.
+#[derive(Debug)]
+pub struct Progress {
+    logging_steps: u64,
+    total_steps: u64,
+    start_step: u64,
+    started: Instant,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    /// On a pipe, every `logging_steps`th step is a line.
+    pub fn new(logging_steps: u64) -> Self {
+        Self { logging_steps, total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+    }
+
+    /// A line that stays. A reader that went away is no reason to end a run.
+    fn line(&self, text: &str) {
+        let print = || {
+            let mut stdout = io::stdout().lock();
+            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+        };
+        BARS.suspend(print);
+    }
+
+    /// From the mean time of the steps so far.
+    fn eta(&self, step: u64) -> String {
+        let done = step.saturating_sub(self.start_step).max(1);
+        let left = self.total_steps.saturating_sub(step);
+        seconds(self.started.elapsed().as_secs_f64() / done as f64 * left as f64)
+    }
+}
+
+impl TrainObserver for Progress {
+    fn on_start(&mut self, start: &RunStart) -> Result<()> {
+        (self.total_steps, self.start_step) = (start.total_steps, start.start_step);
+        self.started = Instant::now();
+        if start.start_step > 0 {
+            self.line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
+        }
+        if io::stdout().is_terminal() {
+            let style = ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?;
+            let bar = BARS.add(ProgressBar::new(start.total_steps).with_style(style));
+            bar.set_position(start.start_step);
+            self.bar = Some(bar);
+        }
+        Ok(())
+    }
+
+    fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let eta = self.eta(metrics.step);
+        let numbers = format!(
+            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
+            metrics.loss,
+            metrics.learning_rate,
+            metrics.grad_norm,
+            rate(metrics.tokens_per_second),
+            bytes(metrics.memory)
+        );
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(metrics.step);
+                bar.set_message(format!("ETA {eta} | {numbers}"));
+            }
+            None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
+                let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);
+                self.line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
+        let best = if metrics.is_best { " (the best so far)" } else { "" };
+        let took = seconds(metrics.eval_runtime);
+        self.line(&format!(
+            "evaluation after step {}: loss {:.4}{best}, {took}",
+            metrics.step, metrics.eval_loss
+        ));
+        Ok(())
+    }
+
+    fn on_checkpoint(&mut self, _step: u64, folder: &Path) -> Result<()> {
+        self.line(&format!("saved {}", folder.display()));
+        Ok(())
+    }
+
+    fn on_warning(&mut self, message: &str) -> Result<()> {
+        BARS.suspend(|| {
+            let _ = writeln!(io::stderr(), "warning: {message}");
+        });
+        Ok(())
+    }
+
+    fn on_end(&mut self, _results: &TrainResults) -> Result<()> {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Progress {
+    /// A run that ends with an error leaves no half-drawn bar behind.
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
