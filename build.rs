@@ -13,7 +13,18 @@ fn main() {
         .to_path_buf();
     let include = torch_lib.parent().expect("lib lies in torch").join("include");
     // One translation unit: libtorch's headers are nearly all of the compile time, 10 s a file.
-    let stems = ["attention", "blocks", "cross_entropy", "linear", "optim", "rms_norm", "rope", "swiglu"];
+    let stems = [
+        "attention",
+        "blocks",
+        "cross_entropy",
+        "device",
+        "kernels",
+        "linear",
+        "optim",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    ];
     let unit = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("csrc.cpp");
     let text: String = stems.iter().map(|stem| format!("#include \"ferrotune/csrc/{stem}.cpp\"\n")).collect();
     fs::write(&unit, text).unwrap_or_else(|error| panic!("{}: {error}", unit.display()));
@@ -25,6 +36,7 @@ fn main() {
         .warnings(false)
         .compile("ferrotune_csrc");
     println!("cargo:rerun-if-changed=csrc");
+    println!("cargo:rerun-if-changed=kernels/kernels.h");
     println!("cargo:rerun-if-changed=src/ffi.rs");
 
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch_lib.display());

@@ -4,6 +4,7 @@
 //
 // Backward, with g = dy (w + offset) and xh = x r:
 //   dr/dx_c = -r^3 x_c / C, so  dx = r (g - xh mean_c(g xh))  and  dw = sum_n dy xh.
+#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 
 namespace ferrotune {
@@ -14,32 +15,100 @@ using torch::autograd::variable_list;
 
 namespace {
 
-at::ScalarType accumulate_type(const Tensor& x) {
+at::ScalarType rms_accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// x as [N, H, C]: a matrix has one head.
+Tensor rms_heads(const Tensor& x) {
+  if (x.dim() == 3) return x;
+  return x.dim() == 2 ? x.unsqueeze(1) : x.reshape({-1, 1, x.size(-1)});
+}
+
+// The kernels read a weight of x's dtype or f32.
+Tensor rms_kernel_weight(const Tensor& weight, const Tensor& x) {
+  const bool known = weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat;
+  return (known ? weight : weight.to(at::kFloat)).contiguous();
+}
+
+std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tensor& x, const Tensor& weight, double eps,
+                                              double offset) {
+  const Launch launch(x);
+  const TokenRows rows(rms_heads(x));
+  const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
+  const Tensor w = rms_kernel_weight(weight, x);
+  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor rstd = at::empty({n, h, 1}, x.options().dtype(at::kFloat));
+  check_launch(kernels.rms_norm_forward(rows.x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(),
+                                        rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, static_cast<float>(eps),
+                                        static_cast<float>(offset), kernel_dtype(x), kernel_dtype(w), launch.stream()),
+               "rms_norm_forward");
+  return {y, rstd};
+}
+
+Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& weight,
+                           const Tensor& rstd, double offset) {
+  const Launch launch(x);
+  const TokenRows rows(rms_heads(x));
+  const Tensor w = rms_kernel_weight(weight, x);
+  Tensor dx = at::empty(x.sizes(), x.options());
+  check_launch(kernels.rms_norm_backward(dy.const_data_ptr(), rows.x.const_data_ptr(), w.const_data_ptr(),
+                                         rstd.const_data_ptr<float>(), dx.mutable_data_ptr(), rows.x.size(0),
+                                         rows.x.size(1), rows.x.size(2), rows.stride, static_cast<float>(offset),
+                                         kernel_dtype(x), kernel_dtype(w), launch.stream()),
+               "rms_norm_backward");
+  return dx;
+}
+
+Tensor rms_weight_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& rstd) {
+  const Launch launch(x);
+  const TokenRows rows(rms_heads(x));
+  const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
+  // Runs of 128 rows fill an H200 at [8192, 4096]; shorter ones only add partial sums.
+  const int64_t chunks = std::clamp<int64_t>(n * h / 128, 1, 2048);
+  Tensor partial = at::empty({chunks, c}, rstd.options());
+  check_launch(kernels.rms_norm_weight_backward(dy.const_data_ptr(), rows.x.const_data_ptr(),
+                                                rstd.const_data_ptr<float>(), partial.mutable_data_ptr<float>(), n, h,
+                                                c, rows.stride, chunks, kernel_dtype(x), launch.stream()),
+               "rms_norm_weight_backward");
+  return partial.sum(0);
 }
 
 struct RmsNorm : Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps, double offset) {
-    const auto acc = accumulate_type(x);
-    const Tensor xa = x.to(acc);
-    const Tensor rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
-    const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
+    Tensor y, rstd;
+    if (const Kernels* kernels = kernels_for(x)) {
+      std::tie(y, rstd) = rms_forward_kernel(*kernels, x, weight, eps, offset);
+    } else {
+      const auto acc = rms_accumulate_type(x);
+      const Tensor xa = x.to(acc);
+      rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
+      const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
+      y = at::mul(xa, rstd).mul_(scale).to(x.scalar_type());
+    }
     ctx->save_for_backward({x, weight, rstd});
     ctx->saved_data["offset"] = offset;
-    return at::mul(xa, rstd).mul_(scale).to(x.scalar_type());
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
     const double offset = ctx->saved_data["offset"].toDouble();
-    const auto acc = accumulate_type(x);
+    Tensor dx, dw;
+    if (const Kernels* kernels = kernels_for(x)) {
+      const Tensor dy = grads[0].contiguous();
+      if (ctx->needs_input_grad(0)) dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset);
+      if (ctx->needs_input_grad(1)) {
+        dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
+      }
+      return {dx, dw, Tensor(), Tensor()};
+    }
+    const auto acc = rms_accumulate_type(x);
     const Tensor dy = grads[0].to(acc);
     const Tensor xh = x.to(acc) * rstd;
-    const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
-    Tensor dx, dw;
     if (ctx->needs_input_grad(0)) {
-      const Tensor g = dy * scale;
+      const Tensor g = dy * (offset == 0 ? weight.to(acc) : weight.to(acc).add(offset));
       const Tensor projection = (g * xh).mean(-1, true).neg_();
       dx = at::addcmul(g, xh, projection).mul_(rstd).to(x.scalar_type());
     }
@@ -55,6 +124,8 @@ struct RmsNorm : Function<RmsNorm> {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
   TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
               ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
+              " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
   return RmsNorm::apply(x, weight, eps, offset);
 }
 

@@ -3,6 +3,7 @@
 //   y_i       = x_i cos_i - x_{i+R/2} sin_i
 //   y_{i+R/2} = x_{i+R/2} cos_i + x_i sin_i
 // A rotation's Jacobian is its inverse transposed, so the backward is the same rotation by the opposite angle.
+#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 
 namespace ferrotune {
@@ -13,7 +14,21 @@ using torch::autograd::variable_list;
 
 namespace {
 
-Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign) {
+Tensor rotate_kernel(const Kernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  const Launch launch(x);
+  const TokenRows rows(x);
+  const Tensor c = cos.to(at::kFloat).contiguous(), s = sin.to(at::kFloat).contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  check_launch(kernels.rope(rows.x.const_data_ptr(), c.const_data_ptr<float>(), s.const_data_ptr<float>(),
+                            y.mutable_data_ptr(), x.size(0), x.size(1), x.size(2), 2 * c.size(1), rows.stride, inverse,
+                            kernel_dtype(x), launch.stream()),
+               "rope");
+  return y;
+}
+
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  if (const Kernels* kernels = kernels_for(x)) return rotate_kernel(*kernels, x, cos, sin, inverse);
+  const double sign = inverse ? -1 : 1;
   const int64_t half = cos.size(1);
   const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);
   const Tensor x1 = x.narrow(2, 0, half), x2 = x.narrow(2, half, half);
@@ -29,12 +44,12 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign
 struct Rope : Function<Rope> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin) {
     ctx->save_for_backward({cos, sin});
-    return rotate(x, cos, sin, 1);
+    return rotate(x, cos, sin, false);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    return {rotate(grads[0], saved[0], saved[1], -1), Tensor(), Tensor()};
+    return {rotate(grads[0], saved[0], saved[1], true), Tensor(), Tensor()};
   }
 };
 
@@ -45,6 +60,9 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
                   2 * cos.size(1) <= x.size(2),
               "rope: x is ", x.sizes(), ", cos is ", cos.sizes(), ", sin is ", sin.sizes(),
               ", expected [N, H, D], [N, R/2], [N, R/2] with R <= D");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == cos.device() && x.device() == sin.device(),
+              "rope: x is ", x.scalar_type(), " on ", x.device(), ", cos is on ", cos.device(), ", sin is on ",
+              sin.device(), ", expected a float dtype and one device");
   return Rope::apply(x, cos, sin);
 }
 

@@ -1,6 +1,7 @@
 // The gated activation of the MLP, arXiv:2002.05202: with gate_up = [gate | up] of shape [N, 2F],
 //   y = act(gate) * up,   act = silu (SwiGLU) or gelu (GeGLU, exact or its tanh form).
 // Backward: dgate = dy up act'(gate), dup = dy act(gate). act(gate) is recomputed from gate, not kept.
+#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -22,10 +23,44 @@ Tensor activate_backward(const Tensor& dy, const Tensor& gate, Activation activa
   return at::gelu_backward(dy, gate, activation == Activation::GeluTanh ? "tanh" : "none");
 }
 
+int kernel_activation(Activation activation) {
+  switch (activation) {
+    case Activation::Silu:
+      return KERNEL_SILU;
+    case Activation::GeluTanh:
+      return KERNEL_GELU_TANH;
+    default:
+      return KERNEL_GELU;
+  }
+}
+
+Tensor swiglu_forward_kernel(const Kernels& kernels, const Tensor& given, Activation activation) {
+  const Launch launch(given);
+  const Tensor gate_up = given.contiguous();
+  const int64_t n = gate_up.size(0), f = gate_up.size(1) / 2;
+  Tensor y = at::empty({n, f}, gate_up.options());
+  check_launch(kernels.swiglu_forward(gate_up.const_data_ptr(), y.mutable_data_ptr(), n, f,
+                                      kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
+               "swiglu_forward");
+  return y;
+}
+
+Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& given, Activation activation) {
+  const Launch launch(given);
+  const Tensor gate_up = given.contiguous(), d = dy.contiguous();
+  Tensor dgate_up = at::empty(gate_up.sizes(), gate_up.options());
+  check_launch(kernels.swiglu_backward(d.const_data_ptr(), gate_up.const_data_ptr(), dgate_up.mutable_data_ptr(),
+                                       d.size(0), d.size(1), kernel_activation(activation), kernel_dtype(gate_up),
+                                       launch.stream()),
+               "swiglu_backward");
+  return dgate_up;
+}
+
 struct Swiglu : Function<Swiglu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& gate_up, Activation activation) {
     ctx->save_for_backward({gate_up});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_forward_kernel(*kernels, gate_up, activation);
     const int64_t f = gate_up.size(1) / 2;
     return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
   }
@@ -33,6 +68,9 @@ struct Swiglu : Function<Swiglu> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor gate_up = ctx->get_saved_variables()[0];
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    if (const Kernels* kernels = kernels_for(gate_up)) {
+      return {swiglu_backward_kernel(*kernels, grads[0], gate_up, activation), Tensor()};
+    }
     const int64_t f = gate_up.size(1) / 2;
     const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
     Tensor d = at::empty(gate_up.sizes(), gate_up.options());
@@ -48,6 +86,8 @@ struct Swiglu : Function<Swiglu> {
 Tensor swiglu(const Tensor& gate_up, Activation activation) {
   TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "swiglu: gate_up is ", gate_up.sizes(),
               ", expected [N, 2F]");
+  TORCH_CHECK(at::isFloatingType(gate_up.scalar_type()), "swiglu: gate_up is ", gate_up.scalar_type(),
+              ", expected a float dtype");
   return Swiglu::apply(gate_up, activation);
 }
 

@@ -70,8 +70,56 @@ pub(crate) mod bridge {
         Recompute,
     }
 
+    /// One GPU, as the driver describes it.
+    #[derive(Debug, Clone)]
+    struct CudaDevice {
+        name: String,
+        /// Compute capability `major.minor`.
+        major: i32,
+        minor: i32,
+        /// Bytes.
+        total_memory: u64,
+    }
+
+    /// What the NVIDIA driver says about itself and its GPUs, without libtorch.
+    #[derive(Debug, Clone)]
+    struct CudaProbe {
+        /// The newest CUDA that the driver supports, as `1000 major + 10 minor`; 0 without a driver.
+        driver_version: i32,
+        devices: Vec<CudaDevice>,
+        /// Why `devices` is empty.
+        problem: String,
+    }
+
+    /// libtorch's use of one GPU's memory, in bytes.
+    #[derive(Debug, Clone, Copy)]
+    struct MemoryStats {
+        /// Held by tensors, now and at the most since the start or the last reset.
+        allocated: u64,
+        peak_allocated: u64,
+        /// Held by libtorch's allocator, its cache included.
+        reserved: u64,
+        peak_reserved: u64,
+        /// Of the whole card, for all processes.
+        free: u64,
+        total: u64,
+    }
+
     unsafe extern "C++" {
         include!("ferrotune/csrc/ops.h");
+        include!("ferrotune/csrc/device.h");
+        include!("ferrotune/csrc/kernels.h");
+
+        fn probe_cuda() -> CudaProbe;
+        fn torch_lib_dir() -> Result<String>;
+        fn load_library(path: &str) -> Result<()>;
+        fn load_kernels(path: &str) -> Result<()>;
+        fn start_cuda() -> Result<bool>;
+        fn use_stream(index: i32) -> Result<()>;
+        fn memory_stats(index: i32) -> Result<MemoryStats>;
+        fn reset_peak_memory(index: i32) -> Result<()>;
+        fn empty_cache() -> Result<()>;
+        fn synchronize(index: i32) -> Result<()>;
 
         type Tensor;
         type TensorList;

@@ -1,0 +1,131 @@
+#include "ferrotune/csrc/device.h"
+
+#include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+
+#include <filesystem>
+#include <map>
+#include <mutex>
+
+#include "ferrotune/csrc/ops.h"
+#include "ferrotune/src/ffi.rs.h"
+
+namespace ferrotune {
+
+namespace {
+
+c10::Device cuda(std::int32_t index) {
+  return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+c10::CachingDeviceAllocator::StatArray::const_reference total(const c10::CachingDeviceAllocator::StatArray& stats) {
+  return stats[static_cast<size_t>(c10::CachingDeviceAllocator::StatType::AGGREGATE)];
+}
+
+// cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+constexpr int kMajor = 75, kMinor = 76;
+
+}  // namespace
+
+CudaProbe probe_cuda() {
+  CudaProbe probe{};
+  // Never closed: libtorch_cuda goes on using it.
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (driver == nullptr) {
+    probe.problem = "no NVIDIA driver was found (libcuda.so.1 cannot be loaded)";
+    return probe;
+  }
+  // Device handles (CUdevice) are ints, results (CUresult) an enum.
+  const auto symbol = [&](auto*& function, const char* name) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(driver, name));
+    return function != nullptr;
+  };
+  int (*init)(unsigned);
+  int (*version)(int*);
+  int (*count)(int*);
+  int (*device)(int*, int);
+  int (*name)(char*, int, int);
+  int (*attribute)(int*, int, int);
+  int (*memory)(size_t*, int);
+  int (*error_string)(int, const char**);
+  if (!symbol(init, "cuInit") || !symbol(version, "cuDriverGetVersion") || !symbol(count, "cuDeviceGetCount") ||
+      !symbol(device, "cuDeviceGet") || !symbol(name, "cuDeviceGetName") || !symbol(attribute, "cuDeviceGetAttribute") ||
+      !symbol(memory, "cuDeviceTotalMem_v2") || !symbol(error_string, "cuGetErrorString")) {
+    probe.problem = std::string("libcuda.so.1 is not an NVIDIA driver: ") + dlerror();
+    return probe;
+  }
+  int devices = 0;
+  int error = version(&probe.driver_version);
+  if (error == 0) error = init(0);
+  if (error == 0) error = count(&devices);
+  if (error != 0) {
+    const char* text = nullptr;
+    error_string(error, &text);
+    probe.problem = std::string("the NVIDIA driver does not start: ") + (text ? text : std::to_string(error));
+    return probe;
+  }
+  for (int i = 0; i < devices; ++i) {
+    int handle = 0;
+    char text[256] = "";
+    size_t bytes = 0;
+    CudaDevice found{};
+    if (device(&handle, i) || name(text, sizeof text, handle) || attribute(&found.major, kMajor, handle) ||
+        attribute(&found.minor, kMinor, handle) || memory(&bytes, handle)) {
+      continue;
+    }
+    found.name = text;
+    found.total_memory = bytes;
+    probe.devices.push_back(std::move(found));
+  }
+  if (probe.devices.empty()) probe.problem = "the NVIDIA driver sees no GPU (is CUDA_VISIBLE_DEVICES empty?)";
+  return probe;
+}
+
+rust::String torch_lib_dir() {
+  Dl_info info;
+  TORCH_CHECK(dladdr(reinterpret_cast<const void*>(&at::globalContext), &info) != 0 && info.dli_fname != nullptr,
+              "the folder of libtorch_cpu.so is unknown");
+  return std::filesystem::canonical(info.dli_fname).parent_path().string();
+}
+
+void load_library(rust::Str path) {
+  TORCH_CHECK(dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, dlerror());
+}
+
+bool start_cuda() {
+  if (!at::hasCUDA()) return false;
+  at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
+  return true;
+}
+
+void use_stream(std::int32_t index) {
+  static std::mutex mutex;
+  static std::map<std::int32_t, c10::Stream> streams;
+  const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+  const std::lock_guard lock(mutex);
+  auto found = streams.find(index);
+  if (found == streams.end()) found = streams.emplace(index, guard.getStreamFromGlobalPool(cuda(index))).first;
+  guard.setDevice(cuda(index));
+  guard.exchangeStream(found->second);
+}
+
+MemoryStats memory_stats(std::int32_t index) {
+  const auto device = static_cast<c10::DeviceIndex>(index);
+  const auto stats = at::accelerator::getDeviceStats(device);
+  const auto [free, all] = at::accelerator::getMemoryInfo(device);
+  const auto& allocated = total(stats.allocated_bytes);
+  const auto& reserved = total(stats.reserved_bytes);
+  const auto bytes = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+  return MemoryStats{bytes(allocated.current), bytes(allocated.peak), bytes(reserved.current),
+                     bytes(reserved.peak),     free,                  all};
+}
+
+void reset_peak_memory(std::int32_t index) { at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(index)); }
+
+void empty_cache() { at::accelerator::emptyCache(); }
+
+void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
+
+}  // namespace ferrotune

@@ -1,0 +1,30 @@
+// The CUDA side of libtorch, loaded at run time so that one executable runs with and without it.
+#pragma once
+
+#include <cstdint>
+
+#include "rust/cxx.h"
+
+namespace ferrotune {
+
+// Shared with Rust; defined in src/ffi.rs.
+struct CudaProbe;
+struct MemoryStats;
+
+// What the NVIDIA driver says, without a question to libtorch.
+CudaProbe probe_cuda();
+// The folder of the libtorch that this process runs on.
+rust::String torch_lib_dir();
+// dlopen with all symbols resolved now and visible to libraries loaded later.
+void load_library(rust::Str path);
+// Creates ATen's CUDA state. False where ATen was asked about CUDA before libtorch_cuda was there: it keeps that answer.
+bool start_cuda();
+// Makes one non-default stream of the device current for the calling thread; the same one for every thread.
+void use_stream(std::int32_t index);
+
+MemoryStats memory_stats(std::int32_t index);
+void reset_peak_memory(std::int32_t index);
+void empty_cache();
+void synchronize(std::int32_t index);
+
+}  // namespace ferrotune

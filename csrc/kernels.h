@@ -1,0 +1,47 @@
+// The launchers of libferrotune_kernels.so as a table of function pointers, and what every launch needs.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "ferrotune/kernels/kernels.h"
+#include "rust/cxx.h"
+
+namespace ferrotune {
+
+struct Kernels {
+#define FERROTUNE_ROW(name) decltype(&::name) name;
+  FERROTUNE_KERNELS(FERROTUNE_ROW)
+#undef FERROTUNE_ROW
+};
+
+// Loads the library; after it kernels_for answers.
+void load_kernels(rust::Str path);
+
+// The kernels, if they can work on x: on CUDA, in a dtype they know, library loaded. Else nullptr: the ATen formula runs.
+const Kernels* kernels_for(const at::Tensor& x);
+
+int kernel_dtype(const at::Tensor& x);
+
+// Selects x's device for as long as it lives, and holds the stream to launch on.
+class Launch {
+ public:
+  explicit Launch(const at::Tensor& x);
+  void* stream() const { return stream_; }
+
+ private:
+  c10::DeviceGuard guard_;
+  void* stream_;
+};
+
+// Throws for a launcher's nonzero result.
+void check_launch(int error, const char* kernel);
+
+// x [N, H, D] with its rows in order: only the token stride is free. A copy where x is not so.
+struct TokenRows {
+  explicit TokenRows(const at::Tensor& x);
+  at::Tensor x;
+  int64_t stride;  // elements from token to token
+};
+
+}  // namespace ferrotune

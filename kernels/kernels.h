@@ -1,0 +1,57 @@
+// The launchers of libferrotune_kernels.so, one declaration each, without a CUDA type: csrc includes this file and
+// finds the functions with dlsym, so that the executable links on a machine that has never seen CUDA.
+//
+// Every launcher only enqueues work on `stream` (a cudaStream_t): no allocation, no synchronisation. It returns the
+// cudaError_t of the launch, 0 for success. Shapes and dtypes were checked by csrc. Sizes are in elements. An output is
+// contiguous; an input is too unless a stride is passed. Legend: N tokens, H heads, C hidden_size, D head_dim,
+// R rotated dims, F intermediate_size.
+#pragma once
+
+#include <stdint.h>
+
+// Raised with every change of a signature; csrc refuses a library of another number.
+#define FERROTUNE_KERNELS_ABI 1
+
+// Storage types. Arithmetic is f32.
+enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
+enum KernelActivation { KERNEL_SILU = 0, KERNEL_GELU_TANH = 1, KERNEL_GELU = 2 };
+
+// The names of all launchers below, for the table in csrc/kernels.h.
+#define FERROTUNE_KERNELS(ROW) \
+  ROW(rms_norm_forward)        \
+  ROW(rms_norm_backward)       \
+  ROW(rms_norm_weight_backward) \
+  ROW(rope)                    \
+  ROW(swiglu_forward)          \
+  ROW(swiglu_backward)
+
+extern "C" {
+
+int ferrotune_kernels_abi(void);
+
+// x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C], rstd [N, H] f32.
+// weight has dtype weight_dtype: that of x, or f32.
+int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H, int64_t C,
+                     int64_t x_stride, float eps, float offset, int dtype, int weight_dtype, void* stream);
+
+// dy [N, H, C], x and weight as above, rstd [N, H] from the forward, dx [N, H, C].
+int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, void* dx, int64_t N,
+                      int64_t H, int64_t C, int64_t x_stride, float offset, int dtype, int weight_dtype, void* stream);
+
+// partial [chunks, C] f32: sums of dweight over `chunks` runs of rows, for the caller to add up.
+int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, float* partial, int64_t N, int64_t H,
+                             int64_t C, int64_t x_stride, int64_t chunks, int dtype, void* stream);
+
+// x [N, H, D] with token stride x_stride, cos and sin [N, R/2] f32, y [N, H, D]. inverse != 0 turns by the opposite
+// angle, which is the backward.
+int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D, int64_t R,
+         int64_t x_stride, int inverse, int dtype, void* stream);
+
+// gate_up [N, 2F], y [N, F].
+int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activation, int dtype, void* stream);
+
+// dy [N, F], gate_up [N, 2F], dgate_up [N, 2F].
+int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t N, int64_t F, int activation,
+                    int dtype, void* stream);
+
+}  // extern "C"
