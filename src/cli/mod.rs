@@ -5,10 +5,52 @@ pub mod config_file;
 pub mod format;
 pub mod progress;
 pub mod signals;
+pub mod train;
 
 use std::process::ExitCode;
 
-/// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage.
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::error::Error;
+use crate::train::TrainingArguments;
+use config_file::Configured;
+
+/// Fine-tune and run Hugging Face language models
+#[derive(Parser)]
+#[command(name = "ferrotune", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
+    Train(Box<Configured<TrainingArguments>>),
+}
+
+/// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
 pub fn run() -> ExitCode {
-    ExitCode::SUCCESS
+    let filter = EnvFilter::try_from_env("FERROTUNE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(progress::log_writer)
+        .without_time()
+        .with_target(false)
+        .init();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(message) => message.exit(),
+    };
+    let result = match cli.command {
+        Command::Train(arguments) => train::run(arguments.0),
+    };
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("error: {error:#}");
+    match error.downcast_ref() {
+        Some(Error::Usage(_)) => ExitCode::from(2),
+        Some(Error::Interrupted(_)) => ExitCode::from(130),
+        _ => ExitCode::FAILURE,
+    }
 }

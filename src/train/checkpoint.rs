@@ -204,6 +204,11 @@ pub fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
     Ok(None)
 }
 
+/// Whether the folder holds checkpoints, whole or not.
+pub fn exist(output_dir: &Path) -> Result<bool> {
+    Ok(!folders(output_dir)?.is_empty())
+}
+
 /// Whether the error comes from a disk or quota that is full.
 pub fn is_disk_full(error: &anyhow::Error) -> bool {
     let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];

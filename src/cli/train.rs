@@ -1,0 +1,282 @@
+//! `ferrotune train`: supervised fine-tuning, LoRA or full.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use tch::{Device, Kind};
+
+use super::banner::{summary, table, trainable};
+use super::format::{bytes, count, percent};
+use super::progress::Progress;
+use super::signals;
+use crate::data::{
+    BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
+    Tokenizer, prepare, preview,
+};
+use crate::error::Error;
+use crate::models::FastLanguageModel;
+use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
+use crate::train::metrics::RunLog;
+use crate::train::observer::{StopReason, TrainObserver};
+use crate::train::{Dtype, Sft, Trainer, TrainingArguments, memory};
+
+/// Runs what the flags ask for, start to end.
+pub fn run(arguments: TrainingArguments) -> Result<()> {
+    let mut args = arguments.resolved()?;
+    for warning in args.warnings() {
+        tracing::warn!("{warning}");
+    }
+    let resume = if args.dry_run { None } else { checkpoint_to_resume(&args)? };
+    // A checkpoint continues to the bit only with its own number of threads.
+    let threads = args.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
+    let device = device(&args.device)?;
+    if let Some(threads) = threads {
+        tch::set_num_threads(threads as i32);
+    }
+    args.threads = Some(tch::get_num_threads() as usize);
+
+    let mut model = load_model(&args, device)?;
+    let (train, eval, reports) = load_data(&args, &model)?;
+    if args.dry_run {
+        return show_sample(model.tokenizer()?, train.data(), &reports[0]);
+    }
+    print!("{}", banner(&args, &model, &train, &reports));
+
+    let title = format!(
+        "{} on {}",
+        last_part(&args.model),
+        args.dataset.iter().map(|name| last_part(name)).collect::<Vec<_>>().join(", ")
+    );
+    let mut observer: Vec<Box<dyn TrainObserver>> = vec![
+        Box::new(Progress::new(args.logging_steps)),
+        Box::new(RunLog::new(&args.output_dir, &title, args.logging_steps)),
+    ];
+    let stop = signals::stop_flag()?;
+    let trainer = Trainer {
+        model: &mut model,
+        objective: &Sft,
+        arguments: &args,
+        train,
+        eval,
+        observer: &mut observer,
+        stop: &stop,
+    };
+    let results = trainer.run(resume.as_ref())?;
+    drop(observer);
+    if results.stop_reason == StopReason::Interrupted {
+        print!("\n{}", summary(&results, &args.output_dir));
+        bail!(Error::Interrupted(format!(
+            "step {} is saved in {}",
+            results.global_step,
+            args.output_dir.display()
+        )));
+    }
+    model.save_trained(&args.output_dir)?;
+    model.tokenizer()?.save(&args.output_dir)?;
+    print!("\n{}", summary(&results, &args.output_dir));
+    Ok(())
+}
+
+/// What `--resume-from-checkpoint` means; refuses to write over another run.
+fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> {
+    let found = match args.resume_from_checkpoint.as_deref() {
+        Some("auto") => checkpoint::latest(&args.output_dir)?,
+        Some(folder) => Some(Checkpoint::open(Path::new(folder)).context("--resume-from-checkpoint")?),
+        None if !args.overwrite_output_dir && checkpoint::exist(&args.output_dir)? => {
+            bail!(Error::Usage(format!(
+                "--output-dir {} holds the checkpoints of another run: continue it with --resume-from-checkpoint, replace \
+             it with --overwrite-output-dir, or name another folder",
+                args.output_dir.display()
+            )))
+        }
+        None => None,
+    };
+    if let Some(checkpoint) = &found {
+        let file = checkpoint.folder.join(RUN_CONFIG);
+        let text = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let mut before = TrainingArguments::from_yaml(&text, &file)?;
+        // Taken over from the checkpoint if not given.
+        before.threads = args.threads;
+        for change in before.differences(args) {
+            tracing::warn!(
+                "{}: the run was started with other settings: {change}",
+                checkpoint.folder.display()
+            );
+        }
+    }
+    Ok(found)
+}
+
+fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" | "cpu" => Ok(Device::Cpu),
+        other => bail!(Error::Usage(format!("--device {other}: expected auto or cpu"))),
+    }
+}
+
+fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
+    let dir = Path::new(&args.model);
+    let kind = match (args.dtype, device) {
+        (Dtype::F32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
+        (Dtype::Bf16 | Dtype::Auto, _) => Kind::BFloat16,
+    };
+    let mut model = if args.from_scratch {
+        FastLanguageModel::from_scratch(dir, kind, device, args.seed)?
+    } else {
+        FastLanguageModel::from_pretrained(dir, kind, device)?
+    };
+    match args.trains_all_weights() {
+        true => model.train_all()?,
+        false => model.get_peft_model(args.adapter_config(&args.model), args.seed)?,
+    }
+    if let Some(template) = &args.chat_template {
+        let path = Path::new(template);
+        let template = match path.is_file() {
+            true => ChatTemplate::from_file(path)?,
+            false => ChatTemplate::new(template, "--chat-template")?,
+        };
+        model.tokenizer()?;
+        if let Some(tokenizer) = model.tokenizer_mut() {
+            tokenizer.set_chat_template(template);
+        }
+    }
+    Ok(model)
+}
+
+/// Training batches, evaluation batches, and what became of the rows of both.
+fn load_data(
+    args: &TrainingArguments,
+    model: &FastLanguageModel,
+) -> Result<(BatchStream, Option<BatchStream>, Vec<DatasetReport>)> {
+    let options = DatasetOptions {
+        rows: RowOptions {
+            dataset_format: args
+                .dataset_format
+                .as_deref()
+                .map(str::parse)
+                .transpose()
+                .context("--dataset-format")?,
+            text_column: args.text_column.clone(),
+            template: args.template.clone(),
+        },
+        max_seq_length: args.max_seq_length,
+        assistant_only_loss: args.assistant_only_loss,
+        completion_only_loss: args.completion_only_loss.unwrap_or(true),
+        allow_missing_eot: args.allow_missing_eot,
+    };
+    let tokenizer = model.tokenizer()?;
+    let (mut train, report) = prepare(&args.dataset, tokenizer, &options).context("--dataset")?;
+    let mut reports = vec![report];
+    let mut eval = None;
+    if !args.eval_dataset.is_empty() {
+        let (data, report) = prepare(&args.eval_dataset, tokenizer, &options).context("--eval-dataset")?;
+        reports.push(report);
+        eval = Some(data);
+    } else if args.test_size > 0.0 {
+        if train.len() < 2 {
+            bail!(Error::Usage("--test-size: one sample cannot be split".to_owned()));
+        }
+        let (rest, held_out) = train.split(args.test_size, args.seed);
+        (train, eval) = (rest, Some(held_out));
+    }
+    let batches = BatchOptions {
+        batch_size: args.per_device_train_batch_size,
+        max_seq_length: args.max_seq_length,
+        packing: args.packing,
+        shuffle: true,
+        seed: args.seed,
+    };
+    let eval_batches =
+        BatchOptions { batch_size: args.per_device_eval_batch_size, shuffle: false, ..batches };
+    let eval = eval.map(|data| BatchStream::new(Arc::new(data), eval_batches)).transpose()?;
+    Ok((BatchStream::new(Arc::new(train), batches)?, eval, reports))
+}
+
+fn banner(
+    args: &TrainingArguments,
+    model: &FastLanguageModel,
+    train: &BatchStream,
+    reports: &[DatasetReport],
+) -> String {
+    let decoder = &model.decoder;
+    let config = &decoder.config;
+    let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
+    let dtype = if decoder.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+    let method = match &model.adapter {
+        Some(adapter) => format!("LoRA r {}, lora_alpha {}", adapter.r, adapter.lora_alpha),
+        None if args.from_scratch => "all weights, from random ones".to_owned(),
+        None => "all weights".to_owned(),
+    };
+    let device = decoder.device;
+    let machine = match device {
+        Device::Cpu => format!("CPU, {} threads", tch::get_num_threads()),
+        other => format!("{other:?}"),
+    };
+    let data = train.data();
+    let rows = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
+    let samples_per_step = rows * args.gradient_accumulation_steps as f64;
+    let tokens_per_step = data.num_tokens() as f64 / data.len() as f64 * samples_per_step;
+    let mut lines = vec![
+        (
+            "model",
+            format!(
+                "{}: {}, {} layers, hidden size {}, {dtype}",
+                args.model,
+                config.model_type,
+                config.layers.len(),
+                config.hidden_size
+            ),
+        ),
+        ("trains", format!("{}, {method}", trainable(trained as u64, decoder.num_parameters() as u64))),
+    ];
+    for (label, report) in ["data", "evaluation"].into_iter().zip(reports) {
+        lines.push((label, report.to_string()));
+    }
+    if args.test_size > 0.0 {
+        lines.push(("evaluation", format!("{} of them held out", percent(args.test_size))));
+    }
+    lines.extend([
+        (
+            "step",
+            format!(
+                "{} x {} {}, about {} tokens",
+                args.per_device_train_batch_size,
+                args.gradient_accumulation_steps,
+                if args.packing { "packs" } else { "samples" },
+                count(tokens_per_step.round() as u64)
+            ),
+        ),
+        (
+            "device",
+            format!(
+                "{machine}; {} in use of {}",
+                bytes(memory::in_use(device)),
+                bytes(memory::total(device))
+            ),
+        ),
+        ("output", args.output_dir.display().to_string()),
+    ]);
+    table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
+}
+
+/// `--dry-run`: one sample as the model will see it; what is trained stands out.
+fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let colour = out.is_terminal();
+    let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
+    writeln!(out, "{report}\n\nThe first sample; {on}what is trained{off} is marked:\n")?;
+    for span in preview(tokenizer, data, 0)? {
+        match span.trained {
+            true => write!(out, "{on}{}{off}", span.text)?,
+            false => write!(out, "{}", span.text)?,
+        }
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
+fn last_part(name: &str) -> &str {
+    name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)
+}
