@@ -1,10 +1,13 @@
 //! One integration binary, so that it can be carried to a GPU machine. One module a subject.
 
-mod data;
 mod adapter_config;
 mod checkpoint_io;
 mod cli_config;
+mod data;
+mod golden;
+mod gpu;
+mod ops;
+mod parity;
 mod run_log;
 mod schedule;
-mod golden;
-mod parity;
+mod tolerance;
