@@ -20,8 +20,8 @@ c10::Device cuda(std::int32_t index) {
   return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
 }
 
-c10::CachingDeviceAllocator::StatArray::const_reference total(const c10::CachingDeviceAllocator::StatArray& stats) {
-  return stats[static_cast<size_t>(c10::CachingDeviceAllocator::StatType::AGGREGATE)];
+const c10::CachingAllocator::Stat& total(const c10::CachingAllocator::StatArray& stats) {
+  return stats[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
 }
 
 // cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.

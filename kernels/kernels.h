@@ -17,14 +17,16 @@ enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
 enum KernelActivation { KERNEL_SILU = 0, KERNEL_GELU_TANH = 1, KERNEL_GELU = 2 };
 
 // The names of all launchers below, for the table in csrc/kernels.h.
-#define FERROTUNE_KERNELS(ROW) \
-  ROW(rms_norm_forward)        \
-  ROW(rms_norm_backward)       \
+#define FERROTUNE_KERNELS(ROW)  \
+  ROW(rms_norm_forward)         \
+  ROW(rms_norm_backward)        \
   ROW(rms_norm_weight_backward) \
-  ROW(rope)                    \
-  ROW(swiglu_forward)          \
+  ROW(rope)                     \
+  ROW(swiglu_forward)           \
   ROW(swiglu_backward)
 
+// The library exports these and nothing else.
+#pragma GCC visibility push(default)
 extern "C" {
 
 int ferrotune_kernels_abi(void);
@@ -55,3 +57,4 @@ int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t
                     int dtype, void* stream);
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,320 @@
+//! Which device a process works on: the CUDA half of libtorch is loaded here, at run time, or not at all.
+//!
+//! [`init`] must be the first libtorch-related act of a process. ATen caches its CUDA hooks at the first question
+//! (`tch::Cuda::is_available`, `tch::manual_seed`, pinned memory): asked before `libtorch_cuda.so` is there, CUDA stays
+//! off until the process ends. `main` and the entry points of this library call it; it is idempotent.
+//!
+//! The loaded libraries are the one global state of this crate: the dynamic linker knows no other.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::ffi::bridge;
+pub use crate::ffi::bridge::{CudaDevice, CudaProbe, MemoryStats};
+
+const KERNEL_LIBRARY: &str = "libferrotune_kernels.so";
+/// libtorch 2.11 is built for CUDA 13.0, which driver 580 brought.
+const REQUIRED_CUDA: i32 = 13000;
+/// The oldest compute capability in libtorch's CUDA 13 build.
+const REQUIRED_CAPABILITY: (i32, i32) = (7, 5);
+
+/// What a user asks for: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Choice {
+    /// The first GPU where one can be used, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    /// The GPU of this number, in the driver's order.
+    Cuda(usize),
+}
+
+impl FromStr for Choice {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Choice> {
+        let wrong = || anyhow!("device \"{text}\": expected auto, cpu, cuda or cuda:N");
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Choice::Auto),
+            None if text == "cpu" => Ok(Choice::Cpu),
+            None if text == "cuda" => Ok(Choice::Cuda(0)),
+            Some(("cuda", index)) => Ok(Choice::Cuda(index.parse().map_err(|_| wrong())?)),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl TryFrom<String> for Choice {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> Result<Choice> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Choice::Auto => f.write_str("auto"),
+            Choice::Cpu => f.write_str("cpu"),
+            Choice::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl From<Choice> for String {
+    fn from(choice: Choice) -> String {
+        choice.to_string()
+    }
+}
+
+/// Loads what `choice` needs and returns the device to put tensors on.
+///
+/// For CUDA: `libtorch_cuda.so` from beside the `libtorch_cpu.so` in use, then `libferrotune_kernels.so` from `kernels`
+/// if given, else from the executable's folder, `../lib` or the build folder. Without the kernel library the ops run
+/// their ATen formulas, and a warning says so. The calling thread then works on a stream of the pool, never on the
+/// legacy default stream, on which no CUDA graph can be captured; every thread that works on the GPU calls `init`.
+///
+/// # Errors
+/// CUDA is asked for and there is no GPU, no such GPU, too old a driver or GPU, no `libtorch_cuda.so`, or libtorch was
+/// asked about CUDA before. `Auto` goes on with the CPU instead and says why through `tracing`.
+pub fn init(choice: Choice, kernels: Option<&Path>) -> Result<tch::Device> {
+    let index = match choice {
+        Choice::Cpu => return Ok(tch::Device::Cpu),
+        Choice::Auto => 0,
+        Choice::Cuda(index) => index,
+    };
+    match start(index, kernels) {
+        Ok(device) => Ok(device),
+        Err(error) if choice == Choice::Auto => {
+            static ONCE: OnceLock<()> = OnceLock::new();
+            ONCE.get_or_init(|| {
+                if probe().devices.is_empty() {
+                    tracing::info!("running on the CPU: {error:#}");
+                } else {
+                    tracing::warn!("there is a GPU, but this runs on the CPU: {error:#}");
+                }
+            });
+            Ok(tch::Device::Cpu)
+        }
+        Err(error) => Err(error.context("CUDA was requested, but cannot be used")),
+    }
+}
+
+fn start(index: usize, kernels: Option<&Path>) -> Result<tch::Device> {
+    check(probe(), index)?;
+    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| load_libtorch_cuda().map_err(|error| format!("{error:#}")));
+    loaded.clone().map_err(anyhow::Error::msg)?;
+    static KERNELS: OnceLock<Result<(), String>> = OnceLock::new();
+    let found = KERNELS.get_or_init(|| {
+        let result = load_kernels(kernels).map_err(|error| format!("{error:#}"));
+        if let (Err(error), None) = (&result, kernels) {
+            tracing::warn!("the fused CUDA kernels are not used: {error}");
+        }
+        result
+    });
+    // A library that was named must work; one that was only looked for may be absent.
+    if kernels.is_some() {
+        found.clone().map_err(anyhow::Error::msg)?;
+    }
+    bridge::use_stream(index as i32)?;
+    Ok(tch::Device::Cuda(index))
+}
+
+/// What the NVIDIA driver says, asked once a process. It does not touch libtorch.
+pub fn probe() -> &'static CudaProbe {
+    static PROBE: OnceLock<CudaProbe> = OnceLock::new();
+    PROBE.get_or_init(bridge::probe_cuda)
+}
+
+fn check(probe: &CudaProbe, index: usize) -> Result<()> {
+    ensure!(
+        probe.driver_version == 0 || probe.driver_version >= REQUIRED_CUDA,
+        "the NVIDIA driver supports CUDA {}.{}, and CUDA 13.0 is needed: install driver 580 or newer",
+        probe.driver_version / 1000,
+        probe.driver_version % 1000 / 10,
+    );
+    ensure!(!probe.devices.is_empty(), "{}", probe.problem);
+    let device = probe.devices.get(index).with_context(|| {
+        format!("there is no cuda:{index}; the driver sees {} GPU(s)", probe.devices.len())
+    })?;
+    ensure!(
+        (device.major, device.minor) >= REQUIRED_CAPABILITY,
+        "{} has compute capability {}.{}, and libtorch needs 7.5 or newer",
+        device.name,
+        device.major,
+        device.minor,
+    );
+    Ok(())
+}
+
+fn load_libtorch_cuda() -> Result<()> {
+    let path = PathBuf::from(bridge::torch_lib_dir()?).join("libtorch_cuda.so");
+    ensure!(path.exists(), "{} was not found: run scripts/setup --cuda", path.display());
+    bridge::load_library(text(&path)?).map_err(|error| {
+        anyhow!("{} cannot be loaded ({error}): run scripts/setup --cuda", path.display())
+    })?;
+    ensure!(
+        bridge::start_cuda()?,
+        "libtorch was asked about CUDA before ferrotune::device::init, and remembers that there was none: call init \
+         before any other use of libtorch"
+    );
+    Ok(())
+}
+
+fn load_kernels(given: Option<&Path>) -> Result<()> {
+    if let Some(path) = given {
+        return bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}"));
+    }
+    let places = kernel_places()?;
+    match places.iter().find(|place| place.exists()) {
+        Some(path) => bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}")),
+        None => bail!(
+            "{KERNEL_LIBRARY} was not found (looked for {}): run scripts/build_kernels",
+            places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
+        ),
+    }
+}
+
+/// Beside the executable, in a bundle's `lib`, and where scripts/build_kernels puts it: `target/kernels`, seen from
+/// `target/debug` and from `target/debug/deps`.
+fn kernel_places() -> Result<Vec<PathBuf>> {
+    let executable = std::env::current_exe().context("the path of this executable")?;
+    let folder = executable.parent().context("an executable lies in a folder")?;
+    let mut places = vec![folder.join(KERNEL_LIBRARY)];
+    let above: Vec<&Path> = folder.ancestors().skip(1).take(2).collect();
+    places.extend(above.first().map(|folder| folder.join("lib").join(KERNEL_LIBRARY)));
+    places.extend(above.iter().map(|folder| folder.join("kernels").join(KERNEL_LIBRARY)));
+    Ok(places)
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{}: the path is not UTF-8", path.display()))
+}
+
+fn cuda_device(device: tch::Device) -> Option<(&'static CudaDevice, i32)> {
+    let tch::Device::Cuda(index) = device else { return None };
+    probe().devices.get(index).map(|found| (found, index as i32))
+}
+
+/// The device for people: `NVIDIA H200, 139.8 GiB, sm_90` or `CPU, 16 threads`.
+pub fn describe(device: tch::Device) -> String {
+    match cuda_device(device) {
+        Some((found, _)) => format!(
+            "{}, {:.1} GiB, sm_{}{}",
+            found.name,
+            found.total_memory as f64 / f64::from(1 << 30),
+            found.major,
+            found.minor
+        ),
+        None => format!("CPU, {} threads", tch::get_num_threads()),
+    }
+}
+
+/// Whether the device computes in bf16 itself: any CPU, GPUs of compute capability 8.0 or newer.
+pub fn supports_bf16(device: tch::Device) -> bool {
+    cuda_device(device).is_none_or(|(found, _)| found.major >= 8)
+}
+
+/// Memory in use. On the CPU, `allocated` and `reserved` are the resident set of the process, `free` and `total` those of
+/// the machine.
+pub fn memory(device: tch::Device) -> Result<MemoryStats> {
+    match cuda_device(device) {
+        Some((_, index)) => bridge::memory_stats(index).map_err(anyhow::Error::from),
+        None => host_memory(),
+    }
+}
+
+fn host_memory() -> Result<MemoryStats> {
+    // "VmHWM:     1234 kB"
+    let field = |file: &str, text: &str, name: &str| -> Result<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.with_context(|| format!("{file}: no {name}"))? * 1024)
+    };
+    let read = |file: &str| std::fs::read_to_string(file).with_context(|| file.to_string());
+    let (process, machine) = (read("/proc/self/status")?, read("/proc/meminfo")?);
+    let resident = field("/proc/self/status", &process, "VmRSS")?;
+    let peak = field("/proc/self/status", &process, "VmHWM")?;
+    Ok(MemoryStats {
+        allocated: resident,
+        peak_allocated: peak,
+        reserved: resident,
+        peak_reserved: peak,
+        free: field("/proc/meminfo", &machine, "MemAvailable")?,
+        total: field("/proc/meminfo", &machine, "MemTotal")?,
+    })
+}
+
+/// Lets the peaks of [`memory`] start again from what is in use now.
+pub fn reset_peak_memory(device: tch::Device) -> Result<()> {
+    match cuda_device(device) {
+        Some((_, index)) => bridge::reset_peak_memory(index).map_err(anyhow::Error::from),
+        // 5 is the code that resets VmHWM, proc(5).
+        None => std::fs::write("/proc/self/clear_refs", "5").context("/proc/self/clear_refs"),
+    }
+}
+
+/// Returns cached memory that no tensor uses to the device.
+pub fn empty_cache(device: tch::Device) -> Result<()> {
+    cuda_device(device).map_or(Ok(()), |_| bridge::empty_cache().map_err(anyhow::Error::from))
+}
+
+/// Waits until the device has done all work enqueued so far.
+pub fn synchronize(device: tch::Device) -> Result<()> {
+    cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_are_parsed_and_shown() {
+        for (text, choice) in [
+            ("auto", Choice::Auto),
+            ("cpu", Choice::Cpu),
+            ("cuda:0", Choice::Cuda(0)),
+            ("cuda:12", Choice::Cuda(12)),
+        ] {
+            assert_eq!(text.parse::<Choice>().unwrap(), choice);
+            assert_eq!(choice.to_string(), text);
+            assert_eq!(serde_json::from_value::<Choice>(text.into()).unwrap(), choice);
+        }
+        assert_eq!("cuda".parse::<Choice>().unwrap(), Choice::Cuda(0));
+        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cpu:0"] {
+            let error = wrong.parse::<Choice>().unwrap_err().to_string();
+            assert!(error.contains("expected auto, cpu, cuda or cuda:N"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_lacks_is_named() {
+        let gpu = |major, minor| CudaDevice { name: "a GPU".into(), major, minor, total_memory: 1 << 34 };
+        let with = |driver_version, devices| CudaProbe { driver_version, devices, problem: "no GPU".into() };
+        assert!(check(&with(13000, vec![gpu(7, 5)]), 0).is_ok());
+        for (probe, index, says) in [
+            (with(0, vec![]), 0, "no GPU"),
+            (with(12080, vec![]), 0, "supports CUDA 12.8"),
+            (with(13010, vec![gpu(9, 0)]), 1, "there is no cuda:1; the driver sees 1 GPU(s)"),
+            (with(13000, vec![gpu(7, 0)]), 0, "compute capability 7.0"),
+        ] {
+            let error = check(&probe, index).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn host_memory_is_read() {
+        let stats = memory(tch::Device::Cpu).unwrap();
+        assert!(stats.allocated > 1 << 20 && stats.peak_allocated >= stats.allocated);
+        assert!(stats.total > stats.free && stats.free > 0);
+    }
+}

@@ -1,0 +1,266 @@
+//! The CUDA kernels: in every dtype against the f64 formula on the CPU, past 2^31 elements, and their speed.
+//! Without a GPU each test says that it is skipped. On a GPU machine run these alone (`tests gpu::`): CUDA must be loaded
+//! before any other test uses libtorch.
+
+use std::process::Command;
+use std::time::Instant;
+
+use ferrotune::device::{self, Choice};
+use ferrotune::ops::{self, Activation};
+use tch::{Device, Kind, Tensor};
+
+use crate::ops::{check, check_empty, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
+use crate::tolerance::{What, assert_close};
+
+/// The first GPU, or a line that says what is skipped.
+fn gpu(what: &str) -> Option<Device> {
+    if device::probe().devices.is_empty() {
+        println!("skipped: {what}: {}", device::probe().problem);
+        return None;
+    }
+    Some(device::init(Choice::Cuda(0), None).unwrap())
+}
+
+#[test]
+fn cuda_that_lacks_is_explained() {
+    if !device::probe().devices.is_empty() {
+        println!("skipped: there is a GPU");
+        return;
+    }
+    let error = format!("{:#}", device::init(Choice::Cuda(0), None).unwrap_err());
+    assert!(error.starts_with("CUDA was requested, but cannot be used: "), "{error}");
+    assert_eq!(device::init(Choice::Auto, None).unwrap(), Device::Cpu);
+}
+
+/// ATen answers its first question about CUDA for good, so each order needs a process of its own.
+fn in_child(test: &str) {
+    if device::probe().devices.is_empty() {
+        println!("skipped: {test}: {}", device::probe().problem);
+        return;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("FERROTUNE_TEST_CHILD", test)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn is_child(test: &str) -> bool {
+    std::env::var_os("FERROTUNE_TEST_CHILD").is_some_and(|name| name == test)
+}
+
+#[test]
+fn init_before_torch() {
+    const TEST: &str = "gpu::init_before_torch";
+    if !is_child(TEST) {
+        return in_child(TEST);
+    }
+    let device = device::init(Choice::Auto, None).unwrap();
+    assert_eq!(device, Device::Cuda(0));
+    assert!(tch::Cuda::is_available());
+    assert_eq!(Tensor::ones([3], (Kind::Float, device)).sum(Kind::Float).double_value(&[]), 3.0);
+}
+
+#[test]
+fn torch_before_init() {
+    const TEST: &str = "gpu::torch_before_init";
+    if !is_child(TEST) {
+        return in_child(TEST);
+    }
+    assert!(!tch::Cuda::is_available());
+    let error = format!("{:#}", device::init(Choice::Cuda(0), None).unwrap_err());
+    assert!(error.contains("before ferrotune::device::init"), "{error}");
+}
+
+#[test]
+fn kernels_agree_with_formulas() {
+    let Some(device) = gpu("kernels against formulas") else { return };
+    check_empty(device);
+    for op in ops() {
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
+            check(&op, kind, device);
+        }
+    }
+}
+
+#[test]
+fn weight_gradient_repeats_bit_for_bit() {
+    let Some(device) = gpu("repeated weight gradient") else { return };
+    let x = Tensor::randn([5000, 1024], (Kind::BFloat16, device)).set_requires_grad(true);
+    let weight = Tensor::randn([1024], (Kind::Float, device)).set_requires_grad(true);
+    let gradients = || {
+        let y = ops::rms_norm(&x, &norm(&weight, 0.0)).unwrap();
+        Tensor::run_backward(&[y.square().sum(Kind::Float)], &[&x, &weight], false, false)
+    };
+    let (first, second) = (gradients(), gradients());
+    assert!(first.iter().zip(&second).all(|(a, b)| a.equal(b)));
+}
+
+#[test]
+fn memory_is_counted() {
+    let Some(device) = gpu("memory statistics") else { return };
+    let before = device::memory(device).unwrap();
+    let tensor = Tensor::zeros([1 << 28], (Kind::Uint8, device));
+    device::synchronize(device).unwrap();
+    let after = device::memory(device).unwrap();
+    // Other tests allocate at the same time, so only bounds hold.
+    assert!(after.peak_allocated >= 1 << 28 && after.reserved >= 1 << 28, "{before:?} {after:?}");
+    assert!(after.total > after.free && after.total > 1 << 30, "{after:?}");
+    drop(tensor);
+}
+
+/// Rows of a result, first, last and around element 2^31, against the f64 formula on just these rows.
+#[test]
+fn past_two_to_the_31_elements() {
+    let Some(device) = gpu("2^31 elements") else { return };
+    const WIDTH: i64 = 4096;
+    let n = (1i64 << 31) / WIDTH + 100;
+    let needed = 6 * 2 * (n * WIDTH) as u64;
+    let free = device::memory(device).unwrap().free;
+    if free < needed {
+        println!("skipped: 2^31 elements: {needed} bytes are needed, {free} are free");
+        return;
+    }
+    let middle = (1i64 << 31) / WIDTH;
+    let rows = Tensor::from_slice(&[0, 1, middle - 1, middle, middle + 1, n - 1]);
+    let options = (Kind::BFloat16, device);
+    let wide = Tensor::randn([n, WIDTH], options).set_requires_grad(true);
+    let weight = Tensor::randn([WIDTH], options);
+    let angles = Tensor::randn([n, 64], (Kind::Float, device));
+    let (cos, sin) = (angles.cos(), angles.sin());
+    let sample = |t: &Tensor| t.index_select(0, &rows.to_device(t.device()));
+    type Call<'a> = Box<dyn Fn(&Tensor, &Tensor, &Tensor, &Tensor) -> Tensor + 'a>;
+    let ops: [(&str, Call); 3] = [
+        ("rms_norm", Box::new(|x, w, _, _| ops::rms_norm(x, &norm(w, 0.0)).unwrap())),
+        ("rope", Box::new(|x, _, c, s| ops::rope(&x.view([-1, 32, 128]), c, s).unwrap().view([-1, WIDTH]))),
+        ("swiglu", Box::new(|x, _, _, _| ops::swiglu(x, Activation::Silu).unwrap())),
+    ];
+    for (label, op) in ops {
+        let y = op(&wide, &weight, &cos, &sin);
+        let dy = Tensor::randn(y.size(), options);
+        let dx = Tensor::run_backward(&[(&y * &dy).sum(Kind::BFloat16)], &[&wide], false, false).remove(0);
+        let f64_of = |t: &Tensor| sample(&t.detach()).to_device(Device::Cpu).to_kind(Kind::Double);
+        let x = f64_of(&wide).set_requires_grad(true);
+        let w = weight.to_device(Device::Cpu).to_kind(Kind::Double);
+        let reference = op(&x, &w, &f64_of(&cos), &f64_of(&sin));
+        let gradient =
+            Tensor::run_backward(&[(&reference * f64_of(&dy)).sum(Kind::Double)], &[&x], false, false);
+        // The reference is its own plain form: the floors alone decide.
+        assert_close(label, What::Value, &sample(&y), &reference, &reference);
+        assert_close(label, What::Gradient, &sample(&dx), &gradient[0], &gradient[0]);
+    }
+}
+
+/// Seconds of one call, by the wall clock around many.
+fn seconds(device: Device, call: &mut dyn FnMut(usize)) -> f64 {
+    const WARM: usize = 8;
+    const CALLS: usize = 48;
+    let mut best = f64::INFINITY;
+    (0..WARM).for_each(&mut *call);
+    for _ in 0..5 {
+        device::synchronize(device).unwrap();
+        let start = Instant::now();
+        (0..CALLS).for_each(&mut *call);
+        device::synchronize(device).unwrap();
+        best = best.min(start.elapsed().as_secs_f64() / CALLS as f64);
+    }
+    best
+}
+
+/// Each op in bf16 beside plain libtorch: every fused op must win, in time and in memory.
+#[test]
+fn fused_ops_beat_plain_libtorch() {
+    let Some(device) = gpu("speed") else { return };
+    // Several sets of inputs, so that no run finds its data in the L2 cache.
+    const SETS: usize = 4;
+    let n = 16384;
+    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
+    let weight = random(&[4096]);
+    let angles = Tensor::randn([n, 64], (Kind::Float, device));
+    let (cos, sin) = (angles.cos(), angles.sin());
+    let copy = {
+        let x: Vec<Tensor> = (0..SETS).map(|_| random(&[n, 4096])).collect();
+        let mut y: Vec<Tensor> = x.iter().map(|t| t.empty_like()).collect();
+        let time = seconds(device, &mut |i| y[i % SETS].copy_(&x[i % SETS]));
+        4.0 * (n * 4096) as f64 / time / 1e9
+    };
+    println!("{}; device copy {copy:.0} GB/s", device::describe(device));
+    println!(
+        "{:44} {:>8} {:>6} {:>9} {:>9} {:>7} {:>7}",
+        "bf16", "GB/s", "copy", "x plain", "x plain", "x torch", "peak"
+    );
+    println!(
+        "{:44} {:>8} {:>6} {:>9} {:>9} {:>7} {:>7}",
+        "", "forward", "%", "forward", "fwd+bwd", "fused", "ratio"
+    );
+    type Call<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
+    let rms_torch: Call = Box::new(|x| x.rms_norm([4096], Some(&weight), 1e-5));
+    let rows: Vec<(&str, Vec<i64>, f64, Call, Call, Option<Call>)> = vec![
+        (
+            "rms_norm [16384, 4096]",
+            vec![n, 4096],
+            4.0 * 4096.0,
+            Box::new(|x| ops::rms_norm(x, &norm(&weight, 0.0)).unwrap()),
+            Box::new(|x| plain_rms_norm(x, &weight, 0.0)),
+            Some(rms_torch),
+        ),
+        (
+            "rope [16384, 40, 128]",
+            vec![n, 40, 128],
+            4.0 * 5120.0 + 512.0,
+            Box::new(|x| ops::rope(x, &cos, &sin).unwrap()),
+            Box::new(|x| plain_rope(x, &cos, &sin)),
+            None,
+        ),
+        (
+            "swiglu [16384, 2 * 8192], silu",
+            vec![n, 16384],
+            6.0 * 8192.0,
+            Box::new(|x| ops::swiglu(x, Activation::Silu).unwrap()),
+            Box::new(|x| plain_swiglu(x, Activation::Silu)),
+            None,
+        ),
+        (
+            "swiglu [16384, 2 * 8192], gelu_tanh",
+            vec![n, 16384],
+            6.0 * 8192.0,
+            Box::new(|x| ops::swiglu(x, Activation::GeluTanh).unwrap()),
+            Box::new(|x| plain_swiglu(x, Activation::GeluTanh)),
+            None,
+        ),
+    ];
+    for (label, shape, bytes_per_row, ours, plain, torch) in rows {
+        let x: Vec<Tensor> = (0..SETS).map(|_| random(&shape).set_requires_grad(true)).collect();
+        let forward = |f: &Call| tch::no_grad(|| seconds(device, &mut |i| drop(f(&x[i % SETS]))));
+        let dy = random(&ours(&x[0]).size());
+        let whole = |f: &Call| {
+            device::synchronize(device).unwrap();
+            device::reset_peak_memory(device).unwrap();
+            let before = device::memory(device).unwrap().allocated;
+            let time = seconds(device, &mut |i| {
+                let y = f(&x[i % SETS]);
+                drop(Tensor::run_backward(&[(&y * &dy).sum(Kind::BFloat16)], &[&x[i % SETS]], false, false));
+            });
+            (time, (device::memory(device).unwrap().peak_allocated - before) as f64)
+        };
+        let (ours_forward, plain_forward) = (forward(&ours), forward(&plain));
+        let ((ours_time, ours_peak), (plain_time, plain_peak)) = (whole(&ours), whole(&plain));
+        let rate = bytes_per_row * n as f64 / ours_forward / 1e9;
+        let torch_ratio = torch.map(|f| forward(&f) / ours_forward);
+        println!(
+            "{label:44} {rate:8.0} {:6.0} {:9.2} {:9.2} {:>7} {:7.2}",
+            100.0 * rate / copy,
+            plain_forward / ours_forward,
+            plain_time / ours_time,
+            torch_ratio.map_or("-".into(), |ratio| format!("{ratio:.2}")),
+            ours_peak / plain_peak,
+        );
+        assert!(ours_forward < plain_forward && ours_time < plain_time && ours_peak <= plain_peak, "{label}");
+    }
+}

@@ -1,0 +1,229 @@
+//! The mathematics of the fused ops: on the CPU, in f64, against autograd of a slow plain reference; f32 and bf16 too.
+
+use ferrotune::ops::{self, Activation, RmsNorm};
+use tch::{Device, Kind, Tensor};
+
+use crate::tolerance::{What, assert_close};
+
+/// A differentiable function of some tensors, ours beside plain libtorch.
+pub struct Op {
+    pub label: String,
+    /// f64 on the CPU.
+    pub inputs: Vec<Tensor>,
+    /// How many of the inputs are differentiated: the first ones.
+    pub trained: usize,
+    pub ours: Box<dyn Fn(&[Tensor]) -> Tensor>,
+    pub plain: Box<dyn Fn(&[Tensor]) -> Tensor>,
+}
+
+/// The value and the gradients of `(y * dy).sum()`, on copies of `inputs` in `kind` on `device`.
+pub fn differentiate(
+    f: &dyn Fn(&[Tensor]) -> Tensor,
+    op: &Op,
+    dy: &Tensor,
+    kind: Kind,
+    device: Device,
+) -> (Tensor, Vec<Tensor>) {
+    let inputs: Vec<Tensor> = (op.inputs.iter().enumerate())
+        .map(|(i, input)| {
+            // Angles stay f32 beside 16-bit inputs, as the model has them; strides survive the copy.
+            let kind = if i < op.trained || kind == Kind::Double { kind } else { Kind::Float };
+            input.to_device(device).to_kind(kind).set_requires_grad(i < op.trained)
+        })
+        .collect();
+    let y = f(&inputs);
+    let dy = dy.to_device(device).to_kind(kind);
+    let wanted: Vec<&Tensor> = inputs.iter().take(op.trained).collect();
+    let gradients = Tensor::run_backward(&[(&y * dy).sum(kind)], &wanted, false, false);
+    (y, gradients)
+}
+
+/// `op` in `kind` on `device` against f64 on the CPU, both of the same rounded inputs.
+pub fn check(op: &Op, kind: Kind, device: Device) {
+    let rounded = Op {
+        label: op.label.clone(),
+        inputs: op.inputs.iter().take(op.trained).map(|t| t.to_kind(kind).to_kind(Kind::Double)).collect(),
+        trained: op.trained,
+        ours: Box::new(|_| unreachable!()),
+        plain: Box::new(|_| unreachable!()),
+    };
+    let mut rounded = rounded;
+    rounded.inputs.extend(op.inputs.iter().skip(op.trained).map(Tensor::shallow_clone));
+    let shape = tch::no_grad(|| (op.plain)(&rounded.inputs)).size();
+    let dy = Tensor::randn(&shape, (Kind::Double, Device::Cpu)).to_kind(kind).to_kind(Kind::Double);
+    let reference: &dyn Fn(&[Tensor]) -> Tensor = if device == Device::Cpu { &op.plain } else { &op.ours };
+    let (value, gradients) = differentiate(reference, &rounded, &dy, Kind::Double, Device::Cpu);
+    let (ours, our_gradients) = differentiate(&op.ours, &rounded, &dy, kind, device);
+    let (plain, plain_gradients) = differentiate(&op.plain, &rounded, &dy, kind, device);
+    assert_eq!(ours.kind(), kind);
+    assert_close(&op.label, What::Value, &ours, &plain, &value);
+    for (i, gradient) in gradients.iter().enumerate() {
+        let label = format!("{}, input {i}", op.label);
+        assert_close(&label, What::Gradient, &our_gradients[i], &plain_gradients[i], gradient);
+    }
+}
+
+fn random(shape: &[i64]) -> Tensor {
+    Tensor::randn(shape, (Kind::Double, Device::Cpu))
+}
+
+pub fn norm(weight: &Tensor, offset: f64) -> RmsNorm {
+    RmsNorm { name: "model.norm.weight".into(), weight: weight.shallow_clone(), eps: 1e-5, offset }
+}
+
+pub fn plain_rms_norm(x: &Tensor, weight: &Tensor, offset: f64) -> Tensor {
+    let acc = if x.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let xa = x.to_kind(acc);
+    let mean = xa.square().mean_dim(-1, true, acc);
+    (&xa * (mean + 1e-5).rsqrt()).to_kind(x.kind()) * (weight + offset)
+}
+
+/// transformers' formula: `x cos + rotate_half(x) sin` on the first R dims.
+pub fn plain_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let half = cos.size()[1];
+    let turned = x.narrow(-1, 0, 2 * half);
+    let twice = |t: &Tensor| Tensor::cat(&[t, t], -1).unsqueeze(1).to_kind(x.kind());
+    let parts = turned.chunk(2, -1);
+    let rotated = Tensor::cat(&[&parts[1].neg(), &parts[0]], -1);
+    let y = turned * twice(cos) + rotated * twice(sin);
+    Tensor::cat(&[y, x.narrow(-1, 2 * half, x.size()[2] - 2 * half)], -1)
+}
+
+pub fn plain_swiglu(gate_up: &Tensor, activation: Activation) -> Tensor {
+    let parts = gate_up.chunk(2, -1);
+    let (gate, up) = (&parts[0], &parts[1]);
+    let activated = match activation {
+        Activation::Silu => gate.silu(),
+        Activation::GeluTanh => gate.gelu("tanh"),
+        _ => gate.gelu("none"),
+    };
+    activated * up
+}
+
+/// gelu and silu by their definitions, for f64 only.
+fn slow_swiglu(gate_up: &Tensor, activation: Activation) -> Tensor {
+    let parts = gate_up.chunk(2, -1);
+    let (gate, up) = (&parts[0], &parts[1]);
+    let activated = match activation {
+        Activation::Silu => gate / (gate.neg().exp() + 1.0),
+        Activation::GeluTanh => {
+            let inner = (gate + gate * gate * gate * 0.044715) * (2.0 / std::f64::consts::PI).sqrt();
+            gate * 0.5 * (inner.tanh() + 1.0)
+        }
+        _ => gate * 0.5 * ((gate / std::f64::consts::SQRT_2).erf() + 1.0),
+    };
+    activated * up
+}
+
+/// Every op in every shape of the tests: a power of two, odd ones, one row, rows of a wider tensor.
+pub fn ops() -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (n, heads, c, pad) in [
+        (64, 1, 256, 0),
+        (33, 1, 37, 0),
+        (1, 1, 4096, 0),
+        (7, 1, 8200, 0),
+        (3, 1, 17001, 0),
+        (19, 5, 128, 256),
+        (21, 3, 97, 5),
+    ] {
+        for offset in [0.0, 1.0] {
+            let x = random(&[n, heads * c + pad]).narrow(1, 0, heads * c).view([n, heads, c]);
+            let x = if heads == 1 { x.squeeze_dim(1) } else { x };
+            ops.push(Op {
+                label: format!(
+                    "rms_norm [{n}, {heads}, {c}] of {} columns, offset {offset}",
+                    heads * c + pad
+                ),
+                inputs: vec![x, random(&[c])],
+                trained: 2,
+                ours: Box::new(move |t| ops::rms_norm(&t[0], &norm(&t[1], offset)).unwrap()),
+                plain: Box::new(move |t| plain_rms_norm(&t[0], &t[1], offset)),
+            });
+        }
+    }
+    for (n, heads, d, r, pad) in [
+        (64, 8, 128, 128, 0),
+        (33, 5, 96, 96, 40),
+        (1, 40, 64, 64, 64),
+        (19, 3, 128, 96, 8),
+        (19, 3, 33, 10, 1),
+        (2, 70, 256, 256, 0),
+    ] {
+        let angles = random(&[n, r / 2]) * 3.0;
+        ops.push(Op {
+            label: format!("rope [{n}, {heads}, {d}] of {} columns, {r} turned", heads * d + pad),
+            inputs: vec![
+                random(&[n, heads * d + pad]).narrow(1, 0, heads * d).view([n, heads, d]),
+                angles.cos().to_kind(Kind::Float).to_kind(Kind::Double),
+                angles.sin().to_kind(Kind::Float).to_kind(Kind::Double),
+            ],
+            trained: 1,
+            ours: Box::new(|t| ops::rope(&t[0], &t[1], &t[2]).unwrap()),
+            plain: Box::new(|t| plain_rope(&t[0], &t[1], &t[2])),
+        });
+    }
+    for (n, f) in [(64, 256), (33, 37), (1, 14336), (100, 8), (5, 1000)] {
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+            ops.push(Op {
+                label: format!("swiglu [{n}, 2 * {f}] {activation:?}"),
+                inputs: vec![random(&[n, 2 * f]) * 2.0],
+                trained: 1,
+                ours: Box::new(move |t| ops::swiglu(&t[0], activation).unwrap()),
+                plain: Box::new(move |t| match t[0].kind() {
+                    Kind::Double => slow_swiglu(&t[0], activation),
+                    _ => plain_swiglu(&t[0], activation),
+                }),
+            });
+        }
+    }
+    ops
+}
+
+#[test]
+fn formulas_agree_with_autograd() {
+    for op in ops() {
+        for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+            check(&op, kind, Device::Cpu);
+        }
+    }
+}
+
+/// No rows: no values, zero gradient of the weight.
+pub fn check_empty(device: Device) {
+    let options = (Kind::Float, device);
+    let x = Tensor::zeros([0, 64], options).set_requires_grad(true);
+    let weight = Tensor::ones([64], options).set_requires_grad(true);
+    let y = ops::rms_norm(&x, &norm(&weight, 0.0)).unwrap();
+    assert_eq!(y.size(), [0, 64]);
+    let gradients = Tensor::run_backward(&[y.sum(Kind::Float)], &[&x, &weight], false, false);
+    assert_eq!(gradients[0].size(), [0, 64]);
+    assert_eq!(gradients[1].abs().sum(Kind::Float).double_value(&[]), 0.0);
+    let angles = Tensor::zeros([0, 8], options);
+    let q = Tensor::zeros([0, 2, 16], options);
+    assert_eq!(ops::rope(&q, &angles, &angles).unwrap().size(), [0, 2, 16]);
+    assert_eq!(ops::swiglu(&x, Activation::Silu).unwrap().size(), [0, 32]);
+}
+
+#[test]
+fn no_rows() {
+    check_empty(Device::Cpu);
+}
+
+#[test]
+fn wrong_shapes_are_named() {
+    let says = |result: anyhow::Result<Tensor>, text: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(text) && error.lines().count() == 1, "{error}");
+    };
+    says(
+        ops::rms_norm(&random(&[2, 8]), &norm(&random(&[7]), 0.0)),
+        "x is [2, 8], weight is [7], expected [.., C] and [C]",
+    );
+    says(ops::rope(&random(&[2, 1, 8]), &random(&[2, 5]), &random(&[2, 5])), "with R <= D");
+    says(ops::swiglu(&random(&[2, 7]), Activation::Silu), "gate_up is [2, 7], expected [N, 2F]");
+    says(
+        ops::swiglu(&Tensor::zeros([2, 8], (Kind::Int64, Device::Cpu)), Activation::Silu),
+        "expected a float dtype",
+    );
+}
