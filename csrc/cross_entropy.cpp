@@ -47,13 +47,14 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     for (int64_t start = 0; start < h.size(0); start += step) {
       const int64_t count = std::min(step, h.size(0) - start);
       const Tensor hc = h.narrow(0, start, count), yc = y.narrow(0, start, count).unsqueeze(1);
-      Tensor z = logits_of(hc, w, softcap);
-      const Tensor lse = at::logsumexp(z, 1, true);
-      loss.add_((lse - z.gather(1, yc)).sum());
+      const Tensor z = logits_of(hc, w, softcap);
+      // Not z - logsumexp(z): that rounds at the size of the largest logit, and p - 1 of a confident row drowns in it.
+      Tensor log_p = at::log_softmax(z, 1);
+      loss.sub_(log_p.gather(1, yc).sum());
       if (!need_dh && !need_dw) continue;
       Tensor slope;
       if (softcap > 0) slope = z.div(softcap).square_().neg_().add_(1);
-      Tensor dz = z.sub_(lse).exp_();
+      Tensor dz = log_p.exp_();
       dz.scatter_add_(1, yc, at::full({count, 1}, -1, dz.options()));
       if (slope.defined()) dz.mul_(slope);
       const Tensor ds = dz.to(h.scalar_type());
@@ -109,7 +110,7 @@ std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& wei
     const int64_t count = std::min(step, hidden.size(0) - start);
     const Tensor z = logits_of(hidden.narrow(0, start, count), w, softcap);
     const Tensor y = labels.narrow(0, start, count).unsqueeze(1);
-    chunks.push_back((z.gather(1, y) - at::logsumexp(z, 1, true)).squeeze(1));
+    chunks.push_back(at::log_softmax(z, 1).gather(1, y).squeeze(1));
   }
   return std::make_unique<Tensor>(chunks.empty() ? at::zeros({0}, hidden.options()) : at::cat(chunks));
 }

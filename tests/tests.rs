@@ -1,5 +1,6 @@
 //! One integration binary, so that it can be carried to a GPU machine. One module a subject.
 
+mod adapter;
 mod adapter_config;
 mod checkpoint_io;
 mod cli_config;
