@@ -1,5 +1,6 @@
 //! Tokenizers, chat templates, records, label masks and batches.
 
+mod local;
 mod prepare;
 mod templates;
 
