@@ -1,6 +1,5 @@
 //! Tokenizers, chat templates, records, label masks and batches.
 
-mod local;
 mod prepare;
 mod templates;
 
