@@ -7,8 +7,8 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 
-/// The Jinja environment of transformers' `apply_chat_template`.
-pub(super) fn environment() -> Environment<'static> {
+/// The Jinja environment of transformers' `apply_chat_template`. `markup`: what `safe` gives escapes what is joined to it.
+pub(super) fn environment(markup: bool) -> Environment<'static> {
     let mut env = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.expect("the default delimiters are valid"));
@@ -17,12 +17,19 @@ pub(super) fn environment() -> Environment<'static> {
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: &Value| python_str(value));
-    env.add_filter("safe", |value: &Value| format!("{MARKUP_START}{}{MARKUP_END}", python_str(value)));
+    env.add_filter("safe", move |value: &Value| match markup {
+        true => format!("{MARKUP_START}{}{MARKUP_END}", python_str(value)),
+        false => python_str(value),
+    });
     env.add_filter("int", int);
     env.add_filter("float", float);
     env.add_test("sequence", |value: &Value| {
         // A Python str and a dict have a length and items, which is all that Jinja2 asks.
         matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
+    });
+    env.add_test("iterable", |value: &Value| {
+        let kind = value.kind();
+        matches!(kind, ValueKind::Seq | ValueKind::Iterable | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
     });
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -41,9 +48,10 @@ pub(super) fn set_now(env: &mut Environment<'static>, now: NaiveDateTime) {
     });
 }
 
-/// Brackets around what `safe` marked, until it is printed. Jinja2's `Markup` escapes each string that is joined to it
+/// Brackets around what `safe` marked, until it is printed. Jinja2's `Markup` escapes each string that `+` joins to it,
 /// even where templates are not HTML, and published templates show it (`&#34;` in Mistral's tool calls); MiniJinja has
-/// no such type without escaping all output. The two are Unicode noncharacters, which no text contains.
+/// no such type without escaping all output. The two are Unicode noncharacters, which no text contains. `~` would have
+/// to take them away, which cannot be told from here: a template that uses `~` has plain strings instead.
 const MARKUP_START: char = '\u{fdd0}';
 const MARKUP_END: char = '\u{fdd1}';
 

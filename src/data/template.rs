@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 use anyhow::{Context, Result, anyhow, bail};
 use chrono::NaiveDateTime;
 use fancy_regex::Regex;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, Error, State, Value as JinjaValue};
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, Value as JinjaValue};
 use serde_json::{Map, Value};
 
 use super::python;
@@ -33,7 +33,7 @@ pub struct RenderOptions<'a> {
 pub struct Rendered {
     /// The text, special tokens included.
     pub text: String,
-    /// Byte ranges of `text` that came from `{% generation %}` blocks, in order.
+    /// Byte ranges of `text` that came from `{% generation %}` blocks, in order; neighbours are one.
     pub generation: Vec<Range<usize>>,
 }
 
@@ -45,16 +45,17 @@ pub struct ChatTemplate {
     origin: String,
     variables: BTreeMap<String, String>,
     now: NaiveDateTime,
-    marks_generation: bool,
+    /// By template name, the byte ranges of the rewritten source that stand in generation blocks.
+    generation: BTreeMap<String, Vec<Range<usize>>>,
 }
 
 const DEFAULT: &str = "default";
 /// The named template that transformers prefers when tools are given.
 const TOOL_USE: &str = "tool_use";
-const GENERATION: &str = "generation__";
 
 static GENERATION_TAG: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("the pattern is valid")
+    // A comment is matched as a whole, so that a tag in it is none.
+    Regex::new(r"(?s)\{#.*?#\}|(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("the pattern is valid")
 });
 
 impl ChatTemplate {
@@ -108,22 +109,15 @@ impl ChatTemplate {
     }
 
     fn from_named(named: &[(String, String)], origin: &str) -> Result<ChatTemplate> {
-        let mut env = python::environment();
-        // transformers' extension turns the block into a call, too: names set inside do not leak out.
-        env.add_function(GENERATION, |state: &mut State, kwargs: Kwargs| -> Result<JinjaValue, Error> {
-            kwargs.get::<JinjaValue>("caller")?.call(state, &[])
-        });
+        // `~` joins the text of what it is given, `+` escapes it: see `python::MARKUP_START`.
+        let escapes_joined = !named.iter().any(|(_, source)| source.contains(" ~ "));
+        let mut env = python::environment(escapes_joined);
         let mut default = None;
-        let mut marks_generation = false;
+        let mut generation = BTreeMap::new();
         for (name, source) in named {
-            let replacement = |tag: &fancy_regex::Captures| {
-                let inner =
-                    if tag.get(2).is_some() { "endcall".to_owned() } else { format!("call {GENERATION}()") };
-                format!("{}{inner}{}", &tag[1], &tag[3])
-            };
-            let rewritten = GENERATION_TAG.replace_all(source, replacement).into_owned();
-            marks_generation |= rewritten != *source;
+            let (rewritten, blocks) = open_generation_blocks(source);
             env.add_template_owned(name.clone(), rewritten).map_err(|error| explain(&error, origin))?;
+            generation.insert(name.clone(), blocks);
             if name == DEFAULT {
                 default = Some(source.clone());
             }
@@ -140,7 +134,7 @@ impl ChatTemplate {
             origin: origin.to_owned(),
             variables: BTreeMap::new(),
             now,
-            marks_generation,
+            generation,
         })
     }
 
@@ -156,7 +150,7 @@ impl ChatTemplate {
 
     /// Whether it marks the assistant's words with `{% generation %}`.
     pub fn marks_generation(&self) -> bool {
-        self.marks_generation
+        self.generation.values().any(|blocks| !blocks.is_empty())
     }
 
     /// Gives the template a variable in every rendering, such as `bos_token`.
@@ -205,16 +199,23 @@ impl ChatTemplate {
         for (name, value) in options.variables.into_iter().flatten() {
             context.insert(name, JinjaValue::from(Serde(value)));
         }
+        let blocks = self.generation.get(name).map_or(&[][..], Vec::as_slice);
         let rendered = self.env.get_template(name).and_then(|template| {
-            if !self.marks_generation {
+            if blocks.is_empty() {
                 return Ok(Rendered { text: template.render(context)?, generation: Vec::new() });
             }
             let (text, spans) = template.render_with_spans(context)?;
-            let generation = spans
-                .iter()
-                .filter(|span| template.source()[span.source_range()].contains(GENERATION))
-                .map(|span| span.output_range())
-                .collect();
+            let mut generation: Vec<Range<usize>> = Vec::new();
+            for span in spans {
+                let source = span.source_range();
+                if blocks.iter().any(|block| block.start <= source.start && source.end <= block.end) {
+                    let output = span.output_range();
+                    match generation.last_mut() {
+                        Some(last) if last.end == output.start => last.end = output.end,
+                        _ => generation.push(output),
+                    }
+                }
+            }
             Ok(Rendered { text, generation })
         });
         rendered.map_err(|error| explain(&error, &self.origin))
@@ -258,6 +259,30 @@ impl ChatTemplate {
         }
         Ok(rendered)
     }
+}
+
+/// MiniJinja does not know `{% generation %}`: it becomes `{% with %}`, a scope of its own, as transformers makes it. Also
+/// gives the ranges of the new source that stand inside.
+fn open_generation_blocks(source: &str) -> (String, Vec<Range<usize>>) {
+    let (mut rewritten, mut blocks) = (String::new(), Vec::new());
+    let (mut copied, mut open) = (0, None);
+    for tag in GENERATION_TAG.captures_iter(source).flatten().filter(|tag| tag.get(1).is_some()) {
+        let whole = tag.get(0).expect("group 0 is the match");
+        rewritten.push_str(&source[copied..whole.start()]);
+        copied = whole.end();
+        let closes = tag.get(2).is_some();
+        if let (true, Some(start)) = (closes, open.take()) {
+            blocks.push(start..rewritten.len());
+        }
+        rewritten.push_str(&tag[1]);
+        rewritten.push_str(if closes { "endwith" } else { "with generation__ = true" });
+        rewritten.push_str(&tag[3]);
+        if !closes {
+            open = Some(rewritten.len());
+        }
+    }
+    rewritten.push_str(&source[copied..]);
+    (rewritten, blocks)
 }
 
 /// `reasoning_content`, `thinking` and `reasoning` are one thing; transformers gives templates the first two.
