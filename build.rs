@@ -40,6 +40,9 @@ fn main() {
     println!("cargo:rerun-if-changed=src/ffi.rs");
 
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch_lib.display());
+    // A link argument stops at this package: the build script of a package that depends on us reads this instead.
+    println!("cargo::metadata=torch_lib={}", torch_lib.display());
     println!("cargo:rustc-env=FERROTUNE_TORCH_LIB={}", torch_lib.display());
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed={}/libtorch_cpu.so", link.display());
 }
