@@ -105,7 +105,11 @@ fn examine() -> Report {
     let limit = read("/sys/fs/cgroup/memory.max").trim().parse().ok();
     let libtorch = loaded_library("libtorch_cpu.so", &read("/proc/self/maps")).map(|library| {
         let folder = library.parent().expect("maps names absolute paths").to_path_buf();
-        Libtorch { version: libtorch_version(&folder), cuda: folder.join("libtorch_cuda.so").exists(), folder }
+        Libtorch {
+            version: libtorch_version(&folder),
+            cuda: folder.join("libtorch_cuda.so").exists(),
+            folder,
+        }
     });
     let mut report = Report {
         ferrotune: env!("CARGO_PKG_VERSION"),
@@ -150,7 +154,11 @@ fn problems(report: &Report) -> Vec<Problem> {
         );
     }
     if report.gpus.is_empty() {
-        add(false, "a driver but no GPU: nvidia-smi lists none".into(), "nvidia-smi; in a container: --gpus all");
+        add(
+            false,
+            "a driver but no GPU: nvidia-smi lists none".into(),
+            "nvidia-smi; in a container: --gpus all",
+        );
     }
     for gpu in report.gpus.iter().filter(|gpu| gpu.compute_capability < OLDEST_COMPUTE_CAPABILITY) {
         add(
@@ -189,11 +197,7 @@ fn render(report: &Report) -> String {
         ),
         (
             "memory",
-            format!(
-                "{} available of {}",
-                gib(report.memory.available_bytes),
-                gib(report.memory.total_bytes)
-            ),
+            format!("{} available of {}", gib(report.memory.available_bytes), gib(report.memory.total_bytes)),
         ),
     ];
     rows.extend(
@@ -275,10 +279,7 @@ fn parse_meminfo(text: &str, limit: Option<u64>) -> Memory {
         row.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     let limit = limit.unwrap_or(u64::MAX);
-    Memory {
-        total_bytes: bytes("MemTotal").min(limit),
-        available_bytes: bytes("MemAvailable").min(limit),
-    }
+    Memory { total_bytes: bytes("MemTotal").min(limit), available_bytes: bytes("MemAvailable").min(limit) }
 }
 
 /// The driver's version from /proc/driver/nvidia/version, of the closed or the open kernel module.
@@ -335,14 +336,18 @@ fn first_existing(candidates: impl IntoIterator<Item = PathBuf>) -> Option<PathB
 /// libferrotune_kernels.so: in a bundle's lib folder, in a checkout's .libtorch/lib, or beside libtorch.
 fn find_kernels(libtorch: Option<&Libtorch>) -> Option<PathBuf> {
     let executable = std::env::current_exe().and_then(fs::canonicalize).unwrap_or_default();
-    let above = executable.ancestors().skip(1).flat_map(|folder| ["lib", ".libtorch/lib"].map(|lib| folder.join(lib)));
+    let above = executable
+        .ancestors()
+        .skip(1)
+        .flat_map(|folder| ["lib", ".libtorch/lib"].map(|lib| folder.join(lib)));
     let folders = above.chain(libtorch.map(|libtorch| libtorch.folder.clone()));
     first_existing(folders.map(|folder| folder.join("libferrotune_kernels.so")))
 }
 
 /// nvcc: the one that `scripts/setup --cuda` fetched, or the first on PATH.
 fn find_nvcc(libtorch: Option<&Libtorch>) -> Option<PathBuf> {
-    let fetched = libtorch.and_then(|libtorch| Some(libtorch.folder.ancestors().nth(2)?.join("nvidia/cu13/bin")));
+    let fetched =
+        libtorch.and_then(|libtorch| Some(libtorch.folder.ancestors().nth(2)?.join("nvidia/cu13/bin")));
     let path = std::env::var_os("PATH").unwrap_or_default();
     first_existing(fetched.into_iter().chain(std::env::split_paths(&path)).map(|folder| folder.join("nvcc")))
 }
@@ -353,8 +358,10 @@ mod tests {
 
     #[test]
     fn driver_version_of_both_kernel_modules() {
-        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:18:37 UTC 2025\nGCC";
-        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (root@x)";
+        let closed =
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:18:37 UTC 2025\nGCC";
+        let open =
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (root@x)";
         assert_eq!(parse_driver(closed).as_deref(), Some("580.65.06"));
         assert_eq!(parse_driver(open).as_deref(), Some("570.124.06"));
         assert_eq!(parse_driver(""), None);
@@ -379,14 +386,16 @@ mod tests {
 
     #[test]
     fn cpu_of_cpuinfo() {
-        let cpu = parse_cpuinfo("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f_not fma\n");
+        let cpu =
+            parse_cpuinfo("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f_not fma\n");
         assert_eq!(cpu.model, "Some CPU");
         assert_eq!(cpu.instruction_sets, ["avx2", "fma"]);
     }
 
     #[test]
     fn loaded_library_of_maps() {
-        let maps = "7f00-7f01 r-xp 00000000 08:01 42   /opt/a torch/lib/libtorch_cpu.so\n7f02-7f03 rw-p 0 00:00 0\n";
+        let maps =
+            "7f00-7f01 r-xp 00000000 08:01 42   /opt/a torch/lib/libtorch_cpu.so\n7f02-7f03 rw-p 0 00:00 0\n";
         let expected = Some(PathBuf::from("/opt/a torch/lib/libtorch_cpu.so"));
         assert_eq!(loaded_library("libtorch_cpu.so", maps), expected);
         assert_eq!(loaded_library("libc10.so", maps), None);

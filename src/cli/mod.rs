@@ -2,6 +2,7 @@
 
 pub mod banner;
 pub mod config_file;
+pub mod doctor;
 pub mod format;
 pub mod progress;
 pub mod signals;
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// What this machine has, lacks, and how to mend it
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
@@ -45,6 +48,7 @@ pub fn run() -> ExitCode {
     };
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Doctor(arguments) => doctor::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
     eprintln!("error: {error:#}");

@@ -15,6 +15,7 @@ use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
     Tokenizer, prepare, preview,
 };
+use crate::device;
 use crate::error::Error;
 use crate::models::FastLanguageModel;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
@@ -31,7 +32,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     let resume = if args.dry_run { None } else { checkpoint_to_resume(&args)? };
     // A checkpoint continues to the bit only with its own number of threads.
     let threads = args.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
-    let device = device(&args.device)?;
+    let device = device::init(args.device.parse().context("--device")?, None)?;
     if let Some(threads) = threads {
         tch::set_num_threads(threads as i32);
     }
@@ -73,7 +74,11 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
             args.output_dir.display()
         )));
     }
-    model.save_trained(&args.output_dir)?;
+    match model.adapter {
+        // Adapters stay f32; a whole model is saved in the type it was run in.
+        Some(_) => model.save_trained(&args.output_dir)?,
+        None => model.save_pretrained(&args.output_dir, model.decoder.kind)?,
+    }
     model.tokenizer()?.save(&args.output_dir)?;
     print!("\n{}", summary(&results, &args.output_dir));
     Ok(())
@@ -107,13 +112,6 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
         }
     }
     Ok(found)
-}
-
-fn device(name: &str) -> Result<Device> {
-    match name {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        other => bail!(Error::Usage(format!("--device {other}: expected auto or cpu"))),
-    }
 }
 
 fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
@@ -210,10 +208,7 @@ fn banner(
         None => "all weights".to_owned(),
     };
     let device = decoder.device;
-    let machine = match device {
-        Device::Cpu => format!("CPU, {} threads", tch::get_num_threads()),
-        other => format!("{other:?}"),
-    };
+    let machine = device::describe(device);
     let data = train.data();
     let rows = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
     let samples_per_step = rows * args.gradient_accumulation_steps as f64;

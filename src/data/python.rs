@@ -29,7 +29,10 @@ pub(super) fn environment(markup: bool) -> Environment<'static> {
     });
     env.add_test("iterable", |value: &Value| {
         let kind = value.kind();
-        matches!(kind, ValueKind::Seq | ValueKind::Iterable | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
+        matches!(
+            kind,
+            ValueKind::Seq | ValueKind::Iterable | ValueKind::String | ValueKind::Map | ValueKind::Undefined
+        )
     });
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
