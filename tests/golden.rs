@@ -49,7 +49,10 @@ pub fn shared_data(what: &str) -> Option<PathBuf> {
 
 /// The tensors of a .safetensors file.
 pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).into_iter().collect()
+    Tensor::read_safetensors(path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        .into_iter()
+        .collect()
 }
 
 /// `max(||a-b|| / ||b||)` over the 2-norm and the max-norm, in f64.

@@ -46,7 +46,8 @@ fn configs_of_transformers_4_and_5_say_the_same() {
         let five = Config::from_dir(&dir).unwrap();
         let four = Config::from_json(&text).unwrap_or_else(|error| panic!("{name}: {error:#}"));
         // Special tokens are stated by tokenizer and generation config as well, and left out here where they are defaults.
-        let four = Config { bos_token_id: five.bos_token_id, eos_token_ids: five.eos_token_ids.clone(), ..four };
+        let four =
+            Config { bos_token_id: five.bos_token_id, eos_token_ids: five.eos_token_ids.clone(), ..four };
         assert_eq!(four, five, "{name}");
     }
 }
@@ -70,7 +71,10 @@ fn cached_logits_equal_uncached() {
                 distances.push((format!("{case} to {end}, f64"), 1e6 * rel(&cached, &uncached)));
                 let last = decoder.extend(&sequence[..end], &mut rounded).unwrap();
                 if end == sequence.len() {
-                    distances.push((format!("{case}, against transformers"), rel(&last, &expected.get(end as i64 - 1))));
+                    distances.push((
+                        format!("{case}, against transformers"),
+                        rel(&last, &expected.get(end as i64 - 1)),
+                    ));
                 }
             }
         }
@@ -111,7 +115,11 @@ fn gradients_of(decoder: &Decoder, sequences: &[&[i64]], policy: Policy) -> (f64
 }
 
 /// Distances of `found` to the `grad.*` of a golden, both complete.
-fn compare(name: &str, found: &HashMap<String, Tensor>, golden: &HashMap<String, Tensor>) -> Vec<(String, f64)> {
+fn compare(
+    name: &str,
+    found: &HashMap<String, Tensor>,
+    golden: &HashMap<String, Tensor>,
+) -> Vec<(String, f64)> {
     let expected: Vec<_> =
         golden.iter().filter_map(|(key, tensor)| Some((key.strip_prefix("grad.")?, tensor))).collect();
     assert_eq!(found.len(), expected.len(), "{name}: gradients of {:?}", found.keys());
@@ -147,8 +155,10 @@ fn packed_sequences_never_see_each_other() {
         let vocab = decoder.config.vocab_size - 1;
         // Unequal lengths, one past the sliding windows and the ranges of the length-dependent ropes; then equal ones.
         for lengths in [&[3, 38, 1, 17][..], &[9, 9, 9]] {
-            let sequences: Vec<Vec<i64>> =
-                lengths.iter().map(|&length| (0..length).map(|i| (i * i + 7 * length) % vocab).collect()).collect();
+            let sequences: Vec<Vec<i64>> = lengths
+                .iter()
+                .map(|&length| (0..length).map(|i| (i * i + 7 * length) % vocab).collect())
+                .collect();
             let packed = logits(&decoder, &Flat::new(sequences.iter().map(Vec::as_slice)));
             let apart: Vec<Tensor> =
                 sequences.iter().map(|sequence| logits(&decoder, &Flat::new([&sequence[..]]))).collect();
@@ -163,7 +173,8 @@ fn packed_gradients_are_the_sum_of_those_apart() {
     let mut distances = Vec::new();
     for name in ["llama_gqa_llama3", "llama_rope_dynamic", "phi4_mini", "gemma3"] {
         let dir = root().join(name);
-        let sequences: [Vec<i64>; 3] = [12, 40, 5].map(|length| (0..length).map(|i| (i * i + 3 * length) % 60).collect());
+        let sequences: [Vec<i64>; 3] =
+            [12, 40, 5].map(|length| (0..length).map(|i| (i * i + 3 * length) % 60).collect());
         let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
         let mut decoder = load(&dir, Kind::Double);
         decoder.train_all().unwrap();
@@ -178,7 +189,8 @@ fn packed_gradients_are_the_sum_of_those_apart() {
                 sum.insert(key, before + gradient * weight);
             }
         }
-        distances.extend(sum.iter().map(|(key, tensor)| (format!("{name} {key}"), rel(&packed[key], tensor))));
+        distances
+            .extend(sum.iter().map(|(key, tensor)| (format!("{name} {key}"), rel(&packed[key], tensor))));
     }
     // train_all keeps weights, and with them gradients, in f32.
     assert_close(1e-6, distances);
@@ -238,7 +250,8 @@ fn gradients_of_trained_models() {
     for name in TRAINED {
         let golden = tensors(&data.join("golden").join(name).join("grads.safetensors"));
         let sequence = ids(&golden["input_ids"]);
-        let (loss, found) = gradients(&data.join("models").join(name), Kind::Float, &[&sequence], Policy::Keep);
+        let (loss, found) =
+            gradients(&data.join("models").join(name), Kind::Float, &[&sequence], Policy::Keep);
         let expected = golden["loss"].double_value(&[]);
         distances.push((format!("{name} loss"), (loss - expected).abs() / expected));
         distances.extend(compare(name, &found, &golden));

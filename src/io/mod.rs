@@ -2,9 +2,9 @@
 
 pub mod adapter;
 mod atomic;
+pub mod lora_spec;
 mod mmap;
 mod weights;
-pub mod lora_spec;
 
 pub use atomic::{write_atomically, write_atomically_with};
 pub use weights::{Weights, write_safetensors};
