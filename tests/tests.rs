@@ -15,3 +15,6 @@ mod run_log;
 mod schedule;
 mod schedule;
 mod tolerance;
+mod parity;
+mod run_log;
+mod schedule;

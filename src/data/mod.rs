@@ -11,6 +11,7 @@ mod order;
 mod parquet;
 mod prepare;
 mod preview;
+pub mod problems;
 mod python;
 mod records;
 mod template;
