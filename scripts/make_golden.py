@@ -102,10 +102,13 @@ ADAPTERS = {
     "llama_patterns": ("llama", dict(target_modules=["q_proj", "k_proj", "down_proj"], rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 3},
                        alpha_pattern={"k_proj": 3, "layers.0.self_attn.q_proj": 16}), {}),
     "llama_modules_to_save": ("llama", dict(target_modules=["q_proj", "up_proj"], modules_to_save=["embed_tokens", "lm_head"]), {}),
+    "tied_modules_to_save": ("llama_gqa_llama3", dict(target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"]), {}),
+    "tied_embed_tokens": ("llama_gqa_llama3", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"]), {}),
     "llama_layers": ("llama", dict(target_modules=["o_proj", "gate_proj"], layers_to_transform=[1]), {}),
     "llama_regex": ("llama", dict(target_modules=r".*layers\.0\.(self_attn\.v_proj|mlp\.(up|down)_proj)"), {}),
     "llama_bias": ("llama_bias", dict(target_modules="all-linear"), {}),
     "phi3_all_linear": ("phi3", dict(target_modules="all-linear"), dict(train=True)),
+    "gemma3_multimodal": ("gemma3_multimodal_old", dict(target_modules=r".*language_model.*\.(q_proj|down_proj)"), {}),
     "gemma2_all_linear": ("gemma2", dict(target_modules="all-linear"), dict(train=True)),
 }
 
@@ -297,7 +300,8 @@ def make_adapter(name):
     if isinstance(written["target_modules"], list):
         written["target_modules"].sort()  # a Python set: another order in every run
     path.write_text(json.dumps(written, indent=2) + "\n")
-    input_ids = token_ids(name, 32, model.config.vocab_size)
+    # A multimodal config has no vocab_size at its top; its ids from 60 on stand for images.
+    input_ids = token_ids(name, 32, getattr(model.config, "vocab_size", 60))
     logits = write_logits(folder / "golden.safetensors", model, input_ids, name)
     again = peft.PeftModel.from_pretrained(load(GOLDEN / base), folder)
     assert torch.equal(logits_of(again, input_ids), logits), name
