@@ -113,9 +113,14 @@ def unpack(wheel_file, folder, wanted):
         for member in archive.infolist():
             if member.is_dir() or wanted and not any(fnmatch.fnmatchcase(member.filename, one) for one in wanted):
                 continue
-            target = Path(archive.extract(member, folder))
-            if (member.external_attr >> 16) & 0o111:  # zipfile forgets that nvcc is a program
-                target.chmod(0o755)
+            target = folder / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(target.name + ".new")
+            with archive.open(member) as source, beside.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            if (member.external_attr >> 16) & 0o111:  # a program, such as nvcc
+                beside.chmod(0o755)
+            beside.replace(target)  # never in place: a running program may have the old file mapped
             sizes[member.filename] = member.file_size
     return sizes
 

@@ -185,7 +185,7 @@ fn load_kernels(given: Option<&Path>) -> Result<()> {
 
 /// Beside the executable, in a bundle's `lib`, and where scripts/build_kernels puts it: `target/kernels`, seen from
 /// `target/debug` and from `target/debug/deps`.
-fn kernel_places() -> Result<Vec<PathBuf>> {
+pub(crate) fn kernel_places() -> Result<Vec<PathBuf>> {
     let executable = std::env::current_exe().context("the path of this executable")?;
     let folder = executable.parent().context("an executable lies in a folder")?;
     let mut places = vec![folder.join(KERNEL_LIBRARY)];

@@ -2,18 +2,19 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
+use super::format::bytes;
+use crate::device::{self, CudaProbe};
+
 /// The PyTorch release whose libtorch we are built against.
 const LIBTORCH: &str = "2.11";
-/// CUDA 13.0 runs on drivers of this branch and newer.
-const OLDEST_DRIVER: u32 = 580;
+/// libtorch 2.11 is built for CUDA 13.0 (1000 major + 10 minor), which driver 580 brought.
+const OLDEST_CUDA: i32 = 13000;
 /// CUDA 13 dropped everything before Turing.
-const OLDEST_COMPUTE_CAPABILITY: f32 = 7.5;
-const GIB: f64 = (1u64 << 30) as f64;
+const OLDEST_COMPUTE_CAPABILITY: (i32, i32) = (7, 5);
 
 /// Reports what this machine has and lacks: processor, memory, disk, libtorch, driver, GPUs, kernels.
 #[derive(clap::Args, Debug)]
@@ -30,8 +31,7 @@ struct Report {
     memory: Memory,
     disk: Vec<Disk>,
     libtorch: Option<Libtorch>,
-    /// Version of the NVIDIA kernel driver.
-    driver: Option<String>,
+    driver: Option<Driver>,
     gpus: Vec<Gpu>,
     /// The kernel library, where a GPU run would find it.
     kernels: Option<PathBuf>,
@@ -59,6 +59,8 @@ struct Memory {
 
 #[derive(Serialize)]
 struct Disk {
+    /// What is written there.
+    holds: &'static str,
     path: PathBuf,
     free_bytes: u64,
 }
@@ -71,12 +73,20 @@ struct Libtorch {
     cuda: bool,
 }
 
-#[derive(Serialize, PartialEq, Debug)]
+#[derive(Serialize)]
+struct Driver {
+    /// As in `580.65.06`; unknown where the kernel module is not visible (WSL).
+    version: Option<String>,
+    /// The newest CUDA it supports, as in `13.0`.
+    cuda: String,
+}
+
+#[derive(Serialize)]
 struct Gpu {
     name: String,
-    total_mib: u64,
-    free_mib: u64,
-    compute_capability: f32,
+    total_bytes: u64,
+    /// As in `9.0`.
+    compute_capability: String,
 }
 
 #[derive(Serialize)]
@@ -89,7 +99,7 @@ struct Problem {
 
 /// Prints the report. An error, hence exit code 1, when not even the CPU path works.
 pub fn run(args: DoctorArgs) -> Result<()> {
-    let report = examine();
+    let report = examine()?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -99,7 +109,8 @@ pub fn run(args: DoctorArgs) -> Result<()> {
     Ok(())
 }
 
-fn examine() -> Report {
+fn examine() -> Result<Report> {
+    let probe = device::probe();
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
     let limit = read("/sys/fs/cgroup/memory.max").trim().parse().ok();
@@ -115,24 +126,38 @@ fn examine() -> Report {
         ferrotune: env!("CARGO_PKG_VERSION"),
         cpu: Cpu { threads, ..parse_cpuinfo(&read("/proc/cpuinfo")) },
         memory: parse_meminfo(&read("/proc/meminfo"), limit),
-        disk: [PathBuf::from("."), hub_cache()].into_iter().filter_map(disk).collect(),
-        driver: parse_driver(&read("/proc/driver/nvidia/version")),
-        gpus: parse_gpus(&nvidia_smi()),
-        kernels: find_kernels(libtorch.as_ref()),
+        disk: [disk("the current folder", ".".into()), disk("Hugging Face's cache", hub_cache())]
+            .into_iter()
+            .flatten()
+            .collect(),
+        driver: (probe.driver_version > 0).then(|| Driver {
+            version: parse_driver(&read("/proc/driver/nvidia/version")),
+            cuda: format!("{}.{}", probe.driver_version / 1000, probe.driver_version % 1000 / 10),
+        }),
+        gpus: probe
+            .devices
+            .iter()
+            .map(|device| Gpu {
+                name: device.name.clone(),
+                total_bytes: device.total_memory,
+                compute_capability: format!("{}.{}", device.major, device.minor),
+            })
+            .collect(),
+        kernels: device::kernel_places()?.into_iter().find(|place| place.exists()),
         nvcc: find_nvcc(libtorch.as_ref()),
         libtorch,
         cpu_works: false,
         gpu_works: false,
         problems: Vec::new(),
     };
-    report.problems = problems(&report);
+    report.problems = problems(&report, probe);
     report.cpu_works = !report.problems.iter().any(|problem| problem.fatal);
     report.gpu_works = report.driver.is_some() && report.problems.is_empty();
-    report
+    Ok(report)
 }
 
 /// What is missing or too old, with the command that mends it. Having no NVIDIA GPU is not a problem.
-fn problems(report: &Report) -> Vec<Problem> {
+fn problems(report: &Report, probe: &CudaProbe) -> Vec<Problem> {
     let mut found = Vec::new();
     let mut add = |fatal, what: String, mend: &str| found.push(Problem { what, mend: mend.into(), fatal });
     match &report.libtorch {
@@ -145,30 +170,27 @@ fn problems(report: &Report) -> Vec<Problem> {
         Some(_) => {}
     }
     let Some(driver) = &report.driver else { return found };
-    let branch: u32 = driver.split('.').next().and_then(|number| number.parse().ok()).unwrap_or(0);
-    if branch < OLDEST_DRIVER {
+    if probe.driver_version < OLDEST_CUDA {
+        let version = driver.version.as_deref().unwrap_or("of unknown version");
         add(
             false,
-            format!("NVIDIA driver {driver}; CUDA 13 needs {OLDEST_DRIVER} or newer"),
+            format!("NVIDIA driver {version} supports CUDA {}; driver 580 or newer is needed", driver.cuda),
             "install a newer driver: sudo apt install nvidia-driver-580-server, or nvidia.com/drivers",
         );
     }
-    if report.gpus.is_empty() {
+    if probe.devices.is_empty() {
         add(
             false,
-            "a driver but no GPU: nvidia-smi lists none".into(),
-            "nvidia-smi; in a container: --gpus all",
+            format!("a driver, but {}", probe.problem),
+            "nvidia-smi should list a GPU; in a container: --gpus all",
         );
     }
-    for gpu in report.gpus.iter().filter(|gpu| gpu.compute_capability < OLDEST_COMPUTE_CAPABILITY) {
-        add(
-            false,
-            format!(
-                "{} has compute capability {}; CUDA 13 needs {OLDEST_COMPUTE_CAPABILITY} (Turing) or newer",
-                gpu.name, gpu.compute_capability
-            ),
-            "use --device cpu or another GPU",
+    for gpu in probe.devices.iter().filter(|gpu| (gpu.major, gpu.minor) < OLDEST_COMPUTE_CAPABILITY) {
+        let what = format!(
+            "{} has compute capability {}.{}; 7.5 (Turing) or newer is needed",
+            gpu.name, gpu.major, gpu.minor
         );
+        add(false, what, "use another GPU, or --device cpu");
     }
     if report.libtorch.as_ref().is_some_and(|libtorch| !libtorch.cuda) {
         add(false, "libtorch_cuda.so is missing".into(), "scripts/setup --cuda");
@@ -180,7 +202,6 @@ fn problems(report: &Report) -> Vec<Problem> {
 }
 
 fn render(report: &Report) -> String {
-    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / GIB);
     let path_or = |path: &Option<PathBuf>, none: &str| {
         path.as_ref().map_or(none.to_string(), |path| path.display().to_string())
     };
@@ -197,15 +218,16 @@ fn render(report: &Report) -> String {
         ),
         (
             "memory",
-            format!("{} available of {}", gib(report.memory.available_bytes), gib(report.memory.total_bytes)),
+            format!(
+                "{} available of {}",
+                bytes(report.memory.available_bytes),
+                bytes(report.memory.total_bytes)
+            ),
         ),
     ];
-    rows.extend(
-        report
-            .disk
-            .iter()
-            .map(|disk| ("disk", format!("{} free in {}", gib(disk.free_bytes), disk.path.display()))),
-    );
+    rows.extend(report.disk.iter().map(|disk| {
+        ("disk", format!("{} free in {} ({})", bytes(disk.free_bytes), disk.path.display(), disk.holds))
+    }));
     rows.push((
         "libtorch",
         report.libtorch.as_ref().map_or("not loaded".into(), |libtorch| {
@@ -217,10 +239,22 @@ fn render(report: &Report) -> String {
             )
         }),
     ));
-    rows.push(("driver", report.driver.clone().unwrap_or("no NVIDIA driver".into())));
+    rows.push((
+        "driver",
+        report.driver.as_ref().map_or("no NVIDIA driver".into(), |driver| {
+            format!("{}, CUDA {}", driver.version.as_deref().unwrap_or("of unknown version"), driver.cuda)
+        }),
+    ));
     rows.extend(report.gpus.iter().map(|gpu| {
-        let [free, total] = [gpu.free_mib, gpu.total_mib].map(|mib| gib(mib << 20));
-        ("gpu", format!("{}, {free} free of {total}, sm_{}", gpu.name, gpu.compute_capability * 10.0))
+        (
+            "gpu",
+            format!(
+                "{}, {}, compute capability {}",
+                gpu.name,
+                bytes(gpu.total_bytes),
+                gpu.compute_capability
+            ),
+        )
     }));
     rows.push(("kernels", path_or(&report.kernels, "no libferrotune_kernels.so")));
     rows.push(("nvcc", path_or(&report.nvcc, "none (only building the kernels needs it)")));
@@ -274,12 +308,12 @@ fn parse_cpuinfo(text: &str) -> Cpu {
 
 /// Total and available memory from /proc/meminfo, capped by the control group's `limit` in bytes (containers).
 fn parse_meminfo(text: &str, limit: Option<u64>) -> Memory {
-    let bytes = |key: &str| {
+    let of_key = |key: &str| {
         let row = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap_or_default();
         row.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     let limit = limit.unwrap_or(u64::MAX);
-    Memory { total_bytes: bytes("MemTotal").min(limit), available_bytes: bytes("MemAvailable").min(limit) }
+    Memory { total_bytes: of_key("MemTotal").min(limit), available_bytes: of_key("MemAvailable").min(limit) }
 }
 
 /// The driver's version from /proc/driver/nvidia/version, of the closed or the open kernel module.
@@ -288,26 +322,6 @@ fn parse_driver(text: &str) -> Option<String> {
     let is_version =
         |word: &&str| word.contains('.') && word.split('.').all(|number| number.parse::<u32>().is_ok());
     line.split_whitespace().find(is_version).map(str::to_string)
-}
-
-fn nvidia_smi() -> String {
-    let query = "--query-gpu=name,memory.total,memory.free,compute_cap";
-    match Command::new("nvidia-smi").args([query, "--format=csv,noheader,nounits"]).output() {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        _ => String::new(),
-    }
-}
-
-/// One GPU a line: name, total MiB, free MiB, compute capability. Fields a GPU cannot tell read `[N/A]`.
-fn parse_gpus(text: &str) -> Vec<Gpu> {
-    let gpu = |line: &str| {
-        let mut fields = line.split(", ").map(str::trim);
-        let name = fields.next().filter(|name| !name.is_empty())?.to_string();
-        let mut number = || fields.next()?.parse::<f32>().ok();
-        let [total_mib, free_mib] = [number(), number()].map(|mib| mib.unwrap_or(0.0) as u64);
-        Some(Gpu { name, total_mib, free_mib, compute_capability: number()? })
-    };
-    text.lines().filter_map(gpu).collect()
 }
 
 /// Where Hugging Face's cache is: HF_HUB_CACHE, HF_HOME, or ~/.cache/huggingface.
@@ -320,28 +334,17 @@ fn hub_cache() -> PathBuf {
 }
 
 /// Free bytes where `path` is, or where its nearest existing parent is.
-fn disk(path: PathBuf) -> Option<Disk> {
+fn disk(holds: &'static str, path: PathBuf) -> Option<Disk> {
     let existing = path.ancestors().find_map(|path| {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         fs::canonicalize(path).ok()
     })?;
     let space = rustix::fs::statvfs(&existing).ok()?;
-    Some(Disk { path: existing, free_bytes: space.f_bavail * space.f_frsize })
+    Some(Disk { holds, path: existing, free_bytes: space.f_bavail * space.f_frsize })
 }
 
 fn first_existing(candidates: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
     candidates.into_iter().find(|path| path.exists())
-}
-
-/// libferrotune_kernels.so: in a bundle's lib folder, in a checkout's .libtorch/lib, or beside libtorch.
-fn find_kernels(libtorch: Option<&Libtorch>) -> Option<PathBuf> {
-    let executable = std::env::current_exe().and_then(fs::canonicalize).unwrap_or_default();
-    let above = executable
-        .ancestors()
-        .skip(1)
-        .flat_map(|folder| ["lib", ".libtorch/lib"].map(|lib| folder.join(lib)));
-    let folders = above.chain(libtorch.map(|libtorch| libtorch.folder.clone()));
-    first_existing(folders.map(|folder| folder.join("libferrotune_kernels.so")))
 }
 
 /// nvcc: the one that `scripts/setup --cuda` fetched, or the first on PATH.
@@ -365,16 +368,6 @@ mod tests {
         assert_eq!(parse_driver(closed).as_deref(), Some("580.65.06"));
         assert_eq!(parse_driver(open).as_deref(), Some("570.124.06"));
         assert_eq!(parse_driver(""), None);
-    }
-
-    #[test]
-    fn gpus_of_nvidia_smi() {
-        let gpus = parse_gpus("NVIDIA H200, 143771, 143157, 9.0\nNVIDIA GB10, [N/A], [N/A], 12.1\n");
-        let expected =
-            Gpu { name: "NVIDIA H200".into(), total_mib: 143771, free_mib: 143157, compute_capability: 9.0 };
-        assert_eq!(gpus[0], expected);
-        assert_eq!((gpus[1].total_mib, gpus[1].compute_capability), (0, 12.1));
-        assert!(parse_gpus("No devices were found\n").is_empty());
     }
 
     #[test]
@@ -402,11 +395,25 @@ mod tests {
     }
 
     #[test]
-    fn an_old_driver_is_a_problem_of_the_gpu_alone() {
-        let mut report = examine();
-        report.driver = Some("535.54.03".into());
-        let found = problems(&report);
-        let driver = found.iter().find(|problem| problem.what.contains("535.54.03")).expect("reported");
-        assert!(!driver.fatal);
+    fn what_a_gpu_lacks_is_no_problem_of_the_cpu() {
+        let mut report = examine().unwrap();
+        report.driver = Some(Driver { version: Some("535.54.03".into()), cuda: "12.2".into() });
+        let volta =
+            device::CudaDevice { name: "Tesla V100".into(), major: 7, minor: 0, total_memory: 16 << 30 };
+        let probe = CudaProbe { driver_version: 12020, devices: vec![volta], problem: String::new() };
+        let found = problems(&report, &probe);
+        for says in ["driver 535.54.03 supports CUDA 12.2", "Tesla V100 has compute capability 7.0"] {
+            let problem = found.iter().find(|problem| problem.what.contains(says)).expect(says);
+            assert!(!problem.fatal);
+        }
+    }
+
+    #[test]
+    fn no_driver_is_no_problem() {
+        let report = Report { driver: None, ..examine().unwrap() };
+        let probe = CudaProbe { driver_version: 0, devices: vec![], problem: "no driver".into() };
+        assert!(
+            problems(&report, &probe).iter().all(|problem| problem.what.contains("libtorch is not loaded"))
+        );
     }
 }
