@@ -4,6 +4,7 @@ mod adapter;
 mod adapter_config;
 mod checkpoint_io;
 mod cli_config;
+mod cli_train;
 mod data;
 mod golden;
 mod gpu;
