@@ -197,6 +197,9 @@ fn ctrl_c_saves_and_the_written_configuration_reruns_the_run() {
     assert_eq!(place.losses("again").last().unwrap().0, saved);
     succeeded(rerun("again", &["--resume-from-checkpoint"]).output().unwrap());
     assert!(place.adapter("again") == place.adapter("whole"), "the adapters differ");
+    // Nothing is left to do.
+    succeeded(rerun("again", &["--resume-from-checkpoint"]).output().unwrap());
+    assert!(place.adapter("again") == place.adapter("whole"), "the adapters differ");
 
     failed(&mut rerun("whole", &[]), 2, "--overwrite-output-dir");
     succeeded(rerun("whole", &["--overwrite-output-dir", "--max-steps", "2"]).output().unwrap());
@@ -242,7 +245,8 @@ fn usage_errors_name_the_flag_and_end_with_code_2() {
     failed(&mut train(&["--resume-from-checkpoint", "nowhere"]), 1, "nowhere");
     failed(&mut train(&["--dataset-format", "csv"]), 2, "--dataset-format");
     let mut elsewhere = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
-    failed(elsewhere.args(["train", "--model", "m", "--dataset", "d", "--device", "tpu"]), 2, "--device tpu");
+    failed(elsewhere.args(["train", "--model", "m", "--dataset", "d", "--device", "tpu"]), 2, "--device");
+    failed(&mut place.command("seed", "seed", &[]), 2, "the model itself");
     assert!(!place.path("out").exists());
     let shown = succeeded(train(&["--from-scratch", "--dry-run"]).output().unwrap());
     assert!(shown.contains("[[") && shown.contains("</s>"), "{shown}");
