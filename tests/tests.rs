@@ -8,6 +8,7 @@ mod cli_train;
 mod data;
 mod golden;
 mod gpu;
+mod hub;
 mod ops;
 mod parity;
 mod run_log;
