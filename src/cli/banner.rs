@@ -50,8 +50,12 @@ pub fn summary(results: &TrainResults, output_dir: &Path) -> String {
                 rate(results.train_steps_per_second)
             ),
         ),
-        ("loss", format!("{:.4} at the end, {:.4} on average", results.final_loss, results.train_loss)),
     ];
+    // Not a number where a resumed run had no step left to do.
+    if results.train_loss.is_finite() {
+        let (last, mean) = (results.final_loss, results.train_loss);
+        rows.push(("loss", format!("{last:.4} at the end, {mean:.4} on average")));
+    }
     if let (Some(loss), Some(step)) = (results.best_metric, results.best_step) {
         rows.push(("best", format!("evaluation loss {loss:.4} after step {step}")));
     }

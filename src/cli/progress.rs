@@ -90,8 +90,8 @@ impl TrainObserver for Progress {
         );
         match &self.bar {
             Some(bar) => {
-                bar.set_position(metrics.step);
                 bar.set_message(format!("ETA {eta} | {numbers}"));
+                bar.set_position(metrics.step);
             }
             None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
                 let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);

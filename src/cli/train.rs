@@ -1,5 +1,6 @@
 //! `ferrotune train`: supervised fine-tuning, LoRA or full.
 
+use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -84,8 +85,13 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     Ok(())
 }
 
-/// What `--resume-from-checkpoint` means; refuses to write over another run.
+/// What `--resume-from-checkpoint` means; refuses to write over the model or another run.
 fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> {
+    if let (Ok(model), Ok(output)) = (fs::canonicalize(&args.model), fs::canonicalize(&args.output_dir))
+        && model == output
+    {
+        bail!(Error::Usage(format!("--output-dir {} is the folder of the model itself", output.display())));
+    }
     let found = match args.resume_from_checkpoint.as_deref() {
         Some("auto") => checkpoint::latest(&args.output_dir)?,
         Some(folder) => Some(Checkpoint::open(Path::new(folder)).context("--resume-from-checkpoint")?),
@@ -100,7 +106,7 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
     };
     if let Some(checkpoint) = &found {
         let file = checkpoint.folder.join(RUN_CONFIG);
-        let text = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
         let mut before = TrainingArguments::from_yaml(&text, &file)?;
         // Taken over from the checkpoint if not given.
         before.threads = args.threads;
@@ -116,9 +122,10 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
 
 fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
     let dir = Path::new(&args.model);
-    let kind = match (args.dtype, device) {
-        (Dtype::F32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
-        (Dtype::Bf16 | Dtype::Auto, _) => Kind::BFloat16,
+    let kind = match args.dtype {
+        Dtype::Auto if device.is_cuda() && device::supports_bf16(device) => Kind::BFloat16,
+        Dtype::Auto | Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
     };
     let mut model = if args.from_scratch {
         FastLanguageModel::from_scratch(dir, kind, device, args.seed)?

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use clap::{Args, Command, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::data::DatasetFormat;
+use crate::device;
 use crate::error::Error;
 use crate::io::adapter::{AdapterConfig, InitLoraWeights, Patterns, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -359,6 +361,13 @@ impl TrainingArguments {
         share("adam-beta1", self.adam_beta1, true)?;
         share("adam-beta2", self.adam_beta2, true)?;
         share("test-size", self.test_size, true)?;
+        let readable = |flag: &str, found: Result<()>| match found {
+            Err(error) => Err(Error::Usage(format!("--{flag}: {error:#}"))),
+            Ok(()) => Ok(()),
+        };
+        let format = self.dataset_format.as_deref().map(str::parse::<DatasetFormat>).transpose();
+        readable("dataset-format", format.map(drop))?;
+        readable("device", self.device.parse::<device::Choice>().map(drop))?;
         refuse(
             self.test_size > 0.0 && !self.eval_dataset.is_empty(),
             "--test-size and --eval-dataset: give one of them",

@@ -12,6 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 
 const SESSION_START: u64 = 1;
+const PREFIX: &str = "events.out.tfevents.";
 
 /// One event file of a run.
 #[derive(Debug)]
@@ -21,17 +22,16 @@ pub struct EventWriter {
 
 impl EventWriter {
     /// Starts a new event file in `folder`. With `start_step` above 0, viewers forget what earlier files of the folder
-    /// say about that step and later ones: they belong to a run that went on from a checkpoint before them.
+    /// say about that step and later ones: they belong to a run that went on from a checkpoint before them. With 0,
+    /// the earlier files are removed.
     pub fn create(folder: &Path, start_step: u64) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        if start_step == 0 {
+            remove_event_files(folder).with_context(|| format!("clearing {}", folder.display()))?;
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Viewers read the files of a folder in the order of their names.
-        let name = format!(
-            "events.out.tfevents.{:010}.{:09}.{}",
-            now.as_secs(),
-            now.subsec_nanos(),
-            std::process::id()
-        );
+        let name = format!("{PREFIX}{:010}.{:09}.{}", now.as_secs(), now.subsec_nanos(), std::process::id());
         let path = folder.join(name);
         let file = File::create_new(&path).with_context(|| format!("creating {}", path.display()))?;
         let mut writer = Self { file };
@@ -59,6 +59,16 @@ impl EventWriter {
     fn record(&mut self, event: &[u8]) -> Result<()> {
         self.file.write_all(&framed(event)).context("writing a TensorBoard event")
     }
+}
+
+fn remove_event_files(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn framed(event: &[u8]) -> Vec<u8> {
