@@ -137,6 +137,11 @@ impl Json {
         self.value(key).map(parse).transpose()
     }
 
+    /// A number whose absence means `default` and whose null means none.
+    pub fn number_or(&self, key: &str, default: f64) -> Result<Option<f64>> {
+        if self.0.contains_key(key) { self.number(key) } else { Ok(Some(default)) }
+    }
+
     pub fn required(&self, key: &str) -> Result<i64> {
         self.int(key)?.ok_or_else(|| anyhow!("the key {key} is missing"))
     }
