@@ -53,6 +53,29 @@ fn configs_of_transformers_4_and_5_say_the_same() {
 }
 
 #[test]
+fn an_absent_key_is_the_default_and_null_is_none() {
+    let config = |name: &str, change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let text = fs::read_to_string(root().join(name).join("config.json")).unwrap();
+        let mut config = serde_json::from_str(&text).unwrap();
+        change(&mut config);
+        Config::from_json(&serde_json::to_string(&config).unwrap()).unwrap()
+    };
+    let absent = |name: &str, key: &str| config(name, &|config| drop(config.remove(key)));
+    let null = |name: &str, key: &str| {
+        config(name, &|config| drop(config.insert(key.into(), serde_json::Value::Null)))
+    };
+    let softcap = |config: Config| config.layers[0].attention.softcap;
+    let window = |config: Config| config.layers[0].attention.sliding_window;
+    assert_eq!(softcap(absent("gemma2", "attn_logit_softcapping")), Some(50.0));
+    assert_eq!(softcap(null("gemma2", "attn_logit_softcapping")), None);
+    assert_eq!(absent("gemma2", "final_logit_softcapping").final_logit_softcapping, Some(30.0));
+    assert_eq!(null("gemma2", "final_logit_softcapping").final_logit_softcapping, None);
+    assert_eq!(softcap(absent("gemma3", "attn_logit_softcapping")), None);
+    assert_eq!(window(absent("mistral", "sliding_window")), Some(4096));
+    assert_eq!(window(null("mistral", "sliding_window")), None);
+}
+
+#[test]
 fn cached_logits_equal_uncached() {
     let mut distances = Vec::new();
     for name in checkpoints() {

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapter_config;
+mod bad_input;
 mod checkpoint_io;
 mod cli_config;
 mod cli_train;

@@ -122,17 +122,29 @@ impl Weights {
         Ok(self.find(name)?.1.shape.iter().map(|&d| d as i64).collect())
     }
 
+    /// An error, naming file and tensor, unless tensor `name` is there with this shape.
+    pub fn expect_shape(&self, name: &str, expected: &[i64]) -> Result<()> {
+        let found = self.shape(name)?;
+        if found != expected {
+            let (file, name) = (self.find(name)?.0.path.display().to_string(), name.to_string());
+            return Err(Error::ShapeMismatch { file, name, expected: expected.to_vec(), found }.into());
+        }
+        Ok(())
+    }
+
     /// Copies tensor `name` into `destination`, converting dtype and device. Errors name the file and the tensor: a shape
-    /// other than the destination's, an unknown dtype, a value that is NaN or infinite.
+    /// other than the destination's, an unknown dtype, integers where the destination has floats, a value that is NaN
+    /// or infinite.
     pub fn copy_into(&self, name: &str, destination: &Tensor) -> Result<()> {
         let (file, info) = self.find(name)?;
-        let shape: Vec<i64> = info.shape.iter().map(|&d| d as i64).collect();
-        let expected = destination.size();
-        if shape != expected {
-            let (file, name) = (file.path.display().to_string(), name.to_string());
-            return Err(Error::ShapeMismatch { file, name, expected, found: shape }.into());
-        }
+        let shape = destination.size();
+        self.expect_shape(name, &shape)?;
         let kind = file.kind(name, info.dtype)?;
+        if destination.is_floating_point()
+            && !matches!(kind, Kind::Double | Kind::Float | Kind::Half | Kind::BFloat16)
+        {
+            return Err(file.not_a_weight(name, info.dtype).into());
+        }
         let (start, end) = info.data_offsets;
         file.map.with_tensor(file.data_start + start..file.data_start + end, &shape, kind, |stored| {
             destination.shallow_clone().f_copy_(stored)?;
@@ -192,13 +204,14 @@ impl Mapped {
             Dtype::U8 => Kind::Uint8,
             Dtype::I8 => Kind::Int8,
             Dtype::BOOL => Kind::Bool,
-            other => {
-                let reason = format!(
-                    "tensor {name} has dtype {other:?}; F64, F32, F16 and BF16 weights are supported"
-                );
-                return Err(Error::Corrupt { file: self.path.display().to_string(), reason }.into());
-            }
+            other => return Err(self.not_a_weight(name, other).into()),
         })
+    }
+
+    fn not_a_weight(&self, name: &str, dtype: Dtype) -> Error {
+        let reason =
+            format!("tensor {name} has dtype {dtype:?}; F64, F32, F16 and BF16 weights are supported");
+        Error::Corrupt { file: self.path.display().to_string(), reason }
     }
 }
 

@@ -82,26 +82,32 @@ impl Config {
     }
 
     fn check(&self) -> Result<()> {
+        let spec = &self.layers[0].attention;
         for (key, value) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.layers.len() as i64),
+            ("num_attention_heads", spec.num_heads),
+            ("num_key_value_heads", spec.num_kv_heads),
+            ("head_dim", spec.head_dim),
         ] {
-            if value <= 0 {
-                bail!("{key} is {value}, expected a positive number");
+            // The upper limit keeps every product of two of them within i64.
+            if !(1..=i64::from(i32::MAX)).contains(&value) {
+                bail!("{key} is {value}, expected a positive number of at most {}", i32::MAX);
             }
         }
-        let spec = &self.layers[0].attention;
-        if spec.num_heads <= 0 || spec.num_kv_heads <= 0 || spec.num_heads % spec.num_kv_heads != 0 {
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            bail!("rms_norm_eps is {}, expected a small positive number", self.rms_norm_eps);
+        }
+        if spec.num_heads % spec.num_kv_heads != 0 {
             bail!(
                 "num_attention_heads {} is not a multiple of num_key_value_heads {}",
                 spec.num_heads,
                 spec.num_kv_heads
             );
         }
-        if spec.head_dim <= 0 || spec.head_dim % 2 != 0 {
-            bail!("head_dim is {}, expected a positive even number", spec.head_dim);
+        if spec.head_dim % 2 != 0 {
+            bail!("head_dim is {}, expected an even number", spec.head_dim);
         }
         Ok(())
     }
@@ -129,6 +135,11 @@ impl Json {
         let parse =
             |value: &Value| value.as_i64().ok_or_else(|| anyhow!("{key} is {value}, expected an integer"));
         self.value(key).map(parse).transpose()
+    }
+
+    /// A number whose absence means `default` and whose null means none.
+    pub fn number_or(&self, key: &str, default: f64) -> Result<Option<f64>> {
+        if self.0.contains_key(key) { self.number(key) } else { Ok(Some(default)) }
     }
 
     pub fn required(&self, key: &str) -> Result<i64> {

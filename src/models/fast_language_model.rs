@@ -74,7 +74,13 @@ impl FastLanguageModel {
         let spec = LoraSpec::new(&config)?;
         let mut chosen = HashMap::new();
         for (module, ..) in self.decoder.linear_modules() {
-            if let Some(lora) = spec.for_module(&text_module(&module))? {
+            let name = self.decoder.peft_module(&module);
+            // A pattern may also have been written for the text model alone.
+            let lora = match spec.for_module(&name)? {
+                Some(lora) => Some(lora),
+                None => spec.for_module(&text_module(&name))?,
+            };
+            if let Some(lora) = lora {
                 let module_lora =
                     LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
                 chosen.insert(module, module_lora);

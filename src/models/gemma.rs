@@ -11,8 +11,11 @@ pub fn gemma2(json: &Json) -> Result<Config> {
     config.ropes = vec![config::rope(json, config.layers[0].attention.head_dim, 10_000.0)?];
     let sliding = config::sliding_layers(json, config.layers.len(), |i| i % 2 == 0)?;
     let window = json.int("sliding_window")?.or(Some(4096));
+    config.final_logit_softcapping = json.number_or("final_logit_softcapping", 30.0)?;
+    let softcap = json.number_or("attn_logit_softcapping", 50.0)?;
     for (layer, sliding) in config.layers.iter_mut().zip(sliding) {
         layer.attention.sliding_window = window.filter(|_| sliding);
+        layer.attention.softcap = softcap;
     }
     Ok(config)
 }

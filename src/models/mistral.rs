@@ -7,7 +7,7 @@ use super::config::{self, Config, Json};
 pub fn config(json: &Json) -> Result<Config> {
     let mut config = config::base(json)?;
     config.ropes = vec![config::rope(json, config.layers[0].attention.head_dim, 10_000.0)?];
-    let window = json.int("sliding_window")?;
+    let window = json.number_or("sliding_window", 4096.0)?.map(|window| window as i64);
     let sliding = config::sliding_layers(json, config.layers.len(), |_| window.is_some())?;
     for (layer, sliding) in config.layers.iter_mut().zip(sliding) {
         layer.attention.sliding_window = window.filter(|_| sliding);

@@ -173,15 +173,25 @@ impl Decoder {
         total
     }
 
+    /// The name that `module` has in the model that transformers makes of the checkpoint, which is what peft sees: a
+    /// checkpoint may hold another prefix, and transformers renames it.
+    pub fn peft_module(&self, module: &str) -> String {
+        match module.strip_prefix(&self.prefix) {
+            Some(rest) if rest.starts_with("layers.") || rest.starts_with("embed_tokens") => {
+                format!(
+                    "{}{rest}",
+                    if self.config.ignores_vision { "model.language_model." } else { "model." }
+                )
+            }
+            _ => module.to_string(),
+        }
+    }
+
     /// The adapter under peft's names: LoRA matrices and the trained copies of `modules_to_save`.
     pub fn adapter_state(&self) -> Vec<(String, Tensor)> {
         let named = |parameter: Parameter| {
-            let name = if parameter.name.starts_with("base_model.") {
-                parameter.name
-            } else {
-                format!("base_model.model.{}", parameter.name)
-            };
-            (name, parameter.tensor)
+            let module = parameter.name.strip_prefix("base_model.model.").unwrap_or(&parameter.name);
+            (format!("base_model.model.{}", self.peft_module(module)), parameter.tensor)
         };
         self.trainable().into_iter().map(named).collect()
     }

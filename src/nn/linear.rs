@@ -27,6 +27,7 @@ pub struct Loader<'a> {
 impl Loader<'_> {
     /// A matrix `[rows, in]`, such as an embedding.
     pub fn matrix(&self, name: &str, shape: [i64; 2]) -> Result<Tensor> {
+        self.expect(name, &shape)?;
         let tensor = self.empty(&shape)?;
         self.fill(name, &tensor, 0.0)?;
         Ok(tensor)
@@ -35,9 +36,12 @@ impl Loader<'_> {
     /// A projection whose parts `(module name, rows)` the checkpoint stores as `<name>.weight` and, with `bias`,
     /// `<name>.bias`.
     pub fn linear(&self, parts: &[(String, i64)], in_features: i64, bias: bool) -> Result<Linear> {
-        let rows: i64 = parts.iter().map(|(_, rows)| rows).sum();
-        let weight = self.empty(&[rows, in_features])?;
-        let bias = if bias { Some(self.empty(&[rows])?) } else { None };
+        let total: i64 = parts.iter().map(|(_, rows)| rows).sum();
+        for (name, rows) in parts {
+            self.expect(&format!("{name}.weight"), &[*rows, in_features])?;
+        }
+        let weight = self.empty(&[total, in_features])?;
+        let bias = if bias { Some(self.empty(&[total])?) } else { None };
         let mut row = 0;
         for (name, rows) in parts {
             self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
@@ -53,9 +57,18 @@ impl Loader<'_> {
 
     /// A norm stored as `name`, `[size]`.
     pub fn norm(&self, name: String, size: i64, eps: f64, offset: f64) -> Result<RmsNorm> {
+        self.expect(&name, &[size])?;
         let weight = self.empty(&[size])?;
         self.fill(&name, &weight, 1.0 - offset)?;
         Ok(RmsNorm { name, weight, eps, offset })
+    }
+
+    /// Before memory is asked for: a config.json of another model may describe tensors larger than any machine.
+    fn expect(&self, name: &str, shape: &[i64]) -> Result<()> {
+        match &self.init {
+            Init::Checkpoint(weights) => weights.expect_shape(name, shape),
+            Init::Random { .. } => Ok(()),
+        }
     }
 
     fn empty(&self, shape: &[i64]) -> Result<Tensor> {
