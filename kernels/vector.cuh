@@ -1,4 +1,4 @@
-// defines: Vector, load, store, to_float, from_float, aligned16, ceil_div, and the dispatch from KernelDtype to a type.
+// defines: Vector, load, store, keep_packed, to_float, from_float, aligned16, ceil_div, and the dispatch from KernelDtype to a type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,6 +42,16 @@ __device__ inline Vector<T, kWidth> load(const T* base, int64_t vector) {
 template <int kWidth, typename T>
 __device__ inline void store(T* base, int64_t vector, const Vector<T, kWidth>& value) {
   reinterpret_cast<Vector<T, kWidth>*>(base)[vector] = value;
+}
+
+// Keeps a 16-byte vector packed in 4 registers up to this point. Left alone, the compiler unpacks bf16 as soon as it is
+// loaded, for it is only a shift, and holds 8 registers where 4 would do.
+template <typename T, int kWidth>
+__device__ inline void keep_packed(Vector<T, kWidth>& value) {
+  if constexpr (sizeof(value) == 16) {
+    auto* words = reinterpret_cast<unsigned*>(&value);
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+  }
 }
 
 // Loads kWidth values of another type than the one the width was chosen for: 16-byte accesses where they fit.
