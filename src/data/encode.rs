@@ -23,17 +23,17 @@ impl Encoder<'_> {
     pub fn encode(&self, example: &Example) -> Result<Encoded> {
         match example {
             Example::Text(text) => {
-                let (ids, _) = self.tokenizer.encode_with_offsets(text, true)?;
+                let ids = self.tokenizer.encode(text, true)?;
                 let trained = vec![true; ids.len()];
                 Ok(self.with_eos(ids, trained))
             }
             Example::PromptCompletion { prompt, completion } => {
-                let text = format!("{prompt}{completion}");
-                let (ids, offsets) = self.tokenizer.encode_with_offsets(&text, true)?;
-                let trained = match self.options.completion_only_loss {
-                    true => overlaps(&offsets, std::slice::from_ref(&(prompt.len()..text.len()))),
-                    false => vec![true; ids.len()],
+                let ids = self.tokenizer.encode(&format!("{prompt}{completion}"), true)?;
+                let start = match self.options.completion_only_loss {
+                    true => common_prefix(&ids, &self.tokenizer.encode(prompt, true)?),
+                    false => 0,
                 };
+                let trained = (0..ids.len()).map(|n| n >= start).collect();
                 Ok(self.with_eos(ids, trained))
             }
             Example::Conversation(conversation) => self.conversation(conversation),
@@ -74,19 +74,11 @@ impl Encoder<'_> {
         let text = &rendered.text;
         // The template has written the special tokens, BOS too.
         let (ids, offsets) = self.tokenizer.encode_with_offsets(text, false)?;
-        let completion = conversation.prompt_messages.filter(|_| self.options.completion_only_loss);
-        let mut trained = match completion {
-            None => vec![true; ids.len()],
-            Some(messages) => {
-                let prompt = &conversation.messages[..messages];
-                let header = RenderOptions { add_generation_prompt: true, ..options };
-                let prompt = template.render(prompt, &header).context("rendering the prompt alone")?;
-                overlaps(
-                    &offsets,
-                    std::slice::from_ref(&(self.prompt_len(conversation, &prompt, text)?..text.len())),
-                )
-            }
+        let start = match conversation.prompt_messages.filter(|_| self.options.completion_only_loss) {
+            Some(messages) => self.completion_start(conversation, messages, text, &ids, &offsets)?,
+            None => 0,
         };
+        let mut trained: Vec<bool> = (0..ids.len()).map(|n| n >= start).collect();
         if self.options.assistant_only_loss {
             let spans = match template.marks_generation() {
                 true => rendered.generation,
@@ -102,22 +94,39 @@ impl Encoder<'_> {
         Ok(Encoded { ids, trained })
     }
 
-    /// Where the completion starts in `text`: behind `prompt`, or, where the template renders a prompt alone differently
-    /// (it may drop or add a thinking block), where the completion's first assistant turn does.
-    fn prompt_len(&self, conversation: &Conversation, prompt: &str, text: &str) -> Result<usize> {
-        if text.starts_with(prompt) {
-            return Ok(prompt.len());
-        }
+    /// The first token of the completion: where the tokens leave those of the prompt alone, as TRL does it. Where the
+    /// template renders a prompt alone differently (tools or a thinking block move), not before the assistant's turn.
+    fn completion_start(
+        &self,
+        conversation: &Conversation,
+        prompt_messages: usize,
+        text: &str,
+        ids: &[u32],
+        offsets: &[(usize, usize)],
+    ) -> Result<usize> {
         let template = self.tokenizer.chat_template().context("a conversation needs a chat template")?;
+        let options = RenderOptions {
+            tools: conversation.tools.as_ref(),
+            variables: Some(&conversation.variables),
+            add_generation_prompt: true,
+            ..Default::default()
+        };
+        let prompt = &conversation.messages[..prompt_messages];
+        let alone = template.render(prompt, &options).context("rendering the prompt alone")?;
+        let start = common_prefix(ids, &self.tokenizer.encode(&alone, false)?);
+        if text.starts_with(&alone) {
+            return Ok(start);
+        }
         let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
         let spans = assistant_spans(template, conversation, text, end_of_turn)?;
-        let earlier = conversation.messages[..conversation.prompt_messages.unwrap_or(0)]
-            .iter()
-            .filter(|message| message["role"] == "assistant")
-            .count();
+        let earlier = prompt.iter().filter(|message| message["role"] == "assistant").count();
         let span = spans.get(earlier).context("the completion has no assistant message")?;
-        Ok(span.start)
+        Ok(start.max(offsets.iter().take_while(|(_, end)| *end <= span.start).count()))
     }
+}
+
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// Which tokens cover a byte of one of the ordered `spans`. A token across the edge counts, as in transformers'

@@ -1,6 +1,6 @@
 //! The order of an epoch: shuffled, packed, and the same wherever and whenever it is computed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -71,14 +71,14 @@ impl Order {
 fn best_fit_decreasing(data: &TokenDataset, mut samples: Vec<u32>, capacity: usize) -> Vec<Vec<u32>> {
     samples.sort_by_key(|sample| std::cmp::Reverse(data.sample_len(*sample as usize)));
     let mut packs: Vec<Vec<u32>> = Vec::new();
-    let mut by_room: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
+    let mut by_room: BTreeMap<usize, VecDeque<u32>> = BTreeMap::new();
     for sample in samples {
         let length = data.sample_len(sample as usize);
         let fullest = by_room.range(length..).next().map(|(room, _)| *room);
         let (pack, room) = match fullest {
             Some(room) => {
                 let packs_with_room = by_room.entry(room).or_default();
-                let pack = packs_with_room.pop().expect("an entry without packs is removed");
+                let pack = packs_with_room.pop_front().expect("an entry without packs is removed");
                 if packs_with_room.is_empty() {
                     by_room.remove(&room);
                 }
@@ -90,7 +90,7 @@ fn best_fit_decreasing(data: &TokenDataset, mut samples: Vec<u32>, capacity: usi
             }
         };
         packs[pack as usize].push(sample);
-        by_room.entry(room - length).or_default().push(pack);
+        by_room.entry(room - length).or_default().push_back(pack);
     }
     packs
 }

@@ -12,6 +12,7 @@ use minijinja::{Environment, Error, Value as JinjaValue};
 use serde_json::{Map, Value};
 
 use super::python;
+use super::tokenizer::TEMPLATE_FILES;
 
 /// What a conversation is rendered with besides its messages: the arguments of `apply_chat_template`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -73,10 +74,9 @@ impl ChatTemplate {
 
     /// The template of a checkpoint folder whose `tokenizer_config.json` is `config`; files win over the JSON key.
     pub(super) fn from_checkpoint(dir: &Path, config: &Value) -> Result<Option<ChatTemplate>> {
-        let file = dir.join("chat_template.jinja");
+        let [file, tool_use] = TEMPLATE_FILES.map(|name| dir.join(name));
         if file.is_file() {
             let mut named = vec![(DEFAULT.to_owned(), file.clone())];
-            let tool_use = dir.join("additional_chat_templates").join("tool_use.jinja");
             if tool_use.is_file() {
                 named.push((TOOL_USE.to_owned(), tool_use));
             }

@@ -8,9 +8,12 @@ use tokenizers::AddedToken;
 use super::ChatTemplate;
 use crate::io::write_atomically;
 
-/// The files of a checkpoint that belong to the tokenizer, in the order they are read.
-const FILES: [&str; 4] =
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+/// The files of a checkpoint that belong to the tokenizer.
+const FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+
+/// Chat templates beside `tokenizer_config.json`, the default first.
+pub(super) const TEMPLATE_FILES: [&str; 2] =
+    ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"];
 
 /// A special token's text and id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +34,7 @@ pub struct Tokenizer {
     pad: Option<SpecialToken>,
     unk: Option<SpecialToken>,
     chat_template: Option<ChatTemplate>,
+    template_replaced: bool,
 }
 
 impl Tokenizer {
@@ -63,6 +67,8 @@ impl Tokenizer {
             };
             match inner.token_to_id(&content) {
                 Some(id) => Ok(Some(SpecialToken { content, id })),
+                // Nothing here needs these two, and published configurations name some that do not exist.
+                None if matches!(key, "pad_token" | "unk_token") => Ok(None),
                 None => bail!(
                     "{}: {key} is {content:?}, which {} does not contain",
                     dir.join("tokenizer_config.json").display(),
@@ -72,9 +78,19 @@ impl Tokenizer {
         };
         let (bos, eos, pad, unk) =
             (special("bos_token")?, special("eos_token")?, special("pad_token")?, special("unk_token")?);
-        let mut tokenizer = Tokenizer { bos, eos, pad, unk, dir: dir.to_owned(), chat_template: None, inner };
+        let mut tokenizer = Tokenizer {
+            bos,
+            eos,
+            pad,
+            unk,
+            dir: dir.to_owned(),
+            chat_template: None,
+            template_replaced: false,
+            inner,
+        };
         if let Some(template) = ChatTemplate::from_checkpoint(dir, &config)? {
             tokenizer.set_chat_template(template);
+            tokenizer.template_replaced = false;
         }
         Ok(tokenizer)
     }
@@ -92,6 +108,7 @@ impl Tokenizer {
             }
         }
         self.chat_template = Some(template);
+        self.template_replaced = true;
     }
 
     /// The ids of `text`; `add_special_tokens` applies the post-processor of `tokenizer.json` (BOS, as a rule).
@@ -184,17 +201,22 @@ impl Tokenizer {
         &self.inner
     }
 
-    /// Writes the tokenizer files, unchanged, and the chat template in use beside a tuned model or adapter.
+    /// Writes the tokenizer files, unchanged, and the chat template in use into `dir`, beside a tuned model or adapter.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        for name in FILES {
-            let from = self.dir.join(name);
+        let replaced = self.chat_template.as_ref().filter(|_| self.template_replaced);
+        let templates = if replaced.is_some() { &[][..] } else { &TEMPLATE_FILES[..] };
+        for name in FILES.iter().chain(templates) {
+            let (from, to) = (self.dir.join(name), dir.join(name));
             if from.is_file() {
                 let bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
-                write_atomically(&dir.join(name), &bytes)?;
+                if let Some(folder) = to.parent() {
+                    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+                }
+                write_atomically(&to, &bytes)?;
             }
         }
-        if let Some(template) = &self.chat_template {
-            write_atomically(&dir.join("chat_template.jinja"), template.source().as_bytes())?;
+        if let Some(template) = replaced {
+            write_atomically(&dir.join(TEMPLATE_FILES[0]), template.source().as_bytes())?;
         }
         Ok(())
     }

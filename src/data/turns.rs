@@ -45,9 +45,10 @@ pub(super) fn assistant_spans(
     };
     let mut spans: Vec<Range<usize>> = Vec::new();
     for (i, _) in messages.iter().enumerate().filter(|(_, message)| message["role"] == "assistant") {
-        let prompt =
-            template.render(&messages[..i], &RenderOptions { add_generation_prompt: true, ..options });
-        let start = prompt.ok().filter(|prompt| text.starts_with(prompt)).map(|prompt| prompt.len());
+        let prompt = template
+            .render(&messages[..i], &RenderOptions { add_generation_prompt: true, ..options })
+            .unwrap_or_default();
+        let start = Some(prompt.len()).filter(|length| *length > 0 && text.starts_with(&prompt));
         let end = if i + 1 == messages.len() {
             Some(text.len())
         } else {
@@ -57,7 +58,10 @@ pub(super) fn assistant_spans(
         let shown = match (start, end) {
             (Some(start), Some(end)) => start..end,
             _ => match changed_by(template, messages, i, &options, text) {
-                Some(shown) => start.unwrap_or(shown.start)..end.unwrap_or(shown.end),
+                Some(shown) => {
+                    start.unwrap_or_else(|| behind_prompt(text, shown.start, &prompt))
+                        ..end.unwrap_or(shown.end)
+                }
                 None => bail!(
                     "chat template {}: cannot tell where message {} (assistant) stands in the rendered text; mark it \
                      in the template with {{% generation %}} .. {{% endgeneration %}}, or train on all tokens",
@@ -74,6 +78,15 @@ pub(super) fn assistant_spans(
         }
     }
     Ok(spans)
+}
+
+/// Content starts at `at`; the space before it is the assistant's as well if a prompt ends without it.
+fn behind_prompt(text: &str, at: usize, prompt: &str) -> usize {
+    let tail = prompt.char_indices().rev().nth(7).map_or(prompt, |(from, _)| &prompt[from..]);
+    let header = text[..at].trim_end();
+    let spaces = text[header.len()..at].char_indices().map(|(space, _)| header.len() + space);
+    let ends = spaces.filter(|end| !tail.is_empty() && text[..*end].ends_with(tail));
+    ends.last().unwrap_or(at)
 }
 
 /// The part of `text` that changes with message `i`.

@@ -1,7 +1,11 @@
 //! Tokenizers, chat templates, records, label masks and batches.
 
+mod batches;
+mod golden;
 mod prepare;
+mod records;
 mod templates;
+mod tokenizers;
 
 use std::path::PathBuf;
 
