@@ -84,7 +84,11 @@ pub fn ids(tensor: &Tensor) -> Vec<i64> {
 }
 
 pub fn load(dir: &Path, kind: Kind) -> Decoder {
-    let load = || Decoder::load(Config::from_dir(dir)?, &Weights::open(dir)?, kind, Device::Cpu);
+    load_on(dir, kind, Device::Cpu)
+}
+
+pub fn load_on(dir: &Path, kind: Kind, device: Device) -> Decoder {
+    let load = || Decoder::load(Config::from_dir(dir)?, &Weights::open(dir)?, kind, device);
     load().unwrap_or_else(|error| panic!("{}: {error:#}", dir.display()))
 }
 

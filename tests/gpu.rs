@@ -2,15 +2,18 @@
 //! Without a GPU each test says that it is skipped. On a GPU machine run these alone (`tests gpu::`): CUDA must be loaded
 //! before any other test uses libtorch.
 
+use std::collections::HashMap;
 use std::process::Command;
 use std::time::Instant;
 
 use ferrotune::device::{self, Choice};
-use ferrotune::ops::{self, Activation};
+use ferrotune::ops::{self, Activation, AttentionSpec, Policy};
 use tch::{Device, Kind, Tensor};
 
-use crate::ops::{check, check_empty, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
-use crate::tolerance::{What, assert_close};
+use crate::golden::{self, Flat, checkpoints, load_on, logits, root};
+use crate::ops::{Op, check, check_empty, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
+use crate::parity::{cases, gradients_of};
+use crate::tolerance::{What, assert_close, f64_on_cpu};
 
 /// The first GPU, or a line that says what is skipped.
 fn gpu(what: &str) -> Option<Device> {
@@ -85,6 +88,122 @@ fn kernels_agree_with_formulas() {
     for op in ops() {
         for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
             check(&op, kind, device);
+        }
+    }
+}
+
+/// Attention inside segments by its definition.
+fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -> Tensor {
+    let rows = cu_seqlens.windows(2).map(|segment| {
+        let (start, length) = (i64::from(segment[0]), i64::from(segment[1] - segment[0]));
+        let heads_first = |x: &Tensor| x.narrow(0, start, length).transpose(0, 1);
+        let group = spec.num_heads / spec.num_kv_heads;
+        let repeat = |x: &Tensor| heads_first(x).repeat_interleave_self_int(group, 0, None);
+        let mut scores = heads_first(&t[0]).matmul(&repeat(&t[1]).transpose(1, 2)) * spec.scale;
+        if let Some(softcap) = spec.softcap {
+            scores = (scores / softcap).tanh() * softcap;
+        }
+        let ones = Tensor::ones([length, length], (Kind::Bool, scores.device()));
+        let window = spec.sliding_window.unwrap_or(length);
+        let visible = ones.tril(0).logical_and(&ones.triu(1 - window));
+        let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+        let y = scores.softmax(-1, scores.kind()).matmul(&repeat(&t[2]));
+        y.transpose(0, 1).reshape([length, -1])
+    });
+    Tensor::cat(&rows.collect::<Vec<_>>(), 0)
+}
+
+#[test]
+fn attention_agrees_with_its_definition() {
+    let Some(device) = gpu("attention") else { return };
+    for (cu_seqlens, softcap, sliding_window) in [
+        (vec![0, 64, 128], None, None),
+        (vec![0, 3, 300, 301, 333], None, None),
+        (vec![0, 300, 333], None, Some(40)),
+        (vec![0, 300, 600], None, Some(40)),
+        (vec![0, 280, 333], Some(30.0), Some(40)),
+        (vec![0, 280, 333], Some(30.0), None),
+    ] {
+        let n = i64::from(*cu_seqlens.last().unwrap());
+        let spec = AttentionSpec {
+            num_heads: 8,
+            num_kv_heads: 2,
+            head_dim: 64,
+            scale: 0.125,
+            softcap,
+            sliding_window,
+        };
+        let random = |heads| Tensor::randn([n, heads, 64], (Kind::Double, Device::Cpu));
+        let (cu, cu_plain, spec_plain) = (cu_seqlens.clone(), cu_seqlens.clone(), spec.clone());
+        let op = Op {
+            label: format!("attention {cu_seqlens:?}, softcap {softcap:?}, window {sliding_window:?}"),
+            inputs: vec![random(8), random(2), random(2)],
+            trained: 3,
+            ours: Box::new(move |t| ops::attention(&t[0], &t[1], &t[2], &cu, &spec).unwrap()),
+            plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
+        };
+        check(&op, Kind::Double, Device::Cpu);
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+            check(&op, kind, device);
+        }
+    }
+}
+
+#[test]
+fn decoders_on_the_gpu_match_transformers() {
+    let Some(device) = gpu("decoders against transformers") else { return };
+    let mut distances = Vec::new();
+    for name in checkpoints() {
+        let dir = root().join(&name);
+        let decoder = load_on(&dir, Kind::Float, device);
+        for (case, input_ids, expected) in cases(&dir) {
+            let found = logits(&decoder, &Flat::new([&input_ids[..]])).to_device(Device::Cpu);
+            distances.push((case, golden::rel(&found, &expected)));
+        }
+    }
+    golden::assert_close(1e-5, distances);
+}
+
+/// Losses and gradients of packed samples: the GPU in f32 and bf16 beside the CPU in the same type, against f64.
+#[test]
+fn gradients_on_the_gpu_match_the_cpu() {
+    let Some(device) = gpu("gradients of decoders") else { return };
+    for name in checkpoints() {
+        let dir = root().join(&name);
+        for lengths in [&[3, 38, 1, 17][..], &[9, 9, 9]] {
+            let sequences: Vec<Vec<i64>> = lengths
+                .iter()
+                .map(|&length| (0..length).map(|i| (i * i + 7 * length) % 50).collect())
+                .collect();
+            let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
+            let gradients = |kind, device, policy| {
+                let mut decoder = load_on(&dir, kind, device);
+                decoder.train_all().unwrap();
+                gradients_of(&decoder, &all, policy)
+            };
+            let (_, reference) = gradients(Kind::Double, Device::Cpu, Policy::Keep);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let (_, plain) = gradients(kind, Device::Cpu, Policy::Keep);
+                for policy in [Policy::Keep, Policy::Recompute] {
+                    let (_, ours) = gradients(kind, device, policy);
+                    let label = format!("{name} {lengths:?}");
+                    if kind == Kind::Float {
+                        for (key, gradient) in &ours {
+                            let label = format!("{label} {key}");
+                            assert_close(&label, What::Gradient, gradient, &plain[key], &reference[key]);
+                        }
+                        continue;
+                    }
+                    // The largest error of one small tensor is chance in bf16: all gradients as one vector. Weights
+                    // train in f32 whatever the activations are; the tolerance is that of the activations.
+                    let joined = |found: &HashMap<String, Tensor>, kind| {
+                        let flat = |key| f64_on_cpu(&found[key]).flatten(0, -1);
+                        Tensor::cat(&ours.keys().map(flat).collect::<Vec<_>>(), 0).to_kind(kind)
+                    };
+                    let (ours, plain) = (joined(&ours, kind), joined(&plain, kind));
+                    assert_close(&label, What::Gradient, &ours, &plain, &joined(&reference, Kind::Double));
+                }
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::golden::{Flat, assert_close, checkpoints, ids, load, logits, rel, root, shared_data, tensors};
 
 /// The goldens of a checkpoint: `golden.safetensors`, and where rope depends on the length a second, longer one.
-fn cases(dir: &Path) -> Vec<(String, Vec<i64>, Tensor)> {
+pub fn cases(dir: &Path) -> Vec<(String, Vec<i64>, Tensor)> {
     ["golden.safetensors", "golden_long.safetensors"]
         .into_iter()
         .filter(|file| dir.join(file).is_file())
@@ -112,7 +112,11 @@ fn gradients(dir: &Path, kind: Kind, sequences: &[&[i64]], policy: Policy) -> (f
     gradients_of(&decoder, sequences, policy)
 }
 
-fn gradients_of(decoder: &Decoder, sequences: &[&[i64]], policy: Policy) -> (f64, HashMap<String, Tensor>) {
+pub fn gradients_of(
+    decoder: &Decoder,
+    sequences: &[&[i64]],
+    policy: Policy,
+) -> (f64, HashMap<String, Tensor>) {
     let flat = Flat::new(sequences.iter().copied());
     let targets = flat.input_ids.len() - sequences.len();
     let pass = Pass { policy, ..Pass::INFERENCE };

@@ -60,7 +60,11 @@ impl Decoder {
             weights.shape("model.norm.weight")?;
             bail!("the checkpoint has no norm.weight");
         };
-        Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), kind, device })
+        let decoder =
+            Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), kind, device })?;
+        // The reading threads worked on a stream of their own.
+        crate::device::synchronize(device)?;
+        Ok(decoder)
     }
 
     /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`.
