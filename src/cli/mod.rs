@@ -4,6 +4,7 @@ pub mod banner;
 pub mod config_file;
 pub mod doctor;
 pub mod format;
+pub mod hub_env;
 pub mod progress;
 pub mod signals;
 pub mod train;

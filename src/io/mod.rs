@@ -2,6 +2,7 @@
 
 pub mod adapter;
 mod atomic;
+pub mod hub;
 pub mod lora_spec;
 mod mmap;
 mod weights;
