@@ -7,6 +7,7 @@ pub mod format;
 pub mod hub_env;
 pub mod progress;
 pub mod signals;
+mod sources;
 pub mod train;
 
 use std::process::ExitCode;

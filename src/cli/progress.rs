@@ -12,7 +12,7 @@ use super::format::{bytes, rate, seconds};
 use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
 
 /// The terminal's bars. One process has one terminal: whoever writes to it must know of the bars.
-static BARS: LazyLock<MultiProgress> =
+pub(super) static BARS: LazyLock<MultiProgress> =
     LazyLock::new(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout()));
 
 /// Writes to stderr without tearing a bar: for log lines.

@@ -11,7 +11,7 @@ use tch::{Device, Kind};
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
 use super::progress::Progress;
-use super::signals;
+use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
     Tokenizer, prepare, preview,
@@ -121,16 +121,16 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
 }
 
 fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
-    let dir = Path::new(&args.model);
+    let dir = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
     let kind = match args.dtype {
         Dtype::Auto if device.is_cuda() && device::supports_bf16(device) => Kind::BFloat16,
         Dtype::Auto | Dtype::F32 => Kind::Float,
         Dtype::Bf16 => Kind::BFloat16,
     };
     let mut model = if args.from_scratch {
-        FastLanguageModel::from_scratch(dir, kind, device, args.seed)?
+        FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {
-        FastLanguageModel::from_pretrained(dir, kind, device)?
+        FastLanguageModel::from_pretrained(&dir, kind, device)?
     };
     match args.trains_all_weights() {
         true => model.train_all()?,
@@ -172,11 +172,15 @@ fn load_data(
         allow_missing_eot: args.allow_missing_eot,
     };
     let tokenizer = model.tokenizer()?;
-    let (mut train, report) = prepare(&args.dataset, tokenizer, &options).context("--dataset")?;
+    let read = |names: &[String]| {
+        let files = sources::dataset_files(names, &args.dataset_split)?;
+        prepare(&files, tokenizer, &options)
+    };
+    let (mut train, report) = read(&args.dataset).context("--dataset")?;
     let mut reports = vec![report];
     let mut eval = None;
     if !args.eval_dataset.is_empty() {
-        let (data, report) = prepare(&args.eval_dataset, tokenizer, &options).context("--eval-dataset")?;
+        let (data, report) = read(&args.eval_dataset).context("--eval-dataset")?;
         reports.push(report);
         eval = Some(data);
     } else if args.test_size > 0.0 {

@@ -1,0 +1,73 @@
+//! Models and datasets by the names that users give: local paths or hub ids, with downloads shown.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::format::bytes;
+use super::hub_env::hub_options;
+use super::progress::BARS;
+use crate::io::hub::{Download, resolve_dataset, resolve_model};
+
+const DEFAULT_REVISION: &str = "main";
+
+/// The folder of a model or an adapter, downloaded if need be.
+pub fn model_dir(name: &str, revision: Option<&str>) -> Result<PathBuf> {
+    let options = hub_options(revision.unwrap_or(DEFAULT_REVISION))?;
+    let mut downloads = Downloads::default();
+    resolve_model(name, &options, &mut |download| downloads.show(download))
+}
+
+/// The data files (or patterns of them) of all `names`, downloaded if need be.
+pub fn dataset_files(names: &[String], split: &str) -> Result<Vec<String>> {
+    let options = hub_options(DEFAULT_REVISION)?;
+    let mut downloads = Downloads::default();
+    let mut files = Vec::new();
+    for name in names {
+        let found = resolve_dataset(name, split, &options, &mut |download| downloads.show(download))?;
+        files.extend(found.into_iter().map(|file| file.display().to_string()));
+    }
+    Ok(files)
+}
+
+/// Shows the file that is coming in: a bar on a terminal, one line a file on a pipe.
+#[derive(Default)]
+struct Downloads {
+    file: String,
+    bar: Option<ProgressBar>,
+}
+
+impl Downloads {
+    fn show(&mut self, download: Download) {
+        if self.file != download.file {
+            self.clear();
+            self.file = download.file.to_owned();
+            if io::stderr().is_terminal() {
+                let style = ProgressStyle::with_template(
+                    "{msg} {bar:20.cyan/blue} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}",
+                );
+                let bar = ProgressBar::new(download.total).with_message(self.file.clone());
+                self.bar = Some(BARS.add(style.map_or(bar.clone(), |style| bar.with_style(style))));
+            } else {
+                let _ = writeln!(io::stderr(), "downloading {}, {}", download.file, bytes(download.total));
+            }
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(download.done);
+        }
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Downloads {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
