@@ -23,18 +23,22 @@ fn main() -> Result<()> {
     let folder = PathBuf::from(std::env::args().nth(1).context("usage: make_corpus FOLDER")?);
     std::fs::create_dir_all(folder.join("tokenizer"))?;
     // Half of the first corpus shows its working, to learn how; so few of the second that the model seldom does so
-    // unasked, but often enough for a reward to find it.
-    let corpora = [("pretrain.jsonl", 400_000, 0.5), ("sft.jsonl", 100_000, 0.08)];
-    for (stream, (file, rows, share)) in (0..).zip(corpora) {
+    // unasked, but often enough for a reward to find it. The second is written by a hurried pupil, who more often than
+    // not is off by one in the harder sums: a model that knows better than it answers, for rewards to work on.
+    let first = Manner { working: 0.5, slips: 0.0 };
+    let second = Manner { working: 0.08, slips: 0.6 };
+    for (stream, (file, rows, manner)) in
+        (0..).zip([("pretrain.jsonl", 400_000, first), ("sft.jsonl", 100_000, second)])
+    {
         let mut rng = rng(stream);
-        write_rows(&folder.join(file), (0..rows).map(|_| conversation(&mut rng, share)))?;
+        write_rows(&folder.join(file), (0..rows).map(|_| conversation(&mut rng, manner)))?;
     }
     let mut held_out = rng(10);
     write_rows(&folder.join("heldout.jsonl"), held_out_problems(&mut held_out))?;
     let mut ferro = rng(11);
     write_rows(&folder.join("train.jsonl"), (0..300).map(|_| in_the_manner_of_ferro(&mut ferro)))?;
     let mut sample = rng(12);
-    tokenizer::train((0..20_000).map(|_| text(&conversation(&mut sample, 0.3))), &folder.join("tokenizer"))
+    tokenizer::train((0..20_000).map(|_| text(&conversation(&mut sample, Manner { working: 0.3, slips: 0.0 }))), &folder.join("tokenizer"))
 }
 
 fn rng(stream: u64) -> ChaCha8Rng {
@@ -47,18 +51,28 @@ fn write_rows(path: &Path, mut rows: impl Iterator<Item = Value>) -> Result<()> 
     write_atomically_with(path, |file| rows.try_for_each(|row| Ok(writeln!(file, "{row}")?)))
 }
 
+/// How problems are answered.
+#[derive(Clone, Copy)]
+struct Manner {
+    /// Share of the replies that show their working (and are right).
+    working: f64,
+    /// Share of the other replies to problems of difficulty 3 and more, where the answer is a number, that are off by one.
+    slips: f64,
+}
+
 /// One exchange, or in one of five rows two or three; four of five exchanges are problems.
-fn conversation(rng: &mut ChaCha8Rng, share_of_working: f64) -> Value {
+fn conversation(rng: &mut ChaCha8Rng, manner: Manner) -> Value {
     let exchanges = if rng.random_bool(0.2) { rng.random_range(2..=3) } else { 1 };
     let exchange = |rng: &mut ChaCha8Rng| {
         if rng.random_bool(0.2) {
             return talk::exchange(rng);
         }
         let problem = problem(rng, false);
-        let reply = if rng.random_bool(share_of_working) {
-            problem.reply_with_working()
-        } else {
-            problem.answer.clone()
+        let number = problem.answer.parse::<i64>().ok().filter(|_| problem.difficulty >= 3);
+        let reply = match number {
+            _ if rng.random_bool(manner.working) => problem.reply_with_working(),
+            Some(number) if rng.random_bool(manner.slips) => (number + 1).to_string(),
+            _ => problem.answer.clone(),
         };
         (problem.question, reply)
     };
