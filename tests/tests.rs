@@ -7,6 +7,7 @@ mod checkpoint_io;
 mod cli_config;
 mod cli_train;
 mod data;
+mod generate;
 mod golden;
 mod gpu;
 mod hub;

@@ -231,8 +231,9 @@ impl Decoder {
         if past >= total {
             bail!("the cache holds {past} of {total} tokens: nothing to feed");
         }
+        let rotated_for = cache.rotated_for() as i64;
         let same_angles =
-            self.config.ropes.iter().all(|rope| rope.regime(past as i64) == rope.regime(total as i64));
+            self.config.ropes.iter().all(|rope| rope.regime(rotated_for) == rope.regime(total as i64));
         if !same_angles {
             cache.truncate(0);
         }
