@@ -1,6 +1,6 @@
 //! Tokens, and what a decoder has cached of them.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use tch::Tensor;
 
 use crate::models::Decoder;
@@ -43,10 +43,7 @@ impl<'a> Sequence<'a> {
     /// # Errors
     /// An id that is not in the model's vocabulary.
     pub fn set(&mut self, ids: &[i64]) -> Result<()> {
-        let vocab_size = self.decoder.config.vocab_size;
-        if let Some(id) = ids.iter().find(|&&id| id < 0 || id >= vocab_size) {
-            bail!("token id {id} is outside the model's vocabulary (vocab_size {vocab_size})");
-        }
+        self.decoder.check_ids(ids)?;
         let common = self.ids.iter().zip(ids).take_while(|(old, new)| old == new).count();
         self.cache.truncate(common);
         self.ids.clear();
