@@ -9,6 +9,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 mod ffi;
+pub mod generate;
 pub mod io;
 pub mod models;
 pub mod nn;

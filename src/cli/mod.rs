@@ -1,11 +1,16 @@
 //! The `ferrotune` command: flags, progress bars, exit codes.
 
 pub mod banner;
+pub mod chat;
 pub mod config_file;
 pub mod doctor;
 pub mod format;
 pub mod hub_env;
+pub mod generate;
+pub mod model_args;
 pub mod progress;
+pub mod sampling_args;
+pub mod score;
 pub mod signals;
 mod sources;
 pub mod train;
@@ -31,6 +36,12 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// Answer one prompt, a file of prompts, or what is piped in
+    Generate(generate::GenerateArgs),
+    /// Talk to a model in the terminal
+    Chat(chat::ChatArgs),
+    /// Print how likely a model finds each token of a text, as JSON
+    Score(score::ScoreArgs),
     /// What this machine has, lacks, and how to mend it
     Doctor(doctor::DoctorArgs),
 }
@@ -50,6 +61,9 @@ pub fn run() -> ExitCode {
     };
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Generate(arguments) => generate::run(arguments),
+        Command::Chat(arguments) => chat::run(arguments),
+        Command::Score(arguments) => score::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };

@@ -27,3 +27,4 @@ pub use records::{Place, Record, Records, Row};
 pub use template::{ChatTemplate, RenderOptions, Rendered};
 pub use tokenizer::{SpecialToken, Tokenizer};
 pub use tokens::TokenDataset;
+pub use turns::end_of_turn;

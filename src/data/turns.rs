@@ -12,7 +12,7 @@ const PROBE: &str = "\u{fdd2}";
 
 /// The token that ends the assistant's turn: the first added token that the template writes after the content, or
 /// else `eos_token`.
-pub(super) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<SpecialToken> {
+pub fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<SpecialToken> {
     let messages = [json!({"role": "user", "content": "Hi"}), json!({"role": "assistant", "content": PROBE})];
     let text = template.render(&messages, &RenderOptions::default()).unwrap_or_default();
     let after = text.rsplit_once(PROBE).map_or("", |(_, after)| after);

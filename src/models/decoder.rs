@@ -130,9 +130,7 @@ impl Decoder {
                 input.position_ids.len()
             );
         }
-        if let Some(id) = input.input_ids.iter().find(|&&id| id < 0 || id >= self.config.vocab_size) {
-            bail!("token id {id} is outside the model's vocabulary of {}", self.config.vocab_size);
-        }
+        self.check_ids(input.input_ids)?;
         let ids = Tensor::f_from_slice(input.input_ids)?.f_to_device(self.device)?;
         let positions = Tensor::f_from_slice(input.position_ids)?.f_to_device(self.device)?;
         let angles = self
@@ -182,6 +180,16 @@ impl Decoder {
         ops::rms_norm(&x, &self.norm)
     }
 
+    /// # Errors
+    /// Names the first id that the embedding has no row for.
+    pub fn check_ids(&self, input_ids: &[i64]) -> Result<()> {
+        let vocab_size = self.config.vocab_size;
+        match input_ids.iter().find(|&&id| id < 0 || id >= vocab_size) {
+            Some(id) => bail!("token id {id} is outside the model's vocabulary (vocab_size {vocab_size})"),
+            None => Ok(()),
+        }
+    }
+
     /// Logits `[N, V]` of hidden states, in f32 (f64 in an f64 model), final softcap applied.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let weight = self.head().f_to_kind(hidden.kind())?;
@@ -212,6 +220,7 @@ impl Decoder {
         if input_ids.len() < 2 {
             return Ok(Tensor::f_zeros([0], (Kind::Float, Device::Cpu))?);
         }
+        self.check_ids(input_ids)?;
         let _no_grad = tch::no_grad_guard();
         let n = input_ids.len() - 1;
         let positions: Vec<i64> = (0..n as i64).collect();
@@ -231,8 +240,9 @@ impl Decoder {
         if past >= total {
             bail!("the cache holds {past} of {total} tokens: nothing to feed");
         }
+        let rotated_for = cache.rotated_for() as i64;
         let same_angles =
-            self.config.ropes.iter().all(|rope| rope.regime(past as i64) == rope.regime(total as i64));
+            self.config.ropes.iter().all(|rope| rope.regime(rotated_for) == rope.regime(total as i64));
         if !same_angles {
             cache.truncate(0);
         }

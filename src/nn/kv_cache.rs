@@ -11,6 +11,8 @@ pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
     len: usize,
     capacity: usize,
+    /// See [`KvCache::rotated_for`].
+    rotated_for: usize,
 }
 
 impl KvCache {
@@ -25,7 +27,7 @@ impl KvCache {
     ) -> Result<KvCache> {
         let empty = || Tensor::f_empty([num_kv_heads, capacity as i64, head_dim], (kind, device));
         let layers = (0..layers).map(|_| Ok((empty()?, empty()?))).collect::<Result<_>>()?;
-        Ok(KvCache { layers, len: 0, capacity })
+        Ok(KvCache { layers, len: 0, capacity, rotated_for: 0 })
     }
 
     /// Positions filled.
@@ -41,9 +43,35 @@ impl KvCache {
         self.capacity
     }
 
+    /// The longest sequence that the filled positions were part of. Where a rope depends on the length, their keys are
+    /// rotated for that one, also after a [`truncate`](KvCache::truncate).
+    pub fn rotated_for(&self) -> usize {
+        self.rotated_for
+    }
+
     /// Forgets all positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+        if self.len == 0 {
+            self.rotated_for = 0;
+        }
+    }
+
+    /// Makes room for `capacity` positions in all, keeping the filled ones.
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        let len = self.len as i64;
+        for tensor in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
+            let size = tensor.size();
+            let larger =
+                Tensor::f_empty([size[0], capacity as i64, size[2]], (tensor.kind(), tensor.device()))?;
+            larger.f_narrow(1, 0, len)?.f_copy_(&tensor.f_narrow(1, 0, len)?)?;
+            *tensor = larger;
+        }
+        self.capacity = capacity;
+        Ok(())
     }
 
     /// The cache of layer `index`, with room checked for `tokens` more.
@@ -58,5 +86,6 @@ impl KvCache {
     /// Counts `tokens` as written by every layer.
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.len += tokens;
+        self.rotated_for = self.rotated_for.max(self.len);
     }
 }

@@ -1,0 +1,176 @@
+//! `ferrotune chat`: a conversation in the terminal.
+
+use std::io::{IsTerminal, Write, stdout};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use serde_json::{Value, json};
+use signal_hook::consts::SIGINT;
+
+use super::model_args::ModelArgs;
+use super::sampling_args::SamplingArgs;
+use crate::device;
+use crate::generate::{Generator, SamplingParams, Sequence};
+use crate::io::write_atomically;
+use crate::models::FastLanguageModel;
+
+const MAX_NEW_TOKENS: usize = 1024;
+const COMMANDS: &str = "\
+/reset         forget the conversation
+/system TEXT   start anew with this system message; without TEXT, with none
+/save FILE     write the conversation as JSON: {\"messages\": [..]}
+/help          show this
+/exit          leave, as Ctrl-D does; Ctrl-C stops an answer";
+
+/// Talks to a model in the terminal, turn by turn.
+///
+/// What was said stays in the KV cache: each turn reads only what is new. Ctrl-C stops an answer; /help lists the
+/// commands.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  ferrotune chat --model DIR --adapter runs/mine --temperature 0.7")]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// System message at the start
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// Runs the conversation until the user leaves.
+pub fn run(args: ChatArgs) -> Result<()> {
+    let model = args.model.load(None)?;
+    if model.tokenizer()?.chat_template().is_none() {
+        bail!(
+            "{}: the checkpoint has no chat template, so it cannot chat; continue plain texts with ferrotune generate",
+            model.dir.display()
+        );
+    }
+    let params = args.sampling.params(&model, MAX_NEW_TOKENS)?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGINT, interrupted.clone()).context("installing the handler of Ctrl-C")?;
+
+    let mut chat = Chat {
+        sequence: Sequence::new(&model.decoder)?,
+        model: &model,
+        params,
+        messages: Vec::new(),
+        interrupted,
+    };
+    chat.start(args.system.as_deref());
+    let mut editor = DefaultEditor::new().context("opening the terminal")?;
+    let on_terminal = std::io::stdin().is_terminal();
+    if on_terminal {
+        println!("{} on {}. /help lists commands.", args.model.model, device::describe(model.decoder.device));
+    }
+    loop {
+        let line = match editor.readline(if on_terminal { "> " } else { "" }) {
+            Ok(line) => line,
+            Err(ReadlineError::Interrupted) => {
+                println!("(/exit or Ctrl-D leaves)");
+                continue;
+            }
+            Err(ReadlineError::Eof) => return Ok(()),
+            Err(error) => return Err(error).context("reading from the terminal"),
+        };
+        let line = line.trim();
+        if line.is_empty() {
+            continue;
+        }
+        // History is a convenience: a line that cannot be kept is no reason to stop.
+        let _ = editor.add_history_entry(line);
+        let done = match line.strip_prefix('/') {
+            Some("exit") => return Ok(()),
+            Some(command) => chat.command(command),
+            None => chat.turn(line),
+        };
+        // A bad command or a turn that did not work ends nothing.
+        if let Err(error) = done {
+            eprintln!("error: {error:#}");
+        }
+    }
+}
+
+struct Chat<'a> {
+    model: &'a FastLanguageModel,
+    params: SamplingParams,
+    messages: Vec<Value>,
+    sequence: Sequence<'a>,
+    /// Raised by Ctrl-C.
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Chat<'_> {
+    fn start(&mut self, system: Option<&str>) {
+        self.messages = system.map(|text| json!({"role": "system", "content": text})).into_iter().collect();
+    }
+
+    fn command(&mut self, command: &str) -> Result<()> {
+        let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        match (name, rest.trim()) {
+            ("reset", _) => {
+                self.messages.retain(|message| message["role"] == "system");
+                println!("(the conversation is forgotten)");
+            }
+            ("system", "") => {
+                self.start(None);
+                println!("(no system message; the conversation starts anew)");
+            }
+            ("system", text) => {
+                self.start(Some(text));
+                println!("(system message set; the conversation starts anew)");
+            }
+            ("save", "") => bail!("/save needs the name of a file"),
+            ("save", file) => {
+                let text = serde_json::to_string_pretty(&json!({"messages": self.messages}))?;
+                write_atomically(Path::new(file), text.as_bytes())?;
+                println!("(saved to {file})");
+            }
+            ("help", _) => println!("{COMMANDS}"),
+            _ => bail!("/{name} is no command; /help lists them"),
+        }
+        Ok(())
+    }
+
+    /// Answers `text`; where that fails, the conversation stays as it was.
+    fn turn(&mut self, text: &str) -> Result<()> {
+        self.messages.push(json!({"role": "user", "content": text}));
+        match self.answer() {
+            Ok(answer) => {
+                self.messages.push(json!({"role": "assistant", "content": answer}));
+                // Another answer where the same question is asked again.
+                self.params.seed = self.params.seed.wrapping_add(1);
+                Ok(())
+            }
+            Err(error) => {
+                self.messages.pop();
+                Err(error.context("no answer; /reset starts anew"))
+            }
+        }
+    }
+
+    fn answer(&mut self) -> Result<String> {
+        let input_ids = self.model.chat_ids(&self.messages)?;
+        self.interrupted.store(false, Ordering::Relaxed);
+        let tokenizer = self.model.tokenizer()?;
+        let generator = Generator::new(&mut self.sequence, Some(tokenizer), &input_ids, &self.params)?;
+        let mut answer = String::new();
+        let mut out = stdout();
+        for token in generator {
+            let token = token?;
+            out.write_all(token.text.as_bytes()).and_then(|()| out.flush()).context("writing to stdout")?;
+            answer += &token.text;
+            if self.interrupted.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        writeln!(out).context("writing to stdout")?;
+        Ok(answer)
+    }
+}

@@ -1,0 +1,58 @@
+//! The flags that every command which runs a model has, and what they load.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use tch::Kind;
+
+use crate::device;
+use crate::models::FastLanguageModel;
+use crate::train::Dtype;
+
+/// Which model, on what.
+#[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Checkpoint to run: a directory or a Hugging Face hub id
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: String,
+    /// LoRA adapter on it: a directory as peft or `ferrotune train` writes it, or a hub id
+    #[arg(long, value_name = "DIR|ID")]
+    pub adapter: Option<String>,
+    /// Branch, tag or commit of a hub model
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Type of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
+    pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
+        let device = device::init(self.device.parse().context("--device")?, None)?;
+        if let Some(threads) = self.threads {
+            tch::set_num_threads(threads.max(1) as i32);
+        }
+        let suited =
+            if device.is_cuda() && device::supports_bf16(device) { Kind::BFloat16 } else { Kind::Float };
+        let kind = match self.dtype {
+            Dtype::Auto => auto.unwrap_or(suited),
+            Dtype::F32 => Kind::Float,
+            Dtype::Bf16 => Kind::BFloat16,
+        };
+        let folder = PathBuf::from(&self.model);
+        let mut model = FastLanguageModel::from_pretrained(&folder, kind, device).context("--model")?;
+        if let Some(adapter) = &self.adapter {
+            model.load_adapter(&PathBuf::from(adapter)).context("--adapter")?;
+        }
+        Ok(model)
+    }
+}

@@ -1,0 +1,100 @@
+//! Generation for a whole checkpoint: text in, text out.
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+use super::{Generation, GenerationConfig, SamplingParams, Token, generate, generate_several};
+use crate::data::{RenderOptions, end_of_turn};
+use crate::models::FastLanguageModel;
+
+impl FastLanguageModel {
+    /// The parameters that the checkpoint suggests (`generation_config.json`), stopping at every token that ends an answer:
+    /// `eos_token_id` of both configs, the tokenizer's, and the chat template's end of turn.
+    pub fn generation_params(&self) -> Result<SamplingParams> {
+        let mut params = GenerationConfig::from_dir(&self.dir)?.params();
+        let mut stop = std::mem::take(&mut params.stop_token_ids);
+        stop.extend(&self.decoder.config.eos_token_ids);
+        if let Ok(tokenizer) = self.tokenizer() {
+            stop.extend(tokenizer.eos_token_id().map(i64::from));
+            let template = tokenizer.chat_template();
+            let ends = template.and_then(|template| end_of_turn(tokenizer, template));
+            stop.extend(ends.map(|token| i64::from(token.id)));
+        }
+        stop.sort_unstable();
+        stop.dedup();
+        params.stop_token_ids = stop;
+        Ok(params)
+    }
+
+    /// The ids of a plain text to be continued. An empty one becomes the token that starts a text.
+    ///
+    /// # Errors
+    /// No tokenizer; an empty text for a model without a `bos_token`.
+    pub fn prompt_ids(&self, text: &str) -> Result<Vec<i64>> {
+        let tokenizer = self.tokenizer()?;
+        let ids: Vec<i64> = tokenizer.encode(text, true)?.into_iter().map(i64::from).collect();
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+        match tokenizer.bos_token_id().map(i64::from).or(self.decoder.config.bos_token_id) {
+            Some(bos) => Ok(vec![bos]),
+            None => bail!("the prompt is empty, and the model has no bos_token to start from"),
+        }
+    }
+
+    /// The ids of a conversation in the chat template's form, up to where the assistant speaks.
+    ///
+    /// # Errors
+    /// No tokenizer or no chat template; messages that the template refuses.
+    pub fn chat_ids(&self, messages: &[Value]) -> Result<Vec<i64>> {
+        let tokenizer = self.tokenizer()?;
+        let Some(template) = tokenizer.chat_template() else {
+            bail!("{}: the checkpoint has no chat template", self.dir.display());
+        };
+        let options = RenderOptions { add_generation_prompt: true, ..Default::default() };
+        // The template writes the special tokens itself.
+        let ids = tokenizer.encode(&template.render(messages, &options)?, false)?;
+        Ok(ids.into_iter().map(i64::from).collect())
+    }
+
+    /// Continues `prompt_ids`, showing every token to `on_token` as it comes.
+    pub fn generate(
+        &self,
+        prompt_ids: &[i64],
+        params: &SamplingParams,
+        on_token: impl FnMut(&Token),
+    ) -> Result<Generation> {
+        generate(&self.decoder, self.tokenizer().ok(), prompt_ids, params, on_token)
+    }
+
+    /// `n` continuations of one prompt; `on_token` gets the number of the sample with each token.
+    pub fn generate_several(
+        &self,
+        prompt_ids: &[i64],
+        params: &SamplingParams,
+        n: usize,
+        on_token: impl FnMut(usize, &Token),
+    ) -> Result<Vec<Generation>> {
+        generate_several(&self.decoder, self.tokenizer().ok(), prompt_ids, params, n, on_token)
+    }
+
+    /// Continues plain texts, one after the other, with the checkpoint's own parameters where none are given.
+    pub fn fast_generate<S: AsRef<str>>(
+        &self,
+        prompts: &[S],
+        params: Option<&SamplingParams>,
+    ) -> Result<Vec<Generation>> {
+        let own;
+        let params = match params {
+            Some(params) => params,
+            None => {
+                own = self.generation_params()?;
+                &own
+            }
+        };
+        prompts
+            .iter()
+            .map(|prompt| self.generate(&self.prompt_ids(prompt.as_ref())?, params, |_| ()))
+            .collect()
+    }
+}

@@ -1,0 +1,168 @@
+//! From a row of logits to a token.
+
+use anyhow::{Result, bail};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::SamplingParams;
+
+/// Chooses tokens for one sequence. Its generator is its own: equal parameters, stream and logits give equal tokens.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    params: SamplingParams,
+    rng: ChaCha8Rng,
+    /// `[V]`: whether a token has occurred; empty where no repetition penalty asks for it.
+    seen: Vec<bool>,
+    /// The tokens left by the filters with their weights; kept between tokens for its memory.
+    kept: Vec<Candidate>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    id: usize,
+    score: f32,
+    /// `exp(score - best score)`.
+    weight: f64,
+}
+
+impl Sampler {
+    /// `stream` tells apart the samples of one seed; `prompt` counts for the repetition penalty. Ids must be below
+    /// `vocab_size`.
+    pub fn new(params: &SamplingParams, stream: u64, prompt: &[i64], vocab_size: usize) -> Sampler {
+        let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
+        rng.set_stream(stream);
+        let seen = if params.repetition_penalty == 1.0 { Vec::new() } else { vec![false; vocab_size] };
+        let mut sampler = Sampler { params: params.clone(), rng, seen, kept: Vec::new() };
+        for &id in prompt {
+            sampler.mark(id);
+        }
+        sampler
+    }
+
+    /// The next token, drawn from what the filters leave of `logits` `[V]`, which are changed.
+    ///
+    /// # Errors
+    /// Logits that are NaN or infinite.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<i64> {
+        self.penalise(logits);
+        let best = best(logits)?;
+        let id = if self.params.temperature == 0.0 {
+            best
+        } else {
+            self.filter(logits, best);
+            self.draw()
+        };
+        self.mark(id as i64);
+        Ok(id as i64)
+    }
+
+    /// The probabilities `[V]` that [`sample`](Sampler::sample) would draw from.
+    pub fn probabilities(&mut self, logits: &mut [f32]) -> Result<Vec<f64>> {
+        self.penalise(logits);
+        let best = best(logits)?;
+        let mut probabilities = vec![0.0; logits.len()];
+        if self.params.temperature == 0.0 {
+            probabilities[best] = 1.0;
+        } else {
+            self.filter(logits, best);
+            let total: f64 = self.kept.iter().map(|candidate| candidate.weight).sum();
+            for candidate in &self.kept {
+                probabilities[candidate.id] = candidate.weight / total;
+            }
+        }
+        Ok(probabilities)
+    }
+
+    fn mark(&mut self, id: i64) {
+        if let Some(seen) = self.seen.get_mut(id as usize) {
+            *seen = true;
+        }
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
+        let penalty = self.params.repetition_penalty as f32;
+        for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
+            *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+        }
+    }
+
+    /// Fills `kept`: temperature, top-k, top-p, min-p, in this order.
+    fn filter(&mut self, logits: &mut [f32], best: usize) {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        for logit in logits.iter_mut() {
+            *logit /= temperature as f32;
+        }
+        let highest = logits[best];
+        let candidate =
+            |(id, &score): (usize, &f32)| Candidate { id, score, weight: f64::from(score - highest).exp() };
+        self.kept.clear();
+        self.kept.extend(logits.iter().enumerate().map(candidate));
+        if top_k > 0 && top_k < self.kept.len() {
+            let (_, last, _) =
+                self.kept.select_nth_unstable_by(top_k - 1, |a, b| b.score.total_cmp(&a.score));
+            let lowest = last.score;
+            self.kept.retain(|candidate| candidate.score >= lowest);
+        }
+        if top_p < 1.0 {
+            self.keep_top_p(top_p);
+        }
+        if min_p > 0.0 {
+            self.kept.retain(|candidate| candidate.weight >= min_p);
+        }
+        // An order of their own, whatever the filters did: the draw depends on it.
+        self.kept.sort_unstable_by_key(|candidate| candidate.id);
+    }
+
+    /// Drops the least likely tokens as long as all dropped together have at most the probability `1 - top_p`.
+    fn keep_top_p(&mut self, top_p: f64) {
+        let total: f64 = self.kept.iter().map(|candidate| candidate.weight).sum();
+        let budget = (1.0 - top_p) * total;
+        // Tokens below budget / n go in any case, together they are less than the budget: most of a large vocabulary
+        // never needs sorting.
+        let share = budget / self.kept.len() as f64;
+        let mut dropped = 0.0;
+        self.kept.retain(|candidate| {
+            let keep = candidate.weight >= share;
+            dropped += if keep { 0.0 } else { candidate.weight };
+            keep
+        });
+        self.kept.sort_unstable_by(|a, b| a.score.total_cmp(&b.score).then(a.id.cmp(&b.id)));
+        let mut first = 0;
+        while first + 1 < self.kept.len() && dropped + self.kept[first].weight <= budget {
+            dropped += self.kept[first].weight;
+            first += 1;
+        }
+        self.kept.drain(..first);
+    }
+
+    fn draw(&mut self) -> usize {
+        let total: f64 = self.kept.iter().map(|candidate| candidate.weight).sum();
+        let mut left = self.rng.random::<f64>() * total;
+        let mut chosen = self.kept[0].id;
+        for candidate in self.kept.iter().filter(|candidate| candidate.weight > 0.0) {
+            chosen = candidate.id;
+            left -= candidate.weight;
+            if left < 0.0 {
+                break;
+            }
+        }
+        chosen
+    }
+}
+
+/// Index of the largest logit, the first of equals.
+fn best(logits: &[f32]) -> Result<usize> {
+    let mut best = 0;
+    let mut valid = !logits.is_empty();
+    for (id, &logit) in logits.iter().enumerate() {
+        // A masked token may have -inf.
+        valid &= logit < f32::INFINITY;
+        if logit > logits[best] {
+            best = id;
+        }
+    }
+    if !valid || logits[best] == f32::NEG_INFINITY {
+        bail!("the model's logits are NaN or infinite: try --dtype f32, and check the weights");
+    }
+    Ok(best)
+}
