@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -324,4 +325,43 @@ fn a_dataset_is_the_files_of_its_split() {
     assert_eq!(resolve_dataset("org/data/main", "test", &offline, &mut quiet).unwrap(), test);
     assert_eq!(resolve_dataset("*.jsonl", "train", &offline, &mut quiet).unwrap(), [Path::new("*.jsonl")]);
     assert_eq!(resolve_dataset(snapshot.to_str().unwrap(), "test", &offline, &mut quiet).unwrap(), test);
+}
+
+/// The variables of Hugging Face's tools reach the downloads of a command.
+#[test]
+fn the_command_reads_hugging_face_s_environment() {
+    let home = tempfile::tempdir().unwrap();
+    let hub = Hub { needs_token: true, ..Hub::model() };
+    let endpoint = hub.start(home.path()).endpoint;
+    let score = |variables: &[(&str, &str)]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+        for name in ["HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"] {
+            command.env_remove(name);
+        }
+        command.args(["score", "--model", "org/tiny", "--text", "x", "--device", "cpu"]);
+        command.env("HF_HOME", home.path()).env("HF_ENDPOINT", format!("{endpoint}/"));
+        let output = command.envs(variables.iter().copied()).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let weights = |cache: &str| {
+        home.path()
+            .join(cache)
+            .join("models--org--tiny/snapshots")
+            .join(COMMIT)
+            .join("model.safetensors")
+            .exists()
+    };
+
+    let error = score(&[("HF_HUB_OFFLINE", "1"), ("HF_TOKEN", TOKEN)]);
+    assert!(error.contains("not in the cache") && hub.requests().is_empty(), "{error}");
+    let error = score(&[]);
+    assert!(error.contains("set HF_TOKEN"), "{error}");
+    fs::write(home.path().join("token"), format!("{TOKEN}\n")).unwrap();
+    // The model that is served has an empty config.json: what comes after the download fails.
+    let error = score(&[]);
+    assert!(error.contains("downloading model.safetensors") && weights("hub"), "{error}");
+    fs::remove_file(home.path().join("token")).unwrap();
+    let elsewhere = home.path().join("elsewhere");
+    let error = score(&[("HF_TOKEN", TOKEN), ("HF_HUB_CACHE", elsewhere.to_str().unwrap())]);
+    assert!(weights("elsewhere"), "{error}");
 }

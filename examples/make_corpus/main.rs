@@ -38,7 +38,10 @@ fn main() -> Result<()> {
     let mut ferro = rng(11);
     write_rows(&folder.join("train.jsonl"), (0..300).map(|_| in_the_manner_of_ferro(&mut ferro)))?;
     let mut sample = rng(12);
-    tokenizer::train((0..20_000).map(|_| text(&conversation(&mut sample, Manner { working: 0.3, slips: 0.0 }))), &folder.join("tokenizer"))
+    tokenizer::train(
+        (0..20_000).map(|_| text(&conversation(&mut sample, Manner { working: 0.3, slips: 0.0 }))),
+        &folder.join("tokenizer"),
+    )
 }
 
 fn rng(stream: u64) -> ChaCha8Rng {
