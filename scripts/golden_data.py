@@ -111,6 +111,8 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    "undefined": """{{ missing }}{{ messages[99] }}{{ messages[0].nothing }}{% for x in missing %}{% endfor %}{{ 'a' if missing else 'b' }}
+{%- if messages | length > 2 %}{{ missing.attribute }}{% elif messages[0].role == 'system' %}{{ missing + 'x' }}{% endif %}""",
     # Python shows through: values as str() prints them, methods, slices, tests, json.dumps's options.
     "python": """{%- for message in messages | reverse | list -%}
 {{ loop.index0 }} {{ message.role.upper() }} {{ message['content'][:5] | tojson }} {{ message['content'][::-1][:3] }}|
@@ -196,7 +198,7 @@ def chats(name, tokenizer):
                 rendered = dict(conversation=messages, chat_template=template, tools=TOOLS if case["tools"] else None,
                                 add_generation_prompt=case["add_generation_prompt"])
                 case["text"] = tokenizer.apply_chat_template(**rendered, tokenize=False)
-                if template_name != "python":
+                if template_name not in ("python", "undefined"):
                     out = tokenizer.apply_chat_template(**rendered, return_dict=True, return_assistant_tokens_mask=marks)
                     case["ids"] = out["input_ids"]
                     if marks:

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use super::format::{Conversation, Example};
 use super::turns::assistant_spans;
-use super::{DatasetOptions, RenderOptions, SpecialToken, Tokenizer};
+use super::{DatasetOptions, Offsets, RenderOptions, SpecialToken, Tokenizer};
 
 /// A tokenised example and its targets.
 pub(super) struct Encoded {
@@ -102,7 +102,7 @@ impl Encoder<'_> {
         prompt_messages: usize,
         text: &str,
         ids: &[u32],
-        offsets: &[(usize, usize)],
+        offsets: &[Offsets],
     ) -> Result<usize> {
         let template = self.tokenizer.chat_template().context("a conversation needs a chat template")?;
         let options = RenderOptions {
@@ -131,7 +131,7 @@ fn common_prefix(a: &[u32], b: &[u32]) -> usize {
 
 /// Which tokens cover a byte of one of the ordered `spans`. A token across the edge counts, as in transformers'
 /// `char_to_token`.
-fn overlaps(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bool> {
+fn overlaps(offsets: &[Offsets], spans: &[Range<usize>]) -> Vec<bool> {
     let mut span = 0;
     offsets
         .iter()

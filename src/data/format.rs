@@ -142,7 +142,7 @@ impl RowOptions {
                     .collect();
                 bail!(
                     "{} are of no known shape. Known: {}. Name the text with --text-column COLUMN, or build it with \
-                     --dataset-template 'Question: {{question}} ..'",
+                     --template 'Question: {{question}} ..'",
                     columns(row),
                     known.join("; ")
                 )
@@ -198,12 +198,12 @@ fn fill(template: &str, row: &Row) -> Result<String> {
                 Some(Value::String(value)) => text.push_str(value),
                 Some(Value::Null) => {}
                 Some(value) => text.push_str(&value.to_string()),
-                None => bail!("--dataset-template names {{{column}}}, but there are {}", columns(row)),
+                None => bail!("--template names {{{column}}}, but there are {}", columns(row)),
             }
             rest = after;
         } else {
             bail!(
-                "--dataset-template has a single {brace}: write {{column}}, or {brace}{brace} for the brace itself"
+                "--template has a single {brace}: write {{column}}, or {brace}{brace} for the brace itself"
             );
         }
     }

@@ -25,6 +25,6 @@ pub use prepare::{DatasetOptions, DatasetReport, prepare};
 pub use preview::{PreviewSpan, preview};
 pub use records::{Place, Record, Records, Row};
 pub use template::{ChatTemplate, RenderOptions, Rendered};
-pub use tokenizer::{SpecialToken, Tokenizer};
+pub use tokenizer::{Offsets, SpecialToken, Tokenizer};
 pub use tokens::TokenDataset;
 pub use turns::end_of_turn;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 use tokenizers::AddedToken;
+use tokenizers::processors::template::TemplateProcessing;
 
 use super::ChatTemplate;
 use crate::io::write_atomically;
@@ -14,6 +15,9 @@ const FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "special_to
 /// Chat templates beside `tokenizer_config.json`, the default first.
 pub(super) const TEMPLATE_FILES: [&str; 2] =
     ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"];
+
+/// The bytes of a text that a token stands for: start and end.
+pub type Offsets = (usize, usize);
 
 /// A special token's text and id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +82,8 @@ impl Tokenizer {
         };
         let (bos, eos, pad, unk) =
             (special("bos_token")?, special("eos_token")?, special("pad_token")?, special("unk_token")?);
+        set_post_processor(&mut inner, &config, bos.as_ref(), eos.as_ref())
+            .with_context(|| format!("{}: add_bos_token", dir.join("tokenizer_config.json").display()))?;
         let mut tokenizer = Tokenizer {
             bos,
             eos,
@@ -111,17 +117,18 @@ impl Tokenizer {
         self.template_replaced = true;
     }
 
-    /// The ids of `text`; `add_special_tokens` applies the post-processor of `tokenizer.json` (BOS, as a rule).
+    /// The ids of `text`; `add_special_tokens` applies the post-processor of `tokenizer.json`, or what
+    /// `add_bos_token` and `add_eos_token` say instead.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         Ok(self.encoding(text, add_special_tokens)?.get_ids().to_vec())
     }
 
-    /// As [`encode`](Self::encode), with the byte range of `text` that each token covers.
+    /// As [`encode`](Self::encode), with the byte range of `text` that each token covers: its start and end.
     pub fn encode_with_offsets(
         &self,
         text: &str,
         add_special_tokens: bool,
-    ) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+    ) -> Result<(Vec<u32>, Vec<Offsets>)> {
         let encoding = self.encoding(text, add_special_tokens)?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
@@ -261,6 +268,39 @@ fn token_text(config: &Value, key: &str) -> Option<String> {
         _ => None,
     }
     .filter(|text| !text.is_empty())
+}
+
+/// Obeys `add_bos_token` and `add_eos_token`, which transformers puts above the post-processor of `tokenizer.json`. Where
+/// both agree the latter stays: it may also trim what a token covers.
+fn set_post_processor(
+    inner: &mut tokenizers::Tokenizer,
+    config: &Value,
+    bos: Option<&SpecialToken>,
+    eos: Option<&SpecialToken>,
+) -> Result<()> {
+    let (add_bos, add_eos) = (config["add_bos_token"].as_bool(), config["add_eos_token"].as_bool());
+    if add_bos.is_none() && add_eos.is_none() {
+        return Ok(());
+    }
+    let bos = bos.filter(|_| add_bos == Some(true));
+    let eos = eos.filter(|_| add_eos == Some(true));
+    let found = inner.encode("", true).map_err(|e| anyhow!("{e}"))?;
+    let ids: Vec<u32> = bos.into_iter().chain(eos).map(|token| token.id).collect();
+    if found.get_ids() == ids {
+        return Ok(());
+    }
+    let mut pieces = vec!["$A".to_owned()];
+    pieces.splice(0..0, bos.map(|token| token.content.clone()));
+    pieces.extend(eos.map(|token| token.content.clone()));
+    let tokens: Vec<(String, u32)> =
+        bos.into_iter().chain(eos).map(|token| (token.content.clone(), token.id)).collect();
+    let processor = TemplateProcessing::builder()
+        .try_single(pieces)
+        .map_err(|e| anyhow!("{e}"))?
+        .special_tokens(tokens)
+        .build()?;
+    inner.with_post_processor(Some(processor));
+    Ok(())
 }
 
 /// Adds the tokens that only `tokenizer_config.json` lists, in the order of their ids, as transformers does.

@@ -85,8 +85,7 @@ fn behind_prompt(text: &str, at: usize, prompt: &str) -> usize {
     let tail = prompt.char_indices().rev().nth(7).map_or(prompt, |(from, _)| &prompt[from..]);
     let header = text[..at].trim_end();
     let spaces = text[header.len()..at].char_indices().map(|(space, _)| header.len() + space);
-    let ends = spaces.filter(|end| !tail.is_empty() && text[..*end].ends_with(tail));
-    ends.last().unwrap_or(at)
+    spaces.rev().find(|end| !tail.is_empty() && text[..*end].ends_with(tail)).unwrap_or(at)
 }
 
 /// The part of `text` that changes with message `i`.

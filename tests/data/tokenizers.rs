@@ -50,6 +50,33 @@ fn special_tokens_as_strings_objects_or_not_at_all() {
     );
 }
 
+/// As `update_post_processor` of transformers: a switch that is given decides, and absence leaves tokenizer.json alone.
+#[test]
+fn bos_and_eos_are_added_as_the_configuration_says() {
+    let ids = |tokenizer: Tokenizer, special: bool| tokenizer.encode("a b", special).unwrap();
+    let plain = ids(Tokenizer::from_dir(&golden()).unwrap(), true);
+    let encode = |bos: Value, eos: Value| {
+        let config =
+            json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": bos, "add_eos_token": eos});
+        let tokenizer = Tokenizer::from_dir(folder(config).path()).unwrap();
+        assert_eq!(ids(tokenizer.clone(), false), plain);
+        ids(tokenizer, true)
+    };
+    let with = |before: &[u32], after: &[u32]| [before, &plain, after].concat();
+    assert_eq!(encode(Value::Null, Value::Null), plain);
+    assert_eq!(encode(json!(true), Value::Null), with(&[1], &[]));
+    assert_eq!(encode(json!(true), json!(true)), with(&[1], &[2]));
+    assert_eq!(encode(Value::Null, json!(true)), with(&[], &[2]));
+    let spm = golden().with_file_name("spm");
+    let without = TempDir::new().unwrap();
+    fs::copy(spm.join("tokenizer.json"), without.path().join("tokenizer.json")).unwrap();
+    let config = json!({"bos_token": "<s>", "add_bos_token": false});
+    fs::write(without.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    let whole = ids(Tokenizer::from_dir(&spm).unwrap(), true);
+    assert_eq!(whole[0], 1);
+    assert_eq!(ids(Tokenizer::from_dir(without.path()).unwrap(), true), whole[1..]);
+}
+
 #[test]
 fn tokens_that_only_the_configuration_lists_are_added() {
     let token = |content: &str| {
