@@ -237,6 +237,34 @@ fn full_finetuning_evaluates_stops_early_and_resumes() {
 }
 
 #[test]
+fn a_full_disk_costs_checkpoints_and_not_the_run() {
+    let place = Workplace::with_model();
+    let flags = |steps| ["--r", "64", "--save-steps", "2", "--resume-from-checkpoint", "--max-steps", steps];
+    place.train("model", "out", &flags("4"));
+    // A limit on the size of files refuses writes as a full disk does, for one process alone.
+    let ferrotune = place.command("model", "out", &flags("8"));
+    let mut limited = Command::new("bash");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$@\"", "bash"]);
+    limited.arg(ferrotune.get_program()).args(ferrotune.get_args());
+    let output = limited.output().unwrap();
+    let (stdout, stderr) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(stdout.contains("step 8/8"), "{stdout}{stderr}");
+    assert!(stderr.contains("training goes on without this one"), "{stderr}");
+    assert_eq!(latest(&place.path("out")).unwrap().unwrap().state.global_step, 4);
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_not_applied_and_names_a_module() {
+    let place = Workplace::new();
+    let flags = ["--from-scratch", "--learning-rate", "1e30", "--max-steps", "10", "--warmup-ratio", "0"];
+    failed(&mut place.command("seed", "out", &flags), 1, "the first non-finite value is in");
+    let saved =
+        latest(&place.path("out")).unwrap().expect("the state before the step is saved").state.global_step;
+    assert_eq!(place.losses("out").last().map_or(0, |(step, _)| *step), saved);
+}
+
+#[test]
 fn usage_errors_name_the_flag_and_end_with_code_2() {
     let place = Workplace::new();
     let train = |flags: &[&str]| place.command("seed", "out", flags);
