@@ -160,7 +160,8 @@ impl BatchStream {
         if cursor.fingerprint != self.cursor.fingerprint {
             bail!(
                 "the dataset is not the one that the checkpoint was made with (checksum {:08x}, then {:08x}): resume \
-                 with the same files, chat template, max_seq_length and loss options",
+                 with the same files, chat template, max_seq_length and loss options (a template that writes today's date \
+                 makes other data each day)",
                 self.cursor.fingerprint,
                 cursor.fingerprint
             );

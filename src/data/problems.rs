@@ -344,9 +344,9 @@ fn letter(rng: &mut ChaCha8Rng, difficulty: usize) -> Draft {
 fn count(rng: &mut ChaCha8Rng, difficulty: usize) -> Draft {
     let mut word = word(rng, 2 + difficulty);
     let counted = *word.choose(rng).expect("letters");
-    for place in 0..word.len() {
+    for letter in &mut word {
         if rng.random_bool(0.25) {
-            word[place] = counted;
+            *letter = counted;
         }
     }
     let mut seen = 0;
@@ -380,7 +380,7 @@ mod tests {
     #[test]
     fn every_working_leads_to_its_answer() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        for family in 0..FAMILIES.len() {
+        for (family, name) in FAMILIES.iter().enumerate() {
             for difficulty in 1..=HARDEST {
                 let mut held_out = 0;
                 for _ in 0..400 {
@@ -388,7 +388,7 @@ mod tests {
                     check(&problem);
                     held_out += usize::from(problem.is_held_out());
                 }
-                assert!((1..100).contains(&held_out), "{} {difficulty}: {held_out}", FAMILIES[family]);
+                assert!((1..100).contains(&held_out), "{name} {difficulty}: {held_out}");
             }
         }
     }
