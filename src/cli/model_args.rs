@@ -1,11 +1,10 @@
 //! The flags that every command which runs a model has, and what they load.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result};
 use clap::Args;
 use tch::Kind;
 
+use super::sources;
 use crate::device;
 use crate::models::FastLanguageModel;
 use crate::train::Dtype;
@@ -48,10 +47,10 @@ impl ModelArgs {
             Dtype::F32 => Kind::Float,
             Dtype::Bf16 => Kind::BFloat16,
         };
-        let folder = PathBuf::from(&self.model);
+        let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
         let mut model = FastLanguageModel::from_pretrained(&folder, kind, device).context("--model")?;
         if let Some(adapter) = &self.adapter {
-            model.load_adapter(&PathBuf::from(adapter)).context("--adapter")?;
+            model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter")?;
         }
         Ok(model)
     }
