@@ -320,7 +320,8 @@ fn fused_ops_beat_plain_libtorch() {
     );
     type Call<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
     let rms_torch: Call = Box::new(|x| x.rms_norm([4096], Some(&weight), 1e-5));
-    let rows: Vec<(&str, Vec<i64>, f64, Call, Call, Option<Call>)> = vec![
+    type Row<'a> = (&'a str, Vec<i64>, f64, Call<'a>, Call<'a>, Option<Call<'a>>);
+    let rows: Vec<Row> = vec![
         (
             "rms_norm [16384, 4096]",
             vec![n, 4096],

@@ -5,6 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::tolerance::{What, assert_close};
 
+pub type Function = Box<dyn Fn(&[Tensor]) -> Tensor>;
+
 /// A differentiable function of some tensors, ours beside plain libtorch.
 pub struct Op {
     pub label: String,
@@ -12,8 +14,8 @@ pub struct Op {
     pub inputs: Vec<Tensor>,
     /// How many of the inputs are differentiated: the first ones.
     pub trained: usize,
-    pub ours: Box<dyn Fn(&[Tensor]) -> Tensor>,
-    pub plain: Box<dyn Fn(&[Tensor]) -> Tensor>,
+    pub ours: Function,
+    pub plain: Function,
 }
 
 /// The value and the gradients of `(y * dy).sum()`, on copies of `inputs` in `kind` on `device`.

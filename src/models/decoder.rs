@@ -49,6 +49,9 @@ pub struct Decoder {
     pub(super) lm_head: Option<Tensor>,
 }
 
+/// Sees each layer (none for the embedding) with its input and its output.
+pub(super) type Watch<'a> = dyn FnMut(Option<&DecoderLayer>, &Tensor, &Tensor) -> Result<()> + 'a;
+
 const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_model.", ""];
 
 impl Decoder {
@@ -121,7 +124,7 @@ impl Decoder {
         input: Input,
         cache: Option<&mut KvCache>,
         pass: Pass,
-        watch: &mut dyn FnMut(Option<&DecoderLayer>, &Tensor, &Tensor) -> Result<()>,
+        watch: &mut Watch,
     ) -> Result<Tensor> {
         let n = input.input_ids.len();
         if n == 0 || input.position_ids.len() != n {
