@@ -363,7 +363,7 @@ fn op_error(error: cxx::Exception) -> anyhow::Error {
     let message = error.what();
     if message.contains("out of memory") {
         let advice = "lower --per-device-train-batch-size or --max-seq-length, or use \
-                      --use-gradient-checkpointing on"
+                      --use-gradient-checkpointing"
             .to_string();
         return anyhow::Error::new(crate::error::Error::OutOfMemory { device: "the device".into(), advice })
             .context(message.to_string());

@@ -20,6 +20,44 @@ use crate::models::FastLanguageModel;
 use crate::ops::{DropoutKey, Pass, Policy};
 
 /// A model, its data and the words that say how to train it.
+///
+/// ```
+/// use std::sync::{Arc, atomic::AtomicBool};
+/// use ferrotune::data::{BatchOptions, BatchStream, DatasetOptions, prepare};
+/// use ferrotune::train::{Sft, Trainer, TrainingArguments, observer::TrainObserver};
+/// use ferrotune::{device, models::FastLanguageModel};
+/// # fn main() -> anyhow::Result<()> {
+/// # let output_dir = std::env::temp_dir().join(format!("ferrotune-doc-{}", std::process::id()));
+/// let device = device::init(device::Choice::Cpu, None)?;
+/// let mut model = FastLanguageModel::from_pretrained("examples/tiny/model".as_ref(), tch::Kind::Float, device)?;
+/// let arguments = TrainingArguments {
+///     model: "examples/tiny/model".into(),
+///     dataset: vec!["examples/tiny/train.jsonl".into()],
+///     max_steps: Some(3),
+///     output_dir: output_dir.clone(),
+///     ..TrainingArguments::default()
+/// }
+/// .resolved()?;
+/// model.get_peft_model(arguments.adapter_config("examples/tiny/model"), arguments.seed)?;
+/// let (data, _report) = prepare(&arguments.dataset, model.tokenizer()?, &DatasetOptions::default())?;
+/// let options = BatchOptions { batch_size: 4, max_seq_length: 256, packing: false, shuffle: true, seed: 3407 };
+/// let mut observer: Vec<Box<dyn TrainObserver>> = vec![]; // progress bars, metrics files
+/// let trainer = Trainer {
+///     model: &mut model,
+///     objective: &Sft,
+///     arguments: &arguments,
+///     train: BatchStream::new(Arc::new(data), options)?,
+///     eval: None,
+///     observer: &mut observer,
+///     stop: &AtomicBool::new(false),
+/// };
+/// let results = trainer.run(None)?;
+/// assert_eq!(results.global_step, 3);
+/// model.save_trained(&output_dir)?; // an adapter that peft loads
+/// # std::fs::remove_dir_all(&output_dir)?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Trainer<'a> {
     pub model: &'a mut FastLanguageModel,
     pub objective: &'a dyn Objective,
