@@ -40,6 +40,11 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     args.threads = Some(tch::get_num_threads() as usize);
 
     let mut model = load_model(&args, device)?;
+    if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now)
+        && let Some(tokenizer) = model.tokenizer_mut()
+    {
+        tokenizer.set_template_now(now);
+    }
     let (train, eval, reports) = load_data(&args, &model)?;
     if args.dry_run {
         return show_sample(model.tokenizer()?, train.data(), &reports[0]);

@@ -2,6 +2,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use chrono::NaiveDateTime;
 use serde_json::Value;
 use tokenizers::AddedToken;
 use tokenizers::processors::template::TemplateProcessing;
@@ -196,6 +197,18 @@ impl Tokenizer {
     /// The chat template, if the checkpoint has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// The moment that templates show as today, where there is a template: see [`ChatTemplate::now`].
+    pub fn template_now(&self) -> Option<NaiveDateTime> {
+        self.chat_template.as_ref().map(ChatTemplate::now)
+    }
+
+    /// Lets the chat template render what it did at `now`.
+    pub fn set_template_now(&mut self, now: NaiveDateTime) {
+        if let Some(template) = &mut self.chat_template {
+            template.set_now(now);
+        }
     }
 
     /// The folder it was read from.

@@ -41,6 +41,9 @@ pub struct TrainerState {
     pub threads: usize,
     /// Tokens seen, prompts included.
     pub num_tokens: u64,
+    /// What the chat template took for the present moment, so that a run resumed on another day has the same data.
+    #[serde(default)]
+    pub template_now: Option<chrono::NaiveDateTime>,
     /// Best evaluation and the state of early stopping.
     #[serde(flatten)]
     pub best: BestMetric,

@@ -309,6 +309,7 @@ impl Trainer<'_> {
             seed: args.seed,
             threads: tch::get_num_threads() as usize,
             num_tokens: at.num_tokens,
+            template_now: self.model.tokenizer().ok().and_then(|tokenizer| tokenizer.template_now()),
             best: at.best.clone(),
             ..TrainerState::default()
         };
