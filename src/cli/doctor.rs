@@ -193,10 +193,18 @@ fn problems(report: &Report, probe: &CudaProbe) -> Vec<Problem> {
         add(false, what, "use another GPU, or --device cpu");
     }
     if report.libtorch.as_ref().is_some_and(|libtorch| !libtorch.cuda) {
-        add(false, "libtorch_cuda.so is missing".into(), "scripts/setup --cuda");
+        add(
+            false,
+            "libtorch_cuda.so is missing".into(),
+            "scripts/setup --cuda; for a bundle, pip install torch==2.11.0",
+        );
     }
     if report.kernels.is_none() {
-        add(false, "libferrotune_kernels.so is missing".into(), "scripts/setup --cuda");
+        add(
+            false,
+            "libferrotune_kernels.so is missing".into(),
+            "scripts/setup --cuda; for a bundle, the same before scripts/bundle",
+        );
     }
     found
 }
