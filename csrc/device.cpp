@@ -26,6 +26,8 @@ const c10::CachingAllocator::Stat& total(const c10::CachingAllocator::StatArray&
 
 // cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 constexpr int kMajor = 75, kMinor = 76;
+// CUDA_ERROR_NO_DEVICE, the result of cuInit.
+constexpr int kNoDevice = 100;
 
 }  // namespace
 
@@ -60,7 +62,7 @@ CudaProbe probe_cuda() {
   int error = version(&probe.driver_version);
   if (error == 0) error = init(0);
   if (error == 0) error = count(&devices);
-  if (error != 0) {
+  if (error != 0 && error != kNoDevice) {
     const char* text = nullptr;
     error_string(error, &text);
     probe.problem = std::string("the NVIDIA driver does not start: ") + (text ? text : std::to_string(error));
@@ -79,7 +81,7 @@ CudaProbe probe_cuda() {
     found.total_memory = bytes;
     probe.devices.push_back(std::move(found));
   }
-  if (probe.devices.empty()) probe.problem = "the NVIDIA driver sees no GPU (is CUDA_VISIBLE_DEVICES empty?)";
+  if (probe.devices.empty()) probe.problem = "the NVIDIA driver sees no GPU (does CUDA_VISIBLE_DEVICES hide it?)";
   return probe;
 }
 

@@ -5,58 +5,55 @@ use tch::{Device, Kind, Tensor};
 
 use crate::tolerance::{What, assert_close};
 
-pub type Function = Box<dyn Fn(&[Tensor]) -> Tensor>;
+/// A differentiable function of some tensors.
+pub type Call = Box<dyn Fn(&[Tensor]) -> Tensor>;
 
-/// A differentiable function of some tensors, ours beside plain libtorch.
+/// One function twice: ours and plain libtorch.
 pub struct Op {
     pub label: String,
     /// f64 on the CPU.
     pub inputs: Vec<Tensor>,
     /// How many of the inputs are differentiated: the first ones.
     pub trained: usize,
-    pub ours: Function,
-    pub plain: Function,
+    pub ours: Call,
+    pub plain: Call,
 }
 
 /// The value and the gradients of `(y * dy).sum()`, on copies of `inputs` in `kind` on `device`.
-pub fn differentiate(
-    f: &dyn Fn(&[Tensor]) -> Tensor,
-    op: &Op,
+fn differentiate(
+    f: &Call,
+    inputs: &[Tensor],
+    trained: usize,
     dy: &Tensor,
     kind: Kind,
     device: Device,
 ) -> (Tensor, Vec<Tensor>) {
-    let inputs: Vec<Tensor> = (op.inputs.iter().enumerate())
+    let inputs: Vec<Tensor> = (inputs.iter().enumerate())
         .map(|(i, input)| {
             // Angles stay f32 beside 16-bit inputs, as the model has them; strides survive the copy.
-            let kind = if i < op.trained || kind == Kind::Double { kind } else { Kind::Float };
-            input.to_device(device).to_kind(kind).set_requires_grad(i < op.trained)
+            let kind = if i < trained || kind == Kind::Double { kind } else { Kind::Float };
+            input.to_device(device).to_kind(kind).set_requires_grad(i < trained)
         })
         .collect();
     let y = f(&inputs);
     let dy = dy.to_device(device).to_kind(kind);
-    let wanted: Vec<&Tensor> = inputs.iter().take(op.trained).collect();
-    let gradients = Tensor::run_backward(&[(&y * dy).sum(kind)], &wanted, false, false);
+    let gradients = Tensor::run_backward(&[(&y * dy).sum(kind)], &inputs[..trained], false, false);
     (y, gradients)
 }
 
-/// `op` in `kind` on `device` against f64 on the CPU, both of the same rounded inputs.
+/// `op` in `kind` on `device` against f64 on the CPU, both of the same rounded inputs. The reference is plain libtorch on
+/// the CPU, and on a GPU our formula, which the CPU proves.
 pub fn check(op: &Op, kind: Kind, device: Device) {
-    let rounded = Op {
-        label: op.label.clone(),
-        inputs: op.inputs.iter().take(op.trained).map(|t| t.to_kind(kind).to_kind(Kind::Double)).collect(),
-        trained: op.trained,
-        ours: Box::new(|_| unreachable!()),
-        plain: Box::new(|_| unreachable!()),
-    };
-    let mut rounded = rounded;
-    rounded.inputs.extend(op.inputs.iter().skip(op.trained).map(Tensor::shallow_clone));
-    let shape = tch::no_grad(|| (op.plain)(&rounded.inputs)).size();
-    let dy = Tensor::randn(&shape, (Kind::Double, Device::Cpu)).to_kind(kind).to_kind(Kind::Double);
-    let reference: &dyn Fn(&[Tensor]) -> Tensor = if device == Device::Cpu { &op.plain } else { &op.ours };
-    let (value, gradients) = differentiate(reference, &rounded, &dy, Kind::Double, Device::Cpu);
-    let (ours, our_gradients) = differentiate(&op.ours, &rounded, &dy, kind, device);
-    let (plain, plain_gradients) = differentiate(&op.plain, &rounded, &dy, kind, device);
+    let round = |tensor: &Tensor| tensor.to_kind(kind).to_kind(Kind::Double);
+    let inputs: Vec<Tensor> = (op.inputs.iter().enumerate())
+        .map(|(i, input)| if i < op.trained { round(input) } else { input.shallow_clone() })
+        .collect();
+    let dy = round(&random(&tch::no_grad(|| (op.plain)(&inputs)).size()));
+    let run = |f, kind, device| differentiate(f, &inputs, op.trained, &dy, kind, device);
+    let reference = if device == Device::Cpu { &op.plain } else { &op.ours };
+    let (value, gradients) = run(reference, Kind::Double, Device::Cpu);
+    let (ours, our_gradients) = run(&op.ours, kind, device);
+    let (plain, plain_gradients) = run(&op.plain, kind, device);
     assert_eq!(ours.kind(), kind);
     assert_close(&op.label, What::Value, &ours, &plain, &value);
     for (i, gradient) in gradients.iter().enumerate() {

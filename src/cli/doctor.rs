@@ -109,6 +109,11 @@ pub fn run(args: DoctorArgs) -> Result<()> {
     Ok(())
 }
 
+/// Where `--device cuda` looks for the kernels.
+fn kernel_places() -> Result<Vec<PathBuf>> {
+    super::model_args::kernel_library().map_or_else(device::kernel_places, |named| Ok(vec![named]))
+}
+
 fn examine() -> Result<Report> {
     let probe = device::probe();
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -143,7 +148,7 @@ fn examine() -> Result<Report> {
                 compute_capability: format!("{}.{}", device.major, device.minor),
             })
             .collect(),
-        kernels: device::kernel_places()?.into_iter().find(|place| place.exists()),
+        kernels: kernel_places()?.into_iter().find(|place| place.exists()),
         nvcc: find_nvcc(libtorch.as_ref()),
         libtorch,
         cpu_works: false,

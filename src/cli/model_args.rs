@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::Args;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::sources;
 use crate::device;
@@ -33,10 +33,20 @@ pub struct ModelArgs {
     pub threads: Option<usize>,
 }
 
+/// The kernel library that `FERROTUNE_KERNELS` names, for one that lies in an unusual place.
+pub(super) fn kernel_library() -> Option<PathBuf> {
+    std::env::var_os("FERROTUNE_KERNELS").map(PathBuf::from)
+}
+
+/// The device of `--device`, ready for use.
+pub(super) fn init_device(name: &str) -> Result<Device> {
+    device::init(name.parse().context("--device")?, kernel_library().as_deref())
+}
+
 impl ModelArgs {
     /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
     pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
-        let device = device::init(self.device.parse().context("--device")?, None)?;
+        let device = init_device(&self.device)?;
         if let Some(threads) = self.threads {
             tch::set_num_threads(threads.max(1) as i32);
         }

@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
+use super::model_args::init_device;
 use super::progress::Progress;
 use super::{signals, sources};
 use crate::data::{
@@ -33,7 +34,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     let resume = if args.dry_run { None } else { checkpoint_to_resume(&args)? };
     // A checkpoint continues to the bit only with its own number of threads.
     let threads = args.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
-    let device = device::init(args.device.parse().context("--device")?, None)?;
+    let device = init_device(&args.device)?;
     if let Some(threads) = threads {
         tch::set_num_threads(threads as i32);
     }
