@@ -63,7 +63,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Forgets the gradients, so that the next backward allocates what it needs.
+    /// Sets the gradients to zero, for the next backward to add to.
     pub fn zero_grad(&mut self) {
         for param in &mut self.params {
             param.tensor.zero_grad();

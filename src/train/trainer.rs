@@ -119,7 +119,7 @@ impl Trainer<'_> {
             let before = self.train.cursor();
             let batches = self.step_batches(accumulation)?;
             let learning_rate = schedule.at(at.step);
-            let (loss, grad_norm) = self.forward_backward(&batches, at.step)?;
+            let (loss, grad_norm) = self.forward_backward(&optimizer, &batches, at.step)?;
             if !grad_norm.is_finite() || !loss.is_finite() {
                 return Err(self.non_finite(
                     &checkpoints,
@@ -215,7 +215,7 @@ impl Trainer<'_> {
     }
 
     /// Gradients of the mean loss over all target tokens of the step; returns that loss and the gradients' norm.
-    fn forward_backward(&self, batches: &[Batch], step: u64) -> Result<(f64, f64)> {
+    fn forward_backward(&self, optimizer: &AdamW, batches: &[Batch], step: u64) -> Result<(f64, f64)> {
         let args = self.arguments;
         let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
         let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
@@ -233,8 +233,7 @@ impl Trainer<'_> {
             });
         }
         let loss = total.map_or(0.0, |loss| loss.double_value(&[]));
-        let norm = crate::ops::grad_norm(self.model.decoder.trainable().iter().map(|param| &param.tensor))?;
-        Ok((loss, norm))
+        Ok((loss, optimizer.grad_norm()?))
     }
 
     /// Clips by norm and steps.
