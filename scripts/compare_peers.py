@@ -98,6 +98,7 @@ def generation(ferrotune, model_dir, threads, repeats):
 def make_llama_60m(folder, tokenizer_dir):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    folder, tokenizer_dir = pathlib.Path(folder), pathlib.Path(tokenizer_dir)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
                          num_key_value_heads=8, max_position_embeddings=1024)
@@ -141,7 +142,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         big = scratch / "llama-60M"
-        make_llama_60m(big, options.data / "tokenizers/mistral-v1")
+        # In a process of its own: a child's peak memory counts what its parent held when it was forked.
+        run([*this, "--make-llama-60m", str(big), str(options.data / "tokenizers/mistral-v1")], options.threads)
         # model, tokens a row, steps, which step target
         for model_dir, length, steps, kind in [(options.data / "models/stories260K", 128, options.steps, "LoRA step, tiny"),
                                                (options.data / "models/tinystories-656k", 128, options.steps, "LoRA step, tiny"),
@@ -173,6 +175,8 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peer-train"]:
         peer_train(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["--make-llama-60m"]:
+        make_llama_60m(sys.argv[2], sys.argv[3])
     elif sys.argv[1:2] == ["--peer-generate"]:
         peer_generate(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
