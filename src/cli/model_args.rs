@@ -1,5 +1,7 @@
 //! The flags that every command which runs a model has, and what they load.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::Args;
 use tch::{Device, Kind};
