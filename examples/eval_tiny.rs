@@ -23,15 +23,16 @@ fn main() -> Result<()> {
     let device = device::init("auto".parse()?, None)?;
     let model = FastLanguageModel::from_pretrained(Path::new(&model), Kind::Float, device)?;
     let greedy = SamplingParams { max_new_tokens: 96, ..model.generation_params()? };
-    let sampled = SamplingParams { temperature: 1.0, ..greedy.clone() };
 
     // By family and by difficulty: problems, solved greedily, solved by one of the samples, samples with working.
     let mut scores: BTreeMap<String, [usize; 4]> = BTreeMap::new();
-    for line in std::fs::read_to_string(&problems).context(problems)?.lines() {
+    for (seed, line) in (0..).zip(std::fs::read_to_string(&problems).context(problems)?.lines()) {
         let problem: Value = serde_json::from_str(line)?;
         let answer = problem["answer"].as_str().context("no answer")?;
         let prompt = model.chat_ids(problem["prompt"].as_array().context("no prompt")?)?;
         let best = model.generate(&prompt, &greedy, |_| ())?;
+        // A seed for each problem: with one for all, the same chances would be drawn again and again.
+        let sampled = SamplingParams { temperature: 1.0, seed, ..greedy.clone() };
         let samples = model.generate_several(&prompt, &sampled, SAMPLES, |_, _| ())?;
         let solved = usize::from(is_correct(&best.text, answer));
         let passed = usize::from(samples.iter().any(|sample| is_correct(&sample.text, answer)));
