@@ -96,7 +96,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::v
     return attend(batched(q), batched(k), batched(v), spec).transpose(1, 2).reshape({n, heads * dim});
   }
   const bool sixteen_bit = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
-  if (q.is_cuda() && sixteen_bit && spec.softcap == 0 && dim <= 256) {
+  if (q.is_cuda() && sixteen_bit && spec.softcap == 0 && dim <= 256 && dim % 8 == 0) {
     const Tensor cu = at::tensor(at::ArrayRef<int32_t>(cu_seqlens), at::kInt).to(q.device());
     std::optional<int64_t> left, right;
     if (spec.window > 0) {
