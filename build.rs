@@ -23,6 +23,7 @@ fn main() {
         "optim",
         "rms_norm",
         "rope",
+        "row",
         "swiglu",
     ];
     let unit = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("csrc.cpp");

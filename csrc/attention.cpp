@@ -5,6 +5,8 @@
 
 #include <ATen/ops/_flash_attention_forward.h>
 
+#include "ferrotune/csrc/row.h"
+
 namespace ferrotune {
 
 namespace {
@@ -119,8 +121,14 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::v
   return at::cat(rows, 0);
 }
 
-Tensor attention_cached(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
-  const int64_t queries = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(0), keys = k.size(1);
+Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_v, const KvView& cache,
+                        const AttentionSpec& spec) {
+  if (is_row(q) && row_fits_cache(q, new_k, new_v, cache)) return row_attention(q, new_k, new_v, cache, spec);
+  const int64_t queries = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = new_k.size(1);
+  const int64_t keys = cache.past + queries;
+  cache.k.narrow(1, cache.past, queries).copy_(new_k.transpose(0, 1));
+  cache.v.narrow(1, cache.past, queries).copy_(new_v.transpose(0, 1));
+  const Tensor k = cache.k.narrow(1, 0, keys), v = cache.v.narrow(1, 0, keys);
   if (queries > 1) {
     return attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec).squeeze(0).transpose(0, 1).reshape(
         {queries, heads * dim});

@@ -16,7 +16,15 @@ struct AttentionSpec {
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
                  const AttentionSpec& spec);
 
-// q [T, H, D] against k and v [K, S, D]: the queries are the last T of S positions. -> [T, H*D]
-Tensor attention_cached(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
+// The keys and values of the first `past` positions of a sequence; [K, capacity, D] each.
+struct KvView {
+  Tensor k, v;  // undefined where there is no cache
+  int64_t past;
+};
+
+// Puts k and v [T, K, D] behind the cached ones and lets q [T, H, D], which stand at the same positions, attend to all.
+// -> [T, H*D]
+Tensor attention_cached(const Tensor& q, const Tensor& k, const Tensor& v, const KvView& cache,
+                        const AttentionSpec& spec);
 
 }  // namespace ferrotune

@@ -30,8 +30,8 @@ struct AttentionBlock {
   Norm norm, q_norm, k_norm, post_norm;
   Linear qkv, o;
   Tensor cos, sin;
-  Tensor cache_k, cache_v;  // [K, capacity, D], undefined without a cache
-  int64_t past, heads, kv_heads, head_dim;
+  KvView cache;
+  int64_t heads, kv_heads, head_dim;
   AttentionSpec spec;
   std::vector<int32_t> cu_seqlens;
 
@@ -60,10 +60,8 @@ struct AttentionBlock {
       v = parts[1].view({n, kv_heads, head_dim});
     }
     Tensor attended;
-    if (cache_k.defined()) {
-      cache_k.narrow(1, past, n).copy_(k.transpose(0, 1));
-      cache_v.narrow(1, past, n).copy_(v.transpose(0, 1));
-      attended = attention_cached(q, cache_k.narrow(1, 0, past + n), cache_v.narrow(1, 0, past + n), spec);
+    if (cache.k.defined()) {
+      attended = attention_cached(q, k, v, cache, spec);
     } else {
       attended = attention(q, k, v, cu_seqlens, spec);
     }
@@ -163,9 +161,7 @@ std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, c
                        Linear(o),
                        attention.cos,
                        attention.sin,
-                       attention.cache_k,
-                       attention.cache_v,
-                       attention.past,
+                       KvView{attention.cache_k, attention.cache_v, attention.past},
                        attention.num_heads,
                        attention.num_kv_heads,
                        attention.head_dim,

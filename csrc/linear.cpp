@@ -1,5 +1,6 @@
 #include "ferrotune/csrc/linear.h"
 
+#include "ferrotune/csrc/row.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -138,6 +139,7 @@ Tensor dropout(const Tensor& x, double p, uint64_t key) {
 Tensor linear(const Tensor& x, const Linear& l) {
   TORCH_CHECK(x.dim() == 2 && l.weight.dim() == 2 && x.size(1) == l.weight.size(1), "linear: x is ", x.sizes(),
               ", weight is ", l.weight.sizes(), ", expected [N, in] and [rows, in]");
+  if (is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
   // Autograd takes no undefined tensors, only absent ones.
   std::optional<Tensor> bias;
   if (l.bias.defined()) bias = l.bias;

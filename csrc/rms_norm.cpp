@@ -6,6 +6,7 @@
 //   dr/dx_c = -r^3 x_c / C, so  dx = r (g - xh mean_c(g xh))  and  dw = sum_n dy xh.
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
+#include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
 
@@ -126,6 +127,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
               ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
               " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
+  if (is_row(x) && fits_row(x, weight)) return row_rms_norm(x, weight, eps, offset);
   return RmsNorm::apply(x, weight, eps, offset);
 }
 

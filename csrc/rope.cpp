@@ -5,6 +5,7 @@
 // A rotation's Jacobian is its inverse transposed, so the backward is the same rotation by the opposite angle.
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
+#include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
 
@@ -63,6 +64,8 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == cos.device() && x.device() == sin.device(),
               "rope: x is ", x.scalar_type(), " on ", x.device(), ", cos is on ", cos.device(), ", sin is on ",
               sin.device(), ", expected a float dtype and one device");
+  const bool angles = cos.scalar_type() == at::kFloat && cos.is_contiguous() && fits_row(cos, sin);
+  if (is_row(x) && angles) return row_rope(x, cos, sin);
   return Rope::apply(x, cos, sin);
 }
 

@@ -3,6 +3,7 @@
 // Backward: dgate = dy up act'(gate), dup = dy act(gate). act(gate) is recomputed from gate, not kept.
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
+#include "ferrotune/csrc/row.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -88,6 +89,7 @@ Tensor swiglu(const Tensor& gate_up, Activation activation) {
               ", expected [N, 2F]");
   TORCH_CHECK(at::isFloatingType(gate_up.scalar_type()), "swiglu: gate_up is ", gate_up.scalar_type(),
               ", expected a float dtype");
+  if (is_row(gate_up)) return row_swiglu(gate_up, activation);
   return Swiglu::apply(gate_up, activation);
 }
 

@@ -131,6 +131,13 @@ pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
     checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts)))
 }
 
+/// `x W^T`: x `[N, C]`, weight `[V, C]` -> `[N, V]`.
+pub fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let absent = Tensor::new();
+    let view = bridge::LinearView { weight: ffi::borrow(weight), bias: ffi::borrow(&absent), parts: &[] };
+    checked(bridge::op_linear(ffi::borrow(x), &view))
+}
+
 /// RMSNorm over the last dimension: x `[.., C]` -> `[.., C]`. Statistics in f32 for 16-bit inputs.
 pub fn rms_norm(x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
     checked(bridge::op_rms_norm(ffi::borrow(x), ffi::borrow(&norm.weight), norm.eps, norm.offset))

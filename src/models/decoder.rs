@@ -195,8 +195,7 @@ impl Decoder {
 
     /// Logits `[N, V]` of hidden states, in f32 (f64 in an f64 model), final softcap applied.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let weight = self.head().f_to_kind(hidden.kind())?;
-        let logits = hidden.f_matmul(&weight.f_numpy_t()?)?;
+        let logits = ops::project(hidden, self.head())?;
         let logits = if logits.kind() == Kind::Double { logits } else { logits.f_to_kind(Kind::Float)? };
         Ok(match self.config.final_logit_softcapping {
             Some(cap) => logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?,
