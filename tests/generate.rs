@@ -11,7 +11,7 @@ use ferrotune::models::FastLanguageModel;
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::golden::{Flat, assert_close, checkpoints, load, logits, rel, root, shared_data};
+use crate::golden::{Flat, adapters, assert_close, checkpoints, load, logits, rel, root, shared_data};
 
 fn ids(value: &Value) -> Vec<i64> {
     serde_json::from_value(value.clone()).unwrap()
@@ -331,4 +331,27 @@ fn generation_configs_give_the_defaults() {
         let error = format!("{:#}", GenerationConfig::from_json(bad).unwrap_err());
         assert!(error.contains(needle), "{bad}: {error}");
     }
+}
+
+#[test]
+fn cached_logits_with_an_adapter_equal_uncached() {
+    let mut distances = Vec::new();
+    for name in adapters() {
+        let folder = root().join("adapters").join(&name);
+        let config: Value =
+            serde_json::from_str(&fs::read_to_string(folder.join("adapter_config.json")).unwrap()).unwrap();
+        let base = root().join(config["base_model_name_or_path"].as_str().unwrap());
+        // LoRA is f32, so this is not a matter of f64.
+        let mut model = FastLanguageModel::from_pretrained(&base, Kind::Float, Device::Cpu).unwrap();
+        model.load_adapter(&folder).unwrap();
+        let all: Vec<i64> = (0..24).map(|i| (i * i + 5) % model.decoder.config.vocab_size).collect();
+        let mut sequence = Sequence::new(&model.decoder).unwrap();
+        for (i, &id) in all.iter().enumerate() {
+            sequence.push(id);
+            let cached = sequence.logits().unwrap();
+            let uncached = logits(&model.decoder, &Flat::new([&all[..=i]])).get(i as i64);
+            distances.push((format!("{name} token {i}"), rel(&cached, &uncached)));
+        }
+    }
+    assert_close(1e-5, distances);
 }

@@ -5,6 +5,7 @@ mod adapter_config;
 mod bad_input;
 mod checkpoint_io;
 mod cli_config;
+mod cli_generate;
 mod cli_train;
 mod data;
 mod generate;

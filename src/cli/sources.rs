@@ -1,7 +1,7 @@
 //! Models and datasets by the names that users give: local paths or hub ids, with downloads shown.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,6 +15,10 @@ const DEFAULT_REVISION: &str = "main";
 
 /// The folder of a model or an adapter, downloaded if need be.
 pub fn model_dir(name: &str, revision: Option<&str>) -> Result<PathBuf> {
+    // A folder needs nothing of the hub's, not even a place for downloads.
+    if Path::new(name).is_dir() {
+        return Ok(name.into());
+    }
     let options = hub_options(revision.unwrap_or(DEFAULT_REVISION))?;
     let mut downloads = Downloads::default();
     resolve_model(name, &options, &mut |download| downloads.show(download))

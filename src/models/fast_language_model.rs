@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::{Config, Decoder, LoraModule};
-use crate::data::Tokenizer;
+use crate::data::{ChatTemplate, Tokenizer};
 use crate::io::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor, text_module};
 use crate::io::lora_spec::LoraSpec;
 use crate::io::{Weights, write_safetensors};
@@ -109,11 +109,17 @@ impl FastLanguageModel {
         self.decoder.train_all()
     }
 
-    /// Puts an adapter folder written by peft or by [`FastLanguageModel::save_trained`] on the model.
+    /// Puts an adapter folder written by peft or by [`FastLanguageModel::save_trained`] on the model. A chat template beside
+    /// the adapter is the one that it was trained with, and replaces the model's.
     pub fn load_adapter(&mut self, folder: &Path) -> Result<()> {
         let config = AdapterConfig::load(folder)?;
         self.get_peft_model(config, 0).with_context(|| format!("adapter {}", folder.display()))?;
-        self.load_trained(folder)
+        self.load_trained(folder)?;
+        let template = folder.join("chat_template.jinja");
+        if let Some(tokenizer) = self.tokenizer.as_mut().filter(|_| template.is_file()) {
+            tokenizer.set_chat_template(ChatTemplate::from_file(&template)?);
+        }
+        Ok(())
     }
 
     /// Writes what trains: the adapter in peft's format, or the whole model in f32.
