@@ -16,6 +16,7 @@ fn main() {
     let stems = [
         "attention",
         "blocks",
+        "cpu",
         "cross_entropy",
         "device",
         "kernels",
@@ -34,9 +35,31 @@ fn main() {
         .std("c++17")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
+        // at::parallel_for is a template: without OpenMP it is a plain loop here, whatever libtorch does.
+        .flag("-fopenmp")
         .warnings(false)
         .compile("ferrotune_csrc");
+    // The name is libtorch's own libgomp.so.1 at run time.
+    println!("cargo:rustc-link-lib=gomp");
+    // The CPU kernels once an instruction set; kernels/cpu/select.cpp picks at run time.
+    let cpu = |table: &str, name: &str, flags: &[&str]| {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(3).file("kernels/cpu/table.cpp");
+        build
+            .define("FERROTUNE_CPU_TABLE", table)
+            .define("FERROTUNE_CPU_NAME", format!("\"{name}\"").as_str());
+        for flag in flags {
+            build.flag(flag);
+        }
+        build.compile(&format!("ferrotune_{table}"));
+    };
+    let avx512 =
+        ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"];
+    cc::Build::new().cpp(true).std("c++17").file("kernels/cpu/select.cpp").compile("ferrotune_cpu_select");
+    cpu("cpu_avx512", "AVX-512", &avx512);
+    cpu("cpu_avx2", "AVX2", &["-mavx2", "-mfma"]);
     println!("cargo:rerun-if-changed=csrc");
+    println!("cargo:rerun-if-changed=kernels/cpu");
     println!("cargo:rerun-if-changed=kernels/kernels.h");
     println!("cargo:rerun-if-changed=src/ffi.rs");
 

@@ -5,9 +5,15 @@
 
 #include <ATen/ops/_flash_attention_forward.h>
 
+#include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
 
 namespace {
 
@@ -72,6 +78,77 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Attention
   return chunks.size() == 1 ? chunks[0] : at::cat(chunks, 2);
 }
 
+// f32 on the CPU, by kernels/cpu/attention.h: each segment and key/value head by itself, the scores of 32 queries at a time.
+struct CpuAttentionNode : Function<CpuAttentionNode> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec) {
+    const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
+    Tensor out = at::empty({n, heads * dim}, q.options()), lse = at::empty({heads, n}, q.options());
+    const Tensor qr = TokenRows(q).x, kr = TokenRows(k).x, vr = TokenRows(v).x;
+    each(qr, kr, vr, lse, cu_seqlens, spec, [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
+      kernels.attention_forward(part, out.mutable_data_ptr<float>() + (start * heads + head * part.group) * dim,
+                                heads * dim, scratch);
+    });
+    ctx->save_for_backward({qr, kr, vr, out, lse});
+    ctx->saved_data["cu_seqlens"] = std::vector<int64_t>(cu_seqlens.begin(), cu_seqlens.end());
+    ctx->saved_data["spec"] = std::make_tuple(spec.scale, spec.softcap, spec.window);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
+    const auto kept = ctx->saved_data["cu_seqlens"].toIntVector();
+    const auto spec = ctx->saved_data["spec"].toTuple()->elements();
+    const int64_t heads = q.size(1), kv_heads = k.size(1), dim = q.size(2);
+    const Tensor d_out = grads[0].contiguous();
+    Tensor dq = at::empty(q.sizes(), q.options()), dk = at::zeros(k.sizes(), q.options()), dv = at::zeros_like(dk);
+    each(q, k, v, lse, {kept.begin(), kept.end()}, {spec[0].toDouble(), spec[1].toDouble(), spec[2].toInt()},
+         [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
+           const int64_t at = (start * heads + head * part.group) * dim, kv = (start * kv_heads + head) * dim;
+           kernels.attention_backward(part, out.const_data_ptr<float>() + at, d_out.const_data_ptr<float>() + at,
+                                      heads * dim, dq.mutable_data_ptr<float>() + at, heads * dim,
+                                      dk.mutable_data_ptr<float>() + kv, kv_heads * dim,
+                                      dv.mutable_data_ptr<float>() + kv, kv_heads * dim, scratch);
+         });
+    return {dq, dk, dv, Tensor(), Tensor()};
+  }
+
+ private:
+  // Calls body for each segment and key/value head. Heads are the outer order: threads then share all lengths alike.
+  template <typename Body>
+  static void each(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Body& body) {
+    const CpuKernels& kernels = *cpu_kernels_for(q);
+    const int64_t n = q.size(0), heads = q.size(1), kv_heads = k.size(1), dim = q.size(2), group = heads / kv_heads;
+    const int64_t segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
+    const int64_t q_stride = TokenRows(q).stride, k_stride = TokenRows(k).stride, v_stride = TokenRows(v).stride;
+    cpu_rows(kv_heads * segments, 2 * n * n / (segments * segments) * group * dim, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t head = task / segments, start = cu_seqlens[task % segments];
+        const int64_t length = cu_seqlens[task % segments + 1] - start;
+        scratch.resize(std::max<size_t>(scratch.size(), cpu_attention_scratch(length, dim)));
+        const CpuAttention part{q.const_data_ptr<float>() + start * q_stride + head * group * dim,
+                                k.const_data_ptr<float>() + start * k_stride + head * dim,
+                                v.const_data_ptr<float>() + start * v_stride + head * dim,
+                                q_stride,
+                                k_stride,
+                                v_stride,
+                                length,
+                                dim,
+                                group,
+                                static_cast<float>(spec.scale),
+                                static_cast<float>(spec.softcap),
+                                spec.window > 0 ? spec.window : length,
+                                lse.mutable_data_ptr<float>() + head * group * n + start,
+                                n};
+        body(kernels, part, start, head, scratch.data());
+      }
+    });
+  }
+};
+
 // [N, H, D] -> [1, H, N, D]
 Tensor heads_first(const Tensor& x) { return x.transpose(0, 1).unsqueeze(0); }
 
@@ -91,6 +168,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::v
     shortest = std::min(shortest, length);
   }
 
+  if (cpu_kernels_for(q) != nullptr && cpu_kernels_for(k) != nullptr && cpu_kernels_for(v) != nullptr) {
+    return CpuAttentionNode::apply(q, k, v, cu_seqlens, spec);
+  }
   if (longest == shortest) {
     const auto batched = [&](const Tensor& x) {
       return x.view({segments, longest, x.size(1), dim}).transpose(1, 2);

@@ -4,6 +4,9 @@
 // With z = cap(h W^T) [n, V] in f32, cap(s) = c tanh(s / c) or s, and p = softmax(z):
 //   loss = sum_n (logsumexp(z_n) - z_n[label_n])
 //   dz   = p - onehot(label),   ds = dz (1 - (z / c)^2),   dh = ds W,   dW = ds^T h
+#include <numeric>
+
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/ops.h"
 
 namespace ferrotune {
@@ -23,10 +26,25 @@ int64_t chunk_rows(const Tensor& hidden, int64_t vocab) {
 }
 
 Tensor logits_of(const Tensor& hidden, const Tensor& weight, double softcap) {
-  Tensor logits = at::mm(hidden, weight.t());
+  Tensor logits = product(hidden, weight.t());
   if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
   if (softcap > 0) logits.div_(softcap).tanh_().mul_(softcap);
   return logits;
+}
+
+// z to dz in place; returns the loss, summed over fixed runs of rows, the same for any number of threads.
+double cross_entropy_cpu(const CpuKernels& kernels, const Tensor& z, const Tensor& labels, double softcap) {
+  constexpr int64_t kRun = 16;
+  const int64_t n = z.size(0), v = z.size(1), runs = (n + kRun - 1) / kRun;
+  const Tensor y = labels.contiguous();
+  std::vector<double> losses(runs);
+  cpu_rows(runs, kRun * v * 8, [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last; ++run) {
+      losses[run] = kernels.cross_entropy(std::min(kRun, n - run * kRun), v, z.mutable_data_ptr<float>() + run * kRun * v,
+                                          y.const_data_ptr<int64_t>() + run * kRun, static_cast<float>(softcap));
+    }
+  });
+  return std::accumulate(losses.begin(), losses.end(), 0.0);
 }
 
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
@@ -47,6 +65,13 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     for (int64_t start = 0; start < h.size(0); start += step) {
       const int64_t count = std::min(step, h.size(0) - start);
       const Tensor hc = h.narrow(0, start, count), yc = y.narrow(0, start, count).unsqueeze(1);
+      if (const CpuKernels* kernels = cpu_kernels_for(h)) {
+        const Tensor z = product(hc, w.t());
+        loss.add_(cross_entropy_cpu(*kernels, z, yc, softcap));
+        if (need_dh) product_into(dh.narrow(0, start, count), z, w, 1, false);
+        if (need_dw) product_into(dw, z.t(), hc, 1, true);
+        continue;
+      }
       const Tensor z = logits_of(hc, w, softcap);
       // Not z - logsumexp(z): that rounds at the size of the largest logit, and p - 1 of a confident row drowns in it.
       Tensor log_p = at::log_softmax(z, 1);

@@ -1,5 +1,6 @@
 #include "ferrotune/csrc/linear.h"
 
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/row.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -32,6 +33,23 @@ struct Layout {
   std::vector<double> scale;
 };
 
+bool merging_pays(const Tensor& x, const Tensor& w) {
+  return cpu_kernels_for(x) != nullptr && cpu_kernels_for(w) != nullptr &&
+         2 * w.size(0) * w.size(1) < x.size(0) * (w.size(0) + w.size(1));
+}
+
+// W + sum_p s_p B_p A_p.
+Tensor merged(const Tensor& w, const Tensor& a_all, at::TensorList b, at::IntArrayRef row, at::IntArrayRef rows,
+              at::IntArrayRef rank, at::ArrayRef<double> scale) {
+  Tensor sum = at::empty(w.sizes(), w.options()).copy_(w);
+  int64_t column = 0;
+  for (size_t p = 0; p < row.size(); ++p) {
+    product_into(sum.narrow(0, row[p], rows[p]), b[p], a_all.narrow(0, column, rank[p]), scale[p], true);
+    column += rank[p];
+  }
+  return sum;
+}
+
 // One node where autograd would record 4 to 6 a part.
 //
 // With s_p the scale, G_p = s_p dY_p B_p [N, R_p] and Z_p = X A_p^T [N, R_p]:
@@ -39,22 +57,28 @@ struct Layout {
 //   dA_p = G_p^T X          dB_p = s_p dY_p^T Z_p
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
 // The A_p lie below each other in one [sum R_p, in] matrix, so X is read once for all parts.
+//
+// f32 on the CPU with more rows than the sides of W: the products with W + sum_p s_p B_p A_p [rows, in] take the place of
+// those with W, and Y += Z B^T and dX += G A fall away, which saves N (rows + in) R of multiply-adds for 2 rows in R more
+// (once here, once in the backward). Not in 16 bits, where the sum would round the update off.
 struct LoraLinear : Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, const Layout& layout) {
     const auto dtype = x.scalar_type();
-    const Tensor w = weight.to(dtype);
-    Tensor y = bias.has_value() ? at::addmm(bias->to(dtype), x, w.t()) : at::mm(x, w.t());
-    Tensor a_all, z;
+    Tensor w = weight.to(dtype), a_all, z;
     if (!a.empty()) {
       a_all = (a.size() == 1 ? a[0] : at::cat(a, 0)).to(dtype);
-      z = at::mm(x, a_all.t());
-      int64_t column = 0;
-      for (size_t p = 0; p < a.size(); ++p) {
-        y.narrow(1, layout.row[p], layout.rows[p])
-            .addmm_(z.narrow(1, column, layout.rank[p]), b[p].to(dtype).t(), 1, layout.scale[p]);
-        column += layout.rank[p];
-      }
+      z = product(x, a_all.t());
+    }
+    const bool merges = !a.empty() && merging_pays(x, w);
+    if (merges) w = merged(w, a_all, b, layout.row, layout.rows, layout.rank, layout.scale);
+    Tensor y = product(x, w.t());
+    if (bias.has_value()) y.add_(bias->to(dtype));
+    int64_t column = 0;
+    for (size_t p = 0; p < a.size() && !merges; ++p) {
+      product_into(y.narrow(1, layout.row[p], layout.rows[p]), z.narrow(1, column, layout.rank[p]), b[p].to(dtype).t(),
+              layout.scale[p], true);
+      column += layout.rank[p];
     }
     // X is kept only for gradients that need it: those of A, B and W.
     const bool need_x = !a.empty() || weight.requires_grad();
@@ -87,13 +111,14 @@ struct LoraLinear : Function<LoraLinear> {
     for (size_t p = 0; p < parts; ++p) {
       const Tensor& b = saved[4 + p];
       const Tensor dy_p = dy.narrow(1, row[p], rows[p]);
-      Tensor g_p = g.narrow(1, column, rank[p]);
-      at::addmm_out(g_p, g_p, dy_p, b.to(dtype), 0, scale[p]);
-      db[p] = at::mm(dy_p.t(), z.narrow(1, column, rank[p])).mul_(scale[p]).to(b.scalar_type());
+      product_into(g.narrow(1, column, rank[p]), dy_p, b.to(dtype), scale[p], false);
+      Tensor db_p = at::empty(b.sizes(), dy.options());
+      product_into(db_p, dy_p.t(), z.narrow(1, column, rank[p]), scale[p], false);
+      db[p] = db_p.to(b.scalar_type());
       column += rank[p];
     }
     if (parts > 0) {
-      const Tensor da_all = at::mm(g.t(), x);
+      const Tensor da_all = product(g.t(), x);
       column = 0;
       for (size_t p = 0; p < parts; ++p) {
         da[p] = da_all.narrow(0, column, rank[p]).to(saved[4 + p].scalar_type());
@@ -102,10 +127,15 @@ struct LoraLinear : Function<LoraLinear> {
     }
     Tensor dx, dw, dbias;
     if (ctx->needs_input_grad(0)) {
-      dx = at::mm(dy, weight.to(dtype));
-      if (parts > 0) dx.addmm_(g, a_all);
+      const Tensor w = weight.to(dtype);
+      if (parts > 0 && merging_pays(x, w)) {
+        dx = product(dy, merged(w, a_all, at::TensorList(saved).slice(4), row, rows, rank, scale));
+      } else {
+        dx = product(dy, w);
+        if (parts > 0) product_into(dx, g, a_all, 1, true);
+      }
     }
-    if (ctx->needs_input_grad(1)) dw = at::mm(dy.t(), x).to(weight.scalar_type());
+    if (ctx->needs_input_grad(1)) dw = product(dy.t(), x).to(weight.scalar_type());
     const bool has_bias = ctx->saved_data["bias"].toBool();
     if (has_bias && ctx->needs_input_grad(2)) dbias = dy.sum(0).to(weight.scalar_type());
 

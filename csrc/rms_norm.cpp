@@ -4,6 +4,7 @@
 //
 // Backward, with g = dy (w + offset) and xh = x r:
 //   dr/dx_c = -r^3 x_c / C, so  dx = r (g - xh mean_c(g xh))  and  dw = sum_n dy xh.
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/row.h"
@@ -75,11 +76,53 @@ Tensor rms_weight_backward_kernel(const Kernels& kernels, const Tensor& dy, cons
   return partial.sum(0);
 }
 
+std::tuple<Tensor, Tensor> rms_forward_cpu(const CpuKernels& kernels, const Tensor& x, const Tensor& weight, double eps,
+                                           double offset) {
+  const TokenRows rows(rms_heads(x));
+  const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
+  const Tensor w = weight.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty({n, h, 1}, x.options());
+  cpu_rows(n, h * c, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t += h > 1 ? 1 : end - begin) {
+      kernels.rms_norm_forward(h > 1 ? h : end - begin, c, rows.x.const_data_ptr<float>() + t * rows.stride,
+                               h > 1 ? c : rows.stride, w.const_data_ptr<float>(), eps, offset,
+                               y.mutable_data_ptr<float>() + t * h * c, rstd.mutable_data_ptr<float>() + t * h);
+    }
+  });
+  return {y, rstd};
+}
+
+// dx and, where it is wanted, dw: a sum over fixed runs of tokens, the same for any number of threads.
+std::tuple<Tensor, Tensor> rms_backward_cpu(const CpuKernels& kernels, const Tensor& given, const Tensor& x,
+                                            const Tensor& weight, const Tensor& rstd, double offset, bool need_dw) {
+  constexpr int64_t kRun = 64;
+  const TokenRows rows(rms_heads(x));
+  const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2), runs = (n + kRun - 1) / kRun;
+  const Tensor w = weight.contiguous(), dy = given.contiguous();
+  Tensor dx = at::empty(x.sizes(), x.options()), dw;
+  if (need_dw) dw = at::zeros({runs, c}, x.options());
+  cpu_rows(runs, kRun * h * c, [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last; ++run) {
+      const int64_t end = std::min(n, (run + 1) * kRun);
+      for (int64_t t = run * kRun; t < end; t += h > 1 ? 1 : kRun) {
+        kernels.rms_norm_backward(h > 1 ? h : end - t, c, dy.const_data_ptr<float>() + t * h * c,
+                                  rows.x.const_data_ptr<float>() + t * rows.stride, h > 1 ? c : rows.stride,
+                                  w.const_data_ptr<float>(), rstd.const_data_ptr<float>() + t * h, offset,
+                                  dx.mutable_data_ptr<float>() + t * h * c,
+                                  need_dw ? dw.mutable_data_ptr<float>() + run * c : nullptr);
+      }
+    }
+  });
+  return {dx, need_dw ? dw.sum(0) : Tensor()};
+}
+
 struct RmsNorm : Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps, double offset) {
     Tensor y, rstd;
     if (const Kernels* kernels = kernels_for(x)) {
       std::tie(y, rstd) = rms_forward_kernel(*kernels, x, weight, eps, offset);
+    } else if (const CpuKernels* cpu = cpu_kernels_for(x); cpu != nullptr && weight.scalar_type() == at::kFloat) {
+      std::tie(y, rstd) = rms_forward_cpu(*cpu, x, weight, eps, offset);
     } else {
       const auto acc = rms_accumulate_type(x);
       const Tensor xa = x.to(acc);
@@ -103,6 +146,10 @@ struct RmsNorm : Function<RmsNorm> {
       if (ctx->needs_input_grad(1)) {
         dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
       }
+      return {dx, dw, Tensor(), Tensor()};
+    }
+    if (const CpuKernels* cpu = cpu_kernels_for(x); cpu != nullptr && weight.scalar_type() == at::kFloat) {
+      std::tie(dx, dw) = rms_backward_cpu(*cpu, grads[0], x, weight, rstd, offset, ctx->needs_input_grad(1));
       return {dx, dw, Tensor(), Tensor()};
     }
     const auto acc = rms_accumulate_type(x);

@@ -3,6 +3,7 @@
 //   y_i       = x_i cos_i - x_{i+R/2} sin_i
 //   y_{i+R/2} = x_{i+R/2} cos_i + x_i sin_i
 // A rotation's Jacobian is its inverse transposed, so the backward is the same rotation by the opposite angle.
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/row.h"
@@ -27,8 +28,23 @@ Tensor rotate_kernel(const Kernels& kernels, const Tensor& x, const Tensor& cos,
   return y;
 }
 
+Tensor rotate_cpu(const CpuKernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  const TokenRows rows(x);
+  const int64_t h = x.size(1), d = x.size(2), half = cos.size(1);
+  Tensor y = at::empty(x.sizes(), x.options());
+  cpu_rows(x.size(0), h * d, [&](int64_t begin, int64_t end) {
+    kernels.rope(end - begin, h, d, half, rows.x.const_data_ptr<float>() + begin * rows.stride, rows.stride,
+                 cos.const_data_ptr<float>() + begin * half, sin.const_data_ptr<float>() + begin * half,
+                 inverse ? -1.0f : 1.0f, y.mutable_data_ptr<float>() + begin * h * d, h * d);
+  });
+  return y;
+}
+
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
   if (const Kernels* kernels = kernels_for(x)) return rotate_kernel(*kernels, x, cos, sin, inverse);
+  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && cos.scalar_type() == at::kFloat) {
+    return rotate_cpu(*kernels, x, cos.contiguous(), sin.contiguous(), inverse);
+  }
   const double sign = inverse ? -1 : 1;
   const int64_t half = cos.size(1);
   const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);

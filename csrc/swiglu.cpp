@@ -1,6 +1,7 @@
 // The gated activation of the MLP, arXiv:2002.05202: with gate_up = [gate | up] of shape [N, 2F],
 //   y = act(gate) * up,   act = silu (SwiGLU) or gelu (GeGLU, exact or its tanh form).
 // Backward: dgate = dy up act'(gate), dup = dy act(gate). act(gate) is recomputed from gate, not kept.
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/row.h"
@@ -57,11 +58,38 @@ Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Te
   return dgate_up;
 }
 
+// Simple operations an element, the exponential included.
+constexpr int64_t kActivationWork = 8;
+
+Tensor swiglu_forward_cpu(const CpuKernels& kernels, const Tensor& given, Activation activation) {
+  const Tensor gate_up = given.contiguous();
+  const int64_t n = gate_up.size(0), f = gate_up.size(1) / 2;
+  Tensor y = at::empty({n, f}, gate_up.options());
+  cpu_rows(n, kActivationWork * f, [&](int64_t begin, int64_t end) {
+    kernels.swiglu_forward(end - begin, f, gate_up.const_data_ptr<float>() + begin * 2 * f, cpu_activation(activation),
+                           y.mutable_data_ptr<float>() + begin * f);
+  });
+  return y;
+}
+
+Tensor swiglu_backward_cpu(const CpuKernels& kernels, const Tensor& dy, const Tensor& given, Activation activation) {
+  const Tensor gate_up = given.contiguous(), d = dy.contiguous();
+  const int64_t n = d.size(0), f = d.size(1);
+  Tensor dgate_up = at::empty(gate_up.sizes(), gate_up.options());
+  cpu_rows(n, kActivationWork * f, [&](int64_t begin, int64_t end) {
+    kernels.swiglu_backward(end - begin, f, d.const_data_ptr<float>() + begin * f,
+                            gate_up.const_data_ptr<float>() + begin * 2 * f, cpu_activation(activation),
+                            dgate_up.mutable_data_ptr<float>() + begin * 2 * f);
+  });
+  return dgate_up;
+}
+
 struct Swiglu : Function<Swiglu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& gate_up, Activation activation) {
     ctx->save_for_backward({gate_up});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_forward_kernel(*kernels, gate_up, activation);
+    if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_forward_cpu(*kernels, gate_up, activation);
     const int64_t f = gate_up.size(1) / 2;
     return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
   }
@@ -71,6 +99,9 @@ struct Swiglu : Function<Swiglu> {
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     if (const Kernels* kernels = kernels_for(gate_up)) {
       return {swiglu_backward_kernel(*kernels, grads[0], gate_up, activation), Tensor()};
+    }
+    if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) {
+      return {swiglu_backward_cpu(*kernels, grads[0], gate_up, activation), Tensor()};
     }
     const int64_t f = gate_up.size(1) / 2;
     const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);

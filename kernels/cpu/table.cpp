@@ -1,0 +1,12 @@
+// Compiled once an instruction set, with FERROTUNE_CPU_TABLE naming the table; everything it includes has internal linkage.
+#include "attention.h"
+#include "pointwise.h"
+
+namespace ferrotune {
+
+extern const CpuKernels FERROTUNE_CPU_TABLE;
+const CpuKernels FERROTUNE_CPU_TABLE{
+    FERROTUNE_CPU_NAME, gemm, rms_norm_forward, rms_norm_backward, rope, swiglu_forward, swiglu_backward,
+    attention_forward,  attention_backward, cross_entropy};
+
+}  // namespace ferrotune

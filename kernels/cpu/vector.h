@@ -1,0 +1,103 @@
+// One register of floats as a GCC vector type: arithmetic is element by element, constants spread by themselves.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace ferrotune {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef float V4 __attribute__((vector_size(16)));
+
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+inline V spread(float x) { return x - V{}; }
+
+// The first n lanes, zeros in the others.
+inline V load_some(const float* p, int64_t n) {
+  float lanes[kLanes] = {};
+  memcpy(lanes, p, 4 * n);
+  return load(lanes);
+}
+
+inline void store_some(float* p, V v, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  memcpy(p, lanes, 4 * n);
+}
+
+// Where a is not a number, so is the result.
+inline V max(V a, V b) { return b > a ? b : a; }
+inline V min(V a, V b) { return b < a ? b : a; }
+
+inline float sum(V v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float largest(V v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+
+// e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln(2)/2, e^r by its Taylor polynomial of degree 7 (error 5e-9).
+// Below -87 the result is flushed to zero, above 88 it is infinite.
+inline V exp(V x) {
+  constexpr float kInverseLn2 = 1.44269504088896341f, kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const V clamped = max(min(x, spread(88.8f)), spread(-87.3f));
+  const V shifted = clamped * kInverseLn2 + kMagic;
+  const V n = shifted - kMagic;
+  const V r = (clamped - n * kLn2High) - n * kLn2Low;
+  V p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // n is in the low bits of shifted; 2^n in two factors, as 2^128 is no float.
+  I bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  const I e = bits - 0x4b400000, half = e >> 1;
+  const I low = (half + 127) << 23, high = (e - half + 127) << 23;
+  V a, b;
+  memcpy(&a, &low, sizeof a);
+  memcpy(&b, &high, sizeof b);
+  return x < spread(-87.3f) ? V{} : p * a * b;
+}
+
+// tanh x = (1 - e) / (1 + e) with e = e^(-2|x|), signed; near 0, where that cancels, by its series.
+inline V tanh(V x) {
+  const V absolute = x < 0 ? -x : x;
+  const V e = exp(absolute * -2.0f);
+  const V far = (1.0f - e) / (1.0f + e);
+  const V square = x * x;
+  const V near = x * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835)))));
+  const V result = x < 0 ? -far : far;
+  return absolute < spread(0.25f) ? near : result;
+}
+
+}  // namespace
+}  // namespace ferrotune
