@@ -4,9 +4,11 @@
 #include "ferrotune/csrc/attention.h"
 
 #include <ATen/ops/_flash_attention_forward.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
+#include "ferrotune/csrc/node.h"
 #include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
@@ -79,50 +81,47 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Attention
 }
 
 // f32 on the CPU, by kernels/cpu/attention.h: each segment and key/value head by itself, the scores of 32 queries at a time.
-struct CpuAttentionNode : Function<CpuAttentionNode> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec) {
+struct CpuAttentionLoops {
+  static Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                          const AttentionSpec& spec) {
     const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
     Tensor out = at::empty({n, heads * dim}, q.options()), lse = at::empty({heads, n}, q.options());
-    const Tensor qr = TokenRows(q).x, kr = TokenRows(k).x, vr = TokenRows(v).x;
-    each(qr, kr, vr, lse, cu_seqlens, spec, [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
-      kernels.attention_forward(part, out.mutable_data_ptr<float>() + (start * heads + head * part.group) * dim,
-                                heads * dim, scratch);
-    });
-    ctx->save_for_backward({qr, kr, vr, out, lse});
-    ctx->saved_data["cu_seqlens"] = std::vector<int64_t>(cu_seqlens.begin(), cu_seqlens.end());
-    ctx->saved_data["spec"] = std::make_tuple(spec.scale, spec.softcap, spec.window);
-    return out;
+    each(q, k, v, lse, cu_seqlens, spec,
+         [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
+           kernels.attention_forward(part, out.mutable_data_ptr<float>() + (start * heads + head * part.group) * dim,
+                                     heads * dim, scratch);
+         });
+    return {out, lse};
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
-    const auto kept = ctx->saved_data["cu_seqlens"].toIntVector();
-    const auto spec = ctx->saved_data["spec"].toTuple()->elements();
-    const int64_t heads = q.size(1), kv_heads = k.size(1), dim = q.size(2);
-    const Tensor d_out = grads[0].contiguous();
-    Tensor dq = at::empty(q.sizes(), q.options()), dk = at::zeros(k.sizes(), q.options()), dv = at::zeros_like(dk);
-    each(q, k, v, lse, {kept.begin(), kept.end()}, {spec[0].toDouble(), spec[1].toDouble(), spec[2].toInt()},
+  static void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                       const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
+                       const Tensor& dk, const Tensor& dv) {
+    const int64_t heads = q.size(1), dim = q.size(2);
+    const int64_t dq_stride = dq.stride(0), dk_stride = dk.stride(0), dv_stride = dv.stride(0);
+    dk.zero_();
+    dv.zero_();
+    each(q, k, v, attended.lse, cu_seqlens, spec,
          [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
-           const int64_t at = (start * heads + head * part.group) * dim, kv = (start * kv_heads + head) * dim;
-           kernels.attention_backward(part, out.const_data_ptr<float>() + at, d_out.const_data_ptr<float>() + at,
-                                      heads * dim, dq.mutable_data_ptr<float>() + at, heads * dim,
-                                      dk.mutable_data_ptr<float>() + kv, kv_heads * dim,
-                                      dv.mutable_data_ptr<float>() + kv, kv_heads * dim, scratch);
+           const int64_t at = (start * heads + head * part.group) * dim;
+           kernels.attention_backward(part, attended.out.const_data_ptr<float>() + at, d_out.const_data_ptr<float>() + at,
+                                      heads * dim, dq.mutable_data_ptr<float>() + start * dq_stride + head * part.group * dim,
+                                      dq_stride, dk.mutable_data_ptr<float>() + start * dk_stride + head * dim, dk_stride,
+                                      dv.mutable_data_ptr<float>() + start * dv_stride + head * dim, dv_stride, scratch);
          });
-    return {dq, dk, dv, Tensor(), Tensor()};
   }
 
  private:
   // Calls body for each segment and key/value head. Heads are the outer order: threads then share all lengths alike.
   template <typename Body>
-  static void each(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+  static void each(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const Tensor& lse,
                    const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Body& body) {
-    const CpuKernels& kernels = *cpu_kernels_for(q);
+    const CpuKernels& kernels = *cpu_kernels_for(given_q);
+    const TokenRows q_rows(given_q), k_rows(given_k), v_rows(given_v);
+    const Tensor &q = q_rows.x, &k = k_rows.x, &v = v_rows.x;
+    const int64_t q_stride = q_rows.stride, k_stride = k_rows.stride, v_stride = v_rows.stride;
     const int64_t n = q.size(0), heads = q.size(1), kv_heads = k.size(1), dim = q.size(2), group = heads / kv_heads;
     const int64_t segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
-    const int64_t q_stride = TokenRows(q).stride, k_stride = TokenRows(k).stride, v_stride = TokenRows(v).stride;
     cpu_rows(kv_heads * segments, 2 * n * n / (segments * segments) * group * dim, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch;
       for (int64_t task = begin; task < end; ++task) {
@@ -152,24 +151,19 @@ struct CpuAttentionNode : Function<CpuAttentionNode> {
 // [N, H, D] -> [1, H, N, D]
 Tensor heads_first(const Tensor& x) { return x.transpose(0, 1).unsqueeze(0); }
 
-}  // namespace
+bool by_cpu_loops(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return cpu_kernels_for(q) != nullptr && cpu_kernels_for(k) != nullptr && cpu_kernels_for(v) != nullptr;
+}
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
-                 const AttentionSpec& spec) {
+// By ATen's ops, which record themselves where autograd is on.
+Tensor attention_by_aten(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                         const AttentionSpec& spec) {
   const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
   const int64_t segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
-  TORCH_CHECK(segments >= 1 && cu_seqlens.front() == 0 && cu_seqlens.back() == n,
-              "attention: cu_seqlens must run from 0 to the ", n, " rows of q");
   int64_t longest = 0, shortest = n;
   for (int64_t s = 0; s < segments; ++s) {
-    const int64_t length = cu_seqlens[s + 1] - cu_seqlens[s];
-    TORCH_CHECK(length > 0, "attention: segment ", s, " is empty");
-    longest = std::max(longest, length);
-    shortest = std::min(shortest, length);
-  }
-
-  if (cpu_kernels_for(q) != nullptr && cpu_kernels_for(k) != nullptr && cpu_kernels_for(v) != nullptr) {
-    return CpuAttentionNode::apply(q, k, v, cu_seqlens, spec);
+    longest = std::max<int64_t>(longest, cu_seqlens[s + 1] - cu_seqlens[s]);
+    shortest = std::min<int64_t>(shortest, cu_seqlens[s + 1] - cu_seqlens[s]);
   }
   if (longest == shortest) {
     const auto batched = [&](const Tensor& x) {
@@ -199,6 +193,66 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::v
     rows.push_back(y.squeeze(0).transpose(0, 1).reshape({lengths[s], heads * dim}));
   }
   return at::cat(rows, 0);
+}
+
+}  // namespace
+
+Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                           const AttentionSpec& spec) {
+  const int64_t n = q.size(0), segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
+  TORCH_CHECK(segments >= 1 && cu_seqlens.front() == 0 && cu_seqlens.back() == n,
+              "attention: cu_seqlens must run from 0 to the ", n, " rows of q");
+  for (int64_t s = 0; s < segments; ++s) {
+    TORCH_CHECK(cu_seqlens[s + 1] > cu_seqlens[s], "attention: segment ", s, " is empty");
+  }
+  if (by_cpu_loops(q, k, v)) return CpuAttentionLoops::forward(q, k, v, cu_seqlens, spec);
+  return {attention_by_aten(q, k, v, cu_seqlens, spec), Tensor()};
+}
+
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
+                        const Tensor& dk, const Tensor& dv) {
+  if (by_cpu_loops(q, k, v)) {
+    return CpuAttentionLoops::backward(d_out.contiguous(), q, k, v, attended, cu_seqlens, spec, dq, dk, dv);
+  }
+  const at::AutoGradMode recording(true);
+  const auto fresh = [](const Tensor& x) { return x.detach().set_requires_grad(true); };
+  const variable_list inputs{fresh(q), fresh(k), fresh(v)};
+  const Tensor out = attention_by_aten(inputs[0], inputs[1], inputs[2], cu_seqlens, spec);
+  const variable_list found = torch::autograd::grad({out}, inputs, {d_out});
+  const at::NoGradGuard writing;
+  dq.copy_(found[0]);
+  dk.copy_(found[1]);
+  dv.copy_(found[2]);
+}
+
+namespace {
+
+struct AttentionNode : Function<AttentionNode> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec) {
+    const Attended attended = attention_forward(q, k, v, cu_seqlens, spec);
+    ctx->save_for_backward({q, k, v, attended.out, attended.lse});
+    ctx->saved_data["where"] = hold(std::make_pair(cu_seqlens, spec));
+    return attended.out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto [cu_seqlens, spec] = held<std::pair<std::vector<int32_t>, AttentionSpec>>(ctx->saved_data["where"]);
+    variable_list result(5);
+    for (int i = 0; i < 3; ++i) result[i] = at::empty(saved[i].sizes(), saved[i].options());
+    attention_backward(grads[0], saved[0], saved[1], saved[2], {saved[3], saved[4]}, cu_seqlens, spec, result[0], result[1],
+                       result[2]);
+    return result;
+  }
+};
+
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                 const AttentionSpec& spec) {
+  return AttentionNode::apply(q, k, v, cu_seqlens, spec);
 }
 
 Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_v, const KvView& cache,

@@ -11,10 +11,24 @@ struct AttentionSpec {
   int64_t window;  // a query sees the last `window` keys, itself included; 0 for all
 };
 
+struct Attended {
+  Tensor out;  // [N, H*D]
+  Tensor lse;  // log sum exp of the scores, in the shape of the path that made it; undefined where that keeps none
+};
+
 // q [N, H, D], k and v [N, K, D] -> [N, H*D]. Row i of segment s attends to rows cu_seqlens[s]..=i.
-// cu_seqlens starts at 0 and ends at N. No [N, N] mask is built.
+// cu_seqlens starts at 0 and ends at N. No [N, N] mask is built. Takes part in autograd.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
                  const AttentionSpec& spec);
+
+// The same without autograd.
+Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+                           const AttentionSpec& spec);
+
+// Writes dq, dk and dv, whose token strides are free.
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
+                        const Tensor& dk, const Tensor& dv);
 
 // The keys and values of the first `past` positions of a sequence; [K, capacity, D] each.
 struct KvView {

@@ -1,13 +1,13 @@
-// The two ops of every decoder layer, and their checkpointed form.
+// The two ops of every decoder layer, each one autograd node with a derived backward.
 //   attention_block: y = x + post(o(attention(rope(norms(qkv(norm(x)))))))
 //   mlp_block:       y = x + post(down(act(gate) * up)),  [gate | up] = gate_up(norm(x))
-// Policy::Recompute keeps only x of a block and computes the rest again in the backward.
-#include <torch/csrc/autograd/autograd.h>
-
-#include <functional>
-
+// The backward walks the same functions the other way; each has its derivation in its own file. What it needs of the
+// forward stands in `Kept`. Under Policy::Keep the node saves it; under Policy::Recompute it saves only x and the backward
+// fills Kept again, but for the last product of the block, which nothing needs (unless a norm follows it). Dropout masks
+// are functions of a key, so both runs draw the same.
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/linear.h"
+#include "ferrotune/csrc/node.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -23,7 +23,22 @@ struct Norm {
   double eps, offset;
 
   explicit Norm(const NormView& view) : weight(view.weight), eps(view.eps), offset(view.offset) {}
-  Tensor operator()(const Tensor& x) const { return weight.defined() ? rms_norm(x, weight, eps, offset) : x; }
+
+  // rstd is null where no backward will follow.
+  Tensor forward(const Tensor& x, Tensor* rstd) const {
+    if (!weight.defined()) return x;
+    if (rstd == nullptr) return rms_norm(x, weight, eps, offset);
+    Tensor y;
+    std::tie(y, *rstd) = rms_norm_forward(x, weight, eps, offset);
+    return y;
+  }
+
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight) const {
+    if (!weight.defined()) return dy;
+    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset);
+    dweight = dw;
+    return dx;
+  }
 };
 
 struct AttentionBlock {
@@ -35,6 +50,19 @@ struct AttentionBlock {
   AttentionSpec spec;
   std::vector<int32_t> cu_seqlens;
 
+  struct Kept {
+    Tensor rstd, normed, qkv_z;       // normed: the input of qkv
+    Tensor projected;                 // [N, (H + 2K) D]: v, and q and k where they have norms
+    Tensor q_rstd, k_rstd, qk;        // qk [N, H + K, D]: turned
+    Tensor attended, lse, o_z;
+    Tensor out, post_rstd;            // out: the input of post_norm
+
+    std::vector<Tensor*> visit() {
+      return {&rstd, &normed, &qkv_z, &projected, &q_rstd, &k_rstd, &qk, &attended, &lse, &o_z, &out, &post_rstd};
+    }
+  };
+
+  // The trainable tensors, in the order of the gradients; norms, then qkv, then o.
   std::vector<Tensor*> visit() {
     std::vector<Tensor*> tensors{&norm.weight, &q_norm.weight, &k_norm.weight, &post_norm.weight};
     qkv.visit(tensors);
@@ -42,30 +70,79 @@ struct AttentionBlock {
     return tensors;
   }
 
-  Tensor operator()(const Tensor& x) const {
-    const int64_t n = x.size(0);
-    const Tensor projected = linear(norm(x), qkv);
-    Tensor q, k, v;
+  Tensor query_rows(const Tensor& projected) const {
+    return projected.narrow(1, 0, heads * head_dim).view({projected.size(0), heads, head_dim});
+  }
+  Tensor key_rows(const Tensor& projected) const {
+    return projected.narrow(1, heads * head_dim, kv_heads * head_dim).view({projected.size(0), kv_heads, head_dim});
+  }
+  // Query and key heads stand side by side.
+  Tensor query_key_rows(const Tensor& projected) const {
+    const int64_t both = heads + kv_heads;
+    return projected.narrow(1, 0, both * head_dim).view({projected.size(0), both, head_dim});
+  }
+  Tensor value_rows(const Tensor& projected) const {
+    const int64_t before = (heads + kv_heads) * head_dim;
+    return projected.narrow(1, before, kv_heads * head_dim).view({projected.size(0), kv_heads, head_dim});
+  }
+
+  // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it.
+  Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
+    Kept unused;
+    const bool keeps = kept != nullptr;
+    Kept& k = keeps ? *kept : unused;
+    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr);
+    k.projected = linear_forward(k.normed, qkv, keeps ? &k.qkv_z : nullptr);
+    if (!qkv.needs_input()) k.normed = Tensor();
+    Tensor q, key;
     if (q_norm.weight.defined()) {
-      const auto parts = projected.split_with_sizes({heads * head_dim, kv_heads * head_dim, kv_heads * head_dim}, 1);
-      q = rope(q_norm(parts[0].view({n, heads, head_dim})), cos, sin);
-      k = rope(k_norm(parts[1].view({n, kv_heads, head_dim})), cos, sin);
-      v = parts[2].view({n, kv_heads, head_dim});
+      const Tensor q_normed = q_norm.forward(query_rows(k.projected), keeps ? &k.q_rstd : nullptr);
+      const Tensor k_normed = k_norm.forward(key_rows(k.projected), keeps ? &k.k_rstd : nullptr);
+      k.qk = at::empty({x.size(0), heads + kv_heads, head_dim}, x.options());
+      rotate_into(k.qk.narrow(1, 0, heads), q_normed, cos, sin, false);
+      rotate_into(k.qk.narrow(1, heads, kv_heads), k_normed, cos, sin, false);
     } else {
-      // Query and key heads stand side by side, so one rotation serves both.
-      const auto parts = projected.split_with_sizes({(heads + kv_heads) * head_dim, kv_heads * head_dim}, 1);
-      const auto qk = rope(parts[0].view({n, heads + kv_heads, head_dim}), cos, sin).split_with_sizes({heads, kv_heads}, 1);
-      q = qk[0];
-      k = qk[1];
-      v = parts[1].view({n, kv_heads, head_dim});
+      k.qk = rope(query_key_rows(k.projected), cos, sin);
     }
-    Tensor attended;
+    q = k.qk.narrow(1, 0, heads);
+    key = k.qk.narrow(1, heads, kv_heads);
     if (cache.k.defined()) {
-      attended = attention_cached(q, k, v, cache, spec);
+      k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
     } else {
-      attended = attention(q, k, v, cu_seqlens, spec);
+      const Attended attended = attention_forward(q, key, value_rows(k.projected), cu_seqlens, spec);
+      k.attended = attended.out;
+      k.lse = attended.lse;
     }
-    return x + post_norm(linear(attended, o));
+    if (!whole && !post_norm.weight.defined()) {
+      k.o_z = linear_z(k.attended, o);
+      return {};
+    }
+    k.out = linear_forward(k.attended, o, keeps ? &k.o_z : nullptr);
+    const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
+    if (!post_norm.weight.defined()) k.out = Tensor();
+    return x + y;
+  }
+
+  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool need_dx, Tensor* grads) const {
+    Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
+    const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
+    const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads);
+    const Tensor q = k.qk.narrow(1, 0, heads), key = k.qk.narrow(1, heads, kv_heads);
+    Tensor d_projected = at::empty(k.projected.sizes(), k.projected.options());
+    const bool normed = q_norm.weight.defined();
+    const Tensor d_qk = normed ? at::empty(k.qk.sizes(), k.qk.options()) : query_key_rows(d_projected);
+    const Tensor dq = d_qk.narrow(1, 0, heads), dk = d_qk.narrow(1, heads, kv_heads);
+    attention_backward(d_attended, q, key, value_rows(k.projected), {k.attended, k.lse}, cu_seqlens, spec, dq, dk,
+                       value_rows(d_projected));
+    rotate_into(d_qk, d_qk, cos, sin, true);
+    if (normed) {
+      query_rows(d_projected).copy_(q_norm.backward(dq, query_rows(k.projected), k.q_rstd, grads[1]));
+      key_rows(d_projected).copy_(k_norm.backward(dk, key_rows(k.projected), k.k_rstd, grads[2]));
+    }
+    const bool need_normed = need_dx || norm.weight.requires_grad();
+    const Tensor d_normed = linear_backward(d_projected, k.normed, k.qkv_z, qkv, need_normed, qkv_grads);
+    if (!need_normed) return {};
+    return norm.backward(d_normed, x, k.rstd, grads[0]).add_(dy);
   }
 };
 
@@ -74,6 +151,17 @@ struct MlpBlock {
   Linear gate_up, down;
   Activation activation;
 
+  struct Kept {
+    Tensor rstd, normed, gate_up_z;  // normed: the input of gate_up
+    Tensor gated;                    // [N, 2F]: gate and up
+    Tensor product, down_z;          // product [N, F]: the input of down
+    Tensor out, post_rstd;           // out: the input of post_norm
+
+    std::vector<Tensor*> visit() {
+      return {&rstd, &normed, &gate_up_z, &gated, &product, &down_z, &out, &post_rstd};
+    }
+  };
+
   std::vector<Tensor*> visit() {
     std::vector<Tensor*> tensors{&norm.weight, &post_norm.weight};
     gate_up.visit(tensors);
@@ -81,71 +169,83 @@ struct MlpBlock {
     return tensors;
   }
 
-  Tensor operator()(const Tensor& x) const {
-    return x + post_norm(linear(swiglu(linear(norm(x), gate_up), activation), down));
+  Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
+    Kept unused;
+    const bool keeps = kept != nullptr;
+    Kept& k = keeps ? *kept : unused;
+    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr);
+    k.gated = linear_forward(k.normed, gate_up, keeps ? &k.gate_up_z : nullptr);
+    if (!gate_up.needs_input()) k.normed = Tensor();
+    k.product = keeps ? swiglu_forward(k.gated, activation) : swiglu(k.gated, activation);
+    if (!whole && !post_norm.weight.defined()) {
+      k.down_z = linear_z(k.product, down);
+      return {};
+    }
+    k.out = linear_forward(k.product, down, keeps ? &k.down_z : nullptr);
+    if (!down.needs_input()) k.product = Tensor();
+    const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
+    if (!post_norm.weight.defined()) k.out = Tensor();
+    return x + y;
+  }
+
+  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool need_dx, Tensor* grads) const {
+    Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
+    const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
+    const Tensor d_product = linear_backward(d_out, k.product, k.down_z, down, true, down_grads);
+    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation);
+    const bool need_normed = need_dx || norm.weight.requires_grad();
+    const Tensor d_normed = linear_backward(d_gated, k.normed, k.gate_up_z, gate_up, need_normed, gate_up_grads);
+    if (!need_normed) return {};
+    return norm.backward(d_normed, x, k.rstd, grads[0]).add_(dy);
   }
 };
 
-// Runs a block without recording it; the backward runs it again on the kept input, recording, and differentiates that.
-// Dropout masks are functions of a key, so both runs draw the same.
-struct Checkpoint : Function<Checkpoint> {
-  using Body = std::function<Tensor(const Tensor& x, const variable_list& tensors)>;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList tensors, const Body& body) {
+// Autograd sees x and the block's weights as inputs, so that a block trains whatever stands before it.
+template <typename Block>
+struct BlockNode : Function<BlockNode<Block>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Block& block, Policy policy) {
+    typename Block::Kept kept;
+    const bool keeps = policy == Policy::Keep;
+    const Tensor y = block.forward(x, keeps ? &kept : nullptr, true);
     variable_list saved{x};
-    saved.insert(saved.end(), tensors.begin(), tensors.end());
+    if (keeps) {
+      for (const Tensor* tensor : kept.visit()) saved.push_back(*tensor);
+    }
     ctx->save_for_backward(saved);
-    ctx->saved_data["body"] = c10::IValue::make_capsule(c10::make_intrusive<Held>(body));
-    return body(x, tensors.vec());
+    ctx->saved_data["block"] = hold(block);
+    return y;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list dy) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto held = ctx->saved_data["body"].toCapsule();
-    const Body& body = static_cast<Held&>(*held).body;
-    variable_list fresh, wanted;
-    std::vector<size_t> place;
-    for (size_t i = 0; i < saved.size(); ++i) {
-      const Tensor tensor = saved[i].detach();
-      if (saved[i].requires_grad()) {
-        tensor.set_requires_grad(true);
-        wanted.push_back(tensor);
-        place.push_back(i);
-      }
-      fresh.push_back(tensor);
+    Block block = held<Block>(ctx->saved_data["block"]);
+    const Tensor& x = saved[0];
+    typename Block::Kept kept;
+    if (saved.size() > 1) {
+      size_t next = 1;
+      for (Tensor* tensor : kept.visit()) *tensor = saved[next++];
+    } else {
+      block.forward(x, &kept, false);
     }
-    variable_list result(saved.size() + 1);  // x, tensors, body
-    if (wanted.empty()) return result;
-    at::AutoGradMode recording(true);
-    const Tensor y = body(fresh[0], variable_list(fresh.begin() + 1, fresh.end()));
-    const variable_list found = torch::autograd::grad({y}, wanted, {grads[0]}, std::nullopt, false, true);
-    for (size_t i = 0; i < place.size(); ++i) result[place[i]] = found[i];
+    const std::vector<Tensor*> weights = block.visit();
+    std::vector<Tensor> grads(weights.size());
+    variable_list result{block.backward(dy[0].contiguous(), x, kept, ctx->needs_input_grad(0), grads.data())};
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (weights[i]->defined()) result.push_back(grads[i]);
+    }
+    result.resize(result.size() + 2);  // block, policy
     return result;
   }
-
- private:
-  struct Held : torch::CustomClassHolder {
-    explicit Held(Body b) : body(std::move(b)) {}
-    Body body;
-  };
 };
 
 template <typename Block>
 Tensor run(Block block, const Tensor& x, Policy policy) {
-  if (policy == Policy::Keep || !at::GradMode::is_enabled()) return block(x);
-  variable_list tensors;
-  for (const Tensor* tensor : block.visit()) {
-    if (tensor->defined()) tensors.push_back(*tensor);
+  if (!at::GradMode::is_enabled()) return block.forward(x, nullptr, true);
+  TensorList weights;
+  for (const Tensor* weight : block.visit()) {
+    if (weight->defined()) weights.push_back(*weight);
   }
-  const Checkpoint::Body body = [block](const Tensor& input, const variable_list& given) {
-    Block again = block;
-    size_t next = 0;
-    for (Tensor* slot : again.visit()) {
-      if (slot->defined()) *slot = given[next++];
-    }
-    return again(input);
-  };
-  return Checkpoint::apply(x, at::TensorList(tensors), body);
+  return BlockNode<Block>::apply(x, at::TensorList(weights), block, policy);
 }
 
 }  // namespace

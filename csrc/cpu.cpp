@@ -6,8 +6,6 @@ namespace ferrotune {
 
 namespace {
 
-// Columns and rows that threads split at: multiples of every tile of kernels/cpu.
-constexpr int64_t kColumns = 32, kRows = 24;
 // Multiply-adds worth a thread: about 5 us of them.
 constexpr int64_t kProductWork = 1 << 18;
 
@@ -25,8 +23,8 @@ void split_gemm(const CpuKernels& kernels, const Tensor& c, const Tensor& a, con
   // A transposed b is copied into panels: by columns, so that no two threads copy the same ones. Else by rows, which
   // reads b in whole.
   const int64_t threads = at::get_num_threads();
-  const bool by_columns = right.col != 1 ? n >= threads * kColumns : m < threads * kRows;
-  const int64_t unit = by_columns ? kColumns : kRows, size = by_columns ? n : m;
+  const bool by_columns = right.col != 1 ? n >= threads * kernels.tile_columns : m < threads * kernels.tile_rows;
+  const int64_t unit = by_columns ? kernels.tile_columns : kernels.tile_rows, size = by_columns ? n : m;
   const int64_t unit_work = std::max<int64_t>(1, unit * k * (by_columns ? m : n));
   at::parallel_for(0, (size + unit - 1) / unit, std::max<int64_t>(1, kProductWork / unit_work),
                    [&](int64_t begin, int64_t end) {

@@ -2,8 +2,11 @@
 
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
+#include <ATen/Parallel.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
+#include <malloc.h>
+#include <omp.h>
 
 #include <filesystem>
 #include <map>
@@ -127,6 +130,16 @@ MemoryStats memory_stats(std::int32_t index) {
 void reset_peak_memory(std::int32_t index) { at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(index)); }
 
 void empty_cache() { at::accelerator::emptyCache(); }
+
+void serial_ops() {
+  at::internal::lazy_init_num_threads();  // it would set the number again
+  omp_set_num_threads(1);
+}
+
+void keep_freed_memory() {
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that glibc takes
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+}
 
 void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
 

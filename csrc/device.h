@@ -27,4 +27,9 @@ void reset_peak_memory(std::int32_t index);
 void empty_cache();
 void synchronize(std::int32_t index);
 
+// libtorch's ops run on the calling thread alone from now on.
+void serial_ops();
+// malloc gives memory back to the system only in large pieces.
+void keep_freed_memory();
+
 }  // namespace ferrotune

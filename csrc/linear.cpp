@@ -1,6 +1,7 @@
 #include "ferrotune/csrc/linear.h"
 
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/node.h"
 #include "ferrotune/csrc/row.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -25,127 +26,11 @@ void Linear::visit(std::vector<Tensor*>& tensors) {
   }
 }
 
+bool Linear::needs_input() const {
+  return weight.requires_grad() || std::any_of(parts.begin(), parts.end(), [](const Lora& part) { return part.a.defined(); });
+}
+
 namespace {
-
-// The row layout of a Linear without its tensors: what the backward needs beside the saved ones.
-struct Layout {
-  std::vector<int64_t> row, rows, rank;  // of each part that has LoRA
-  std::vector<double> scale;
-};
-
-bool merging_pays(const Tensor& x, const Tensor& w) {
-  return cpu_kernels_for(x) != nullptr && cpu_kernels_for(w) != nullptr &&
-         2 * w.size(0) * w.size(1) < x.size(0) * (w.size(0) + w.size(1));
-}
-
-// W + sum_p s_p B_p A_p.
-Tensor merged(const Tensor& w, const Tensor& a_all, at::TensorList b, at::IntArrayRef row, at::IntArrayRef rows,
-              at::IntArrayRef rank, at::ArrayRef<double> scale) {
-  Tensor sum = at::empty(w.sizes(), w.options()).copy_(w);
-  int64_t column = 0;
-  for (size_t p = 0; p < row.size(); ++p) {
-    product_into(sum.narrow(0, row[p], rows[p]), b[p], a_all.narrow(0, column, rank[p]), scale[p], true);
-    column += rank[p];
-  }
-  return sum;
-}
-
-// One node where autograd would record 4 to 6 a part.
-//
-// With s_p the scale, G_p = s_p dY_p B_p [N, R_p] and Z_p = X A_p^T [N, R_p]:
-//   dX   = dY W + sum_p G_p A_p
-//   dA_p = G_p^T X          dB_p = s_p dY_p^T Z_p
-//   dW   = dY^T X           dbias = sum_n dY           (only where they train)
-// The A_p lie below each other in one [sum R_p, in] matrix, so X is read once for all parts.
-//
-// f32 on the CPU with more rows than the sides of W: the products with W + sum_p s_p B_p A_p [rows, in] take the place of
-// those with W, and Y += Z B^T and dX += G A fall away, which saves N (rows + in) R of multiply-adds for 2 rows in R more
-// (once here, once in the backward). Not in 16 bits, where the sum would round the update off.
-struct LoraLinear : Function<LoraLinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, const Layout& layout) {
-    const auto dtype = x.scalar_type();
-    Tensor w = weight.to(dtype), a_all, z;
-    if (!a.empty()) {
-      a_all = (a.size() == 1 ? a[0] : at::cat(a, 0)).to(dtype);
-      z = product(x, a_all.t());
-    }
-    const bool merges = !a.empty() && merging_pays(x, w);
-    if (merges) w = merged(w, a_all, b, layout.row, layout.rows, layout.rank, layout.scale);
-    Tensor y = product(x, w.t());
-    if (bias.has_value()) y.add_(bias->to(dtype));
-    int64_t column = 0;
-    for (size_t p = 0; p < a.size() && !merges; ++p) {
-      product_into(y.narrow(1, layout.row[p], layout.rows[p]), z.narrow(1, column, layout.rank[p]), b[p].to(dtype).t(),
-              layout.scale[p], true);
-      column += layout.rank[p];
-    }
-    // X is kept only for gradients that need it: those of A, B and W.
-    const bool need_x = !a.empty() || weight.requires_grad();
-    variable_list saved{need_x ? x : Tensor(), weight, a_all, z};
-    saved.insert(saved.end(), b.begin(), b.end());
-    ctx->save_for_backward(saved);
-    ctx->saved_data["bias"] = bias.has_value();
-    ctx->saved_data["row"] = layout.row;
-    ctx->saved_data["rows"] = layout.rows;
-    ctx->saved_data["rank"] = layout.rank;
-    ctx->saved_data["scale"] = layout.scale;
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &a_all = saved[2], &z = saved[3];
-    const auto row = ctx->saved_data["row"].toIntVector();
-    const auto rows = ctx->saved_data["rows"].toIntVector();
-    const auto rank = ctx->saved_data["rank"].toIntVector();
-    const auto scale = ctx->saved_data["scale"].toDoubleVector();
-    const size_t parts = row.size();
-    const Tensor dy = grads[0].contiguous();
-    const auto dtype = dy.scalar_type();
-
-    Tensor g;
-    if (parts > 0) g = at::empty({dy.size(0), a_all.size(0)}, dy.options());
-    variable_list da(parts), db(parts);
-    int64_t column = 0;
-    for (size_t p = 0; p < parts; ++p) {
-      const Tensor& b = saved[4 + p];
-      const Tensor dy_p = dy.narrow(1, row[p], rows[p]);
-      product_into(g.narrow(1, column, rank[p]), dy_p, b.to(dtype), scale[p], false);
-      Tensor db_p = at::empty(b.sizes(), dy.options());
-      product_into(db_p, dy_p.t(), z.narrow(1, column, rank[p]), scale[p], false);
-      db[p] = db_p.to(b.scalar_type());
-      column += rank[p];
-    }
-    if (parts > 0) {
-      const Tensor da_all = product(g.t(), x);
-      column = 0;
-      for (size_t p = 0; p < parts; ++p) {
-        da[p] = da_all.narrow(0, column, rank[p]).to(saved[4 + p].scalar_type());
-        column += rank[p];
-      }
-    }
-    Tensor dx, dw, dbias;
-    if (ctx->needs_input_grad(0)) {
-      const Tensor w = weight.to(dtype);
-      if (parts > 0 && merging_pays(x, w)) {
-        dx = product(dy, merged(w, a_all, at::TensorList(saved).slice(4), row, rows, rank, scale));
-      } else {
-        dx = product(dy, w);
-        if (parts > 0) product_into(dx, g, a_all, 1, true);
-      }
-    }
-    if (ctx->needs_input_grad(1)) dw = product(dy.t(), x).to(weight.scalar_type());
-    const bool has_bias = ctx->saved_data["bias"].toBool();
-    if (has_bias && ctx->needs_input_grad(2)) dbias = dy.sum(0).to(weight.scalar_type());
-
-    variable_list result{dx, dw, dbias};
-    result.insert(result.end(), da.begin(), da.end());
-    result.insert(result.end(), db.begin(), db.end());
-    result.emplace_back();  // layout
-    return result;
-  }
-};
 
 // Element i is dropped where hash(key, i) / 2^32 < p: a function of the key alone, so that a recomputed, resumed or
 // captured step draws the same mask. The hash is the 32-bit finaliser of MurmurHash3 on the low word of i + key.
@@ -164,46 +49,170 @@ Tensor dropout(const Tensor& x, double p, uint64_t key) {
   return x * keep.mul_(1.0 / (1.0 - p));
 }
 
+// The parts that have LoRA, and where they stand: part p has columns column..column + R of z and rows row..row + rows of W.
+struct LoraParts {
+  struct Place {
+    const Lora* lora;
+    int64_t row, column, rank;
+  };
+  std::vector<Place> places;
+  int64_t rank = 0;  // of all parts together
+  bool drops = false;
+  Tensor a;  // [rank, in], the A_p below each other, so that X is read once for all parts
+
+  LoraParts(const Linear& l, at::ScalarType dtype) {
+    TensorList as;
+    int64_t row = 0;
+    for (const Lora& part : l.parts) {
+      if (part.a.defined()) {
+        places.push_back({&part, row, rank, part.a.size(0)});
+        as.push_back(part.a);
+        rank += part.a.size(0);
+        drops |= part.dropout > 0;
+      }
+      row += part.rows;
+    }
+    if (!as.empty()) a = (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
+  }
+};
+
+Tensor dropped(const Tensor& x, const Lora& part) {
+  return part.dropout > 0 ? dropout(x, part.dropout, part.key) : x;
+}
+
+// f32 on the CPU with more rows than the sides of W: the products with W + sum_p s_p B_p A_p [rows, in] take the place of
+// those with W, and Y += Z B^T and dX += G A fall away, which saves N (rows + in) R multiply-adds for 2 rows in R more (once
+// in the forward, once in the backward). Not in 16 bits, where the sum would round the update off.
+bool merging_pays(const Tensor& rows, const Tensor& w, const LoraParts& lora) {
+  return !lora.places.empty() && !lora.drops && cpu_kernels_for(rows) != nullptr && cpu_kernels_for(w) != nullptr &&
+         2 * w.size(0) * w.size(1) < rows.size(0) * (w.size(0) + w.size(1));
+}
+
+// Z = [dropout(X) A_p^T], [N, rank]; undefined without LoRA.
+Tensor lora_z(const Tensor& x, const LoraParts& lora) {
+  if (lora.places.empty()) return {};
+  if (!lora.drops) return product(x, lora.a.t());
+  Tensor z = at::empty({x.size(0), lora.rank}, x.options());
+  for (const auto& [part, row, column, rank] : lora.places) {
+    product_into(z.narrow(1, column, rank), dropped(x, *part), lora.a.narrow(0, column, rank).t(), 1, false);
+  }
+  return z;
+}
+
+Tensor merged(const Tensor& w, const LoraParts& lora) {
+  const Tensor sum = at::empty(w.sizes(), w.options()).copy_(w);
+  for (const auto& [part, row, column, rank] : lora.places) {
+    product_into(sum.narrow(0, row, part->rows), part->b, lora.a.narrow(0, column, rank), part->scale, true);
+  }
+  return sum;
+}
+
 }  // namespace
 
-Tensor linear(const Tensor& x, const Linear& l) {
+Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   TORCH_CHECK(x.dim() == 2 && l.weight.dim() == 2 && x.size(1) == l.weight.size(1), "linear: x is ", x.sizes(),
               ", weight is ", l.weight.sizes(), ", expected [N, in] and [rows, in]");
-  if (is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
-  // Autograd takes no undefined tensors, only absent ones.
-  std::optional<Tensor> bias;
-  if (l.bias.defined()) bias = l.bias;
-  Layout layout;
-  TensorList a, b;
-  int64_t row = 0;
-  bool drops = false;
-  for (const Lora& part : l.parts) {
-    if (part.a.defined()) {
-      layout.row.push_back(row);
-      layout.rows.push_back(part.rows);
-      layout.rank.push_back(part.a.size(0));
-      layout.scale.push_back(part.scale);
-      a.push_back(part.a);
-      b.push_back(part.b);
-      drops |= part.dropout > 0;
-    }
-    row += part.rows;
+  if (z_out == nullptr && is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
+  const auto dtype = x.scalar_type();
+  const LoraParts lora(l, dtype);
+  Tensor w = l.dense(dtype), z;
+  const bool merges = merging_pays(x, w, lora);
+  if (z_out != nullptr || !merges) z = lora_z(x, lora);
+  if (merges) w = merged(w, lora);
+  Tensor y = cpu_kernels_for(x) == nullptr && l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : product(x, w.t());
+  if (cpu_kernels_for(x) != nullptr && l.bias.defined()) y.add_(l.bias);
+  for (const auto& [part, row, column, rank] : lora.places) {
+    if (merges) break;
+    product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b.to(dtype).t(), part->scale, true);
   }
-  if (!drops) return LoraLinear::apply(x, l.weight, bias, at::TensorList(a), at::TensorList(b), layout);
+  if (z_out != nullptr) *z_out = z;
+  return y;
+}
 
-  // Dropout gives every part an input of its own: plain ATen.
-  Tensor y = LoraLinear::apply(x, l.weight, bias, at::TensorList(), at::TensorList(), Layout());
-  TensorList deltas;
-  for (const Lora& part : l.parts) {
-    if (!part.a.defined()) {
-      deltas.push_back(at::zeros({x.size(0), part.rows}, x.options()));
-      continue;
+Tensor linear_z(const Tensor& x, const Linear& l) { return lora_z(x, LoraParts(l, x.scalar_type())); }
+
+// With s_p the scale, G_p = s_p dY_p B_p [N, R_p], Z_p = X_p A_p^T [N, R_p] and X_p = dropout(X), a linear map:
+//   dX   = dY W + sum_p dropout(G_p A_p)
+//   dA_p = G_p^T X_p        dB_p = s_p dY_p^T Z_p
+//   dW   = dY^T X           dbias = sum_n dY           (only where they train)
+Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads) {
+  const Tensor dy = given.contiguous();
+  const auto dtype = dy.scalar_type();
+  const LoraParts lora(l, dtype);
+  Tensor* const lora_grads = grads + 2;
+  Tensor g;
+  if (!lora.places.empty()) g = at::empty({dy.size(0), lora.rank}, dy.options());
+  for (const auto& [part, row, column, rank] : lora.places) {
+    const Tensor dy_p = dy.narrow(1, row, part->rows);
+    product_into(g.narrow(1, column, rank), dy_p, part->b.to(dtype), part->scale, false);
+    if (part->b.requires_grad()) {
+      const Tensor db = at::empty(part->b.sizes(), dy.options());
+      product_into(db, dy_p.t(), z.narrow(1, column, rank), part->scale, false);
+      lora_grads[2 * (part - l.parts.data()) + 1] = db.to(part->b.scalar_type());
     }
-    const Tensor input = part.dropout > 0 ? dropout(x, part.dropout, part.key) : x;
-    const Tensor z = at::mm(input, part.a.to(x.scalar_type()).t());
-    deltas.push_back(at::mm(z, part.b.to(x.scalar_type()).t()) * part.scale);
   }
-  return y + at::cat(deltas, 1);
+  Tensor da;
+  if (!lora.places.empty() && !lora.drops) da = product(g.t(), x);
+  for (const auto& [part, row, column, rank] : lora.places) {
+    if (!part->a.requires_grad()) continue;
+    const Tensor da_p = lora.drops ? product(g.narrow(1, column, rank).t(), dropped(x, *part)) : da.narrow(0, column, rank);
+    lora_grads[2 * (part - l.parts.data())] = da_p.to(part->a.scalar_type());
+  }
+  if (l.weight.requires_grad()) grads[0] = product(dy.t(), x).to(l.weight.scalar_type());
+  if (l.bias.defined() && l.bias.requires_grad()) grads[1] = dy.sum(0).to(l.bias.scalar_type());
+  if (!need_dx) return {};
+
+  const Tensor w = l.dense(dtype);
+  if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));
+  Tensor dx = product(dy, w);
+  if (lora.drops) {
+    for (const auto& [part, row, column, rank] : lora.places) {
+      dx.add_(dropped(product(g.narrow(1, column, rank), part->a.to(dtype)), *part));
+    }
+  } else if (!lora.places.empty()) {
+    product_into(dx, g, lora.a, 1, true);
+  }
+  return dx;
+}
+
+namespace {
+
+struct LinearNode : Function<LinearNode> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Linear& l) {
+    Tensor z;
+    const Tensor y = linear_forward(x, l, &z);
+    ctx->save_for_backward({l.needs_input() ? x : Tensor(), z});
+    ctx->saved_data["linear"] = hold(l);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list dy) {
+    const variable_list saved = ctx->get_saved_variables();
+    Linear l = held<Linear>(ctx->saved_data["linear"]);
+    std::vector<Tensor*> weights;
+    l.visit(weights);
+    std::vector<Tensor> grads(weights.size());
+    variable_list result{linear_backward(dy[0], saved[0], saved[1], l, ctx->needs_input_grad(0), grads.data())};
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (weights[i]->defined()) result.push_back(grads[i]);
+    }
+    result.emplace_back();  // l
+    return result;
+  }
+};
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Linear& given) {
+  if (!at::GradMode::is_enabled()) return linear_forward(x, given, nullptr);
+  Linear l = given;
+  std::vector<Tensor*> weights;
+  l.visit(weights);
+  TensorList inputs;
+  for (const Tensor* weight : weights) {
+    if (weight->defined()) inputs.push_back(*weight);
+  }
+  return LinearNode::apply(x, at::TensorList(inputs), given);
 }
 
 std::unique_ptr<Tensor> op_linear(const Tensor& x, const LinearView& view) {

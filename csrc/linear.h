@@ -19,12 +19,27 @@ struct Linear {
   std::vector<Lora> parts;
 
   explicit Linear(const LinearView& view);
-  // Every tensor in a fixed order, undefined ones included: what a checkpointed block must be given back.
+  // Every tensor in a fixed order, undefined ones included.
   void visit(std::vector<Tensor*>& tensors);
+  // Whether the backward needs the input.
+  bool needs_input() const;
+  // W in the dtype that a product takes it in.
+  Tensor dense(at::ScalarType dtype) const { return weight.to(dtype); }
 };
 
 // y = x W^T + bias, and on the rows of each part p: y_p += scale_p (dropout(x) A_p^T) B_p^T.
-// x [N, in] -> [N, rows]. LoRA: arXiv:2106.09685.
+// x [N, in] -> [N, rows]. LoRA: arXiv:2106.09685. Takes part in autograd.
 Tensor linear(const Tensor& x, const Linear& linear);
+
+// The same without autograd. Where z is given it receives the products with all A_p side by side, [N, sum of R], which the
+// backward needs; without it, one row on the CPU takes a faster path.
+Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z);
+
+// z alone; undefined without LoRA.
+Tensor linear_z(const Tensor& x, const Linear& linear);
+
+// dx (undefined if not wanted), and into grads the gradients of what trains, in the order of visit().
+Tensor linear_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Linear& linear, bool need_dx,
+                       Tensor* grads);
 
 }  // namespace ferrotune

@@ -53,6 +53,18 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin);
 Tensor swiglu(const Tensor& gate_up, Activation activation);
 
+// ---- the same without autograd, for nodes that differentiate a whole block
+// y and rstd.
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset);
+// dx, and dweight where it trains.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                             double offset);
+// By the opposite angles where `inverse`, which is the backward. y may have a token stride of its own, or be x.
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
+void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation);
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation);
+
 // ---- the same for Rust
 std::unique_ptr<Tensor> op_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
 std::unique_ptr<Tensor> op_rope(const Tensor& x, const Tensor& cos, const Tensor& sin);

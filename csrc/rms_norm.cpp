@@ -116,20 +116,50 @@ std::tuple<Tensor, Tensor> rms_backward_cpu(const CpuKernels& kernels, const Ten
   return {dx, need_dw ? dw.sum(0) : Tensor()};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset) {
+  TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
+              ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
+              " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
+  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset);
+  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
+    return rms_forward_cpu(*kernels, x, weight, eps, offset);
+  }
+  const auto acc = rms_accumulate_type(x);
+  const Tensor xa = x.to(acc);
+  const Tensor rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
+  const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
+  return {at::mul(xa, rstd).mul_(scale).to(x.scalar_type()), rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                             double offset) {
+  const bool need_dw = weight.requires_grad();
+  Tensor dx, dw;
+  if (const Kernels* kernels = kernels_for(x)) {
+    const Tensor dy = grad.contiguous();
+    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset);
+    if (need_dw) dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
+    return {dx, dw};
+  }
+  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
+    return rms_backward_cpu(*kernels, grad, x, weight, rstd, offset, need_dw);
+  }
+  const auto acc = rms_accumulate_type(x);
+  const Tensor dy = grad.to(acc), xh = x.to(acc) * rstd;
+  const Tensor g = dy * (offset == 0 ? weight.to(acc) : weight.to(acc).add(offset));
+  dx = at::addcmul(g, xh, (g * xh).mean(-1, true).neg_()).mul_(rstd).to(x.scalar_type());
+  if (need_dw) dw = (dy * xh).reshape({-1, weight.size(0)}).sum(0).to(weight.scalar_type());
+  return {dx, dw};
+}
+
+namespace {
+
 struct RmsNorm : Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps, double offset) {
-    Tensor y, rstd;
-    if (const Kernels* kernels = kernels_for(x)) {
-      std::tie(y, rstd) = rms_forward_kernel(*kernels, x, weight, eps, offset);
-    } else if (const CpuKernels* cpu = cpu_kernels_for(x); cpu != nullptr && weight.scalar_type() == at::kFloat) {
-      std::tie(y, rstd) = rms_forward_cpu(*cpu, x, weight, eps, offset);
-    } else {
-      const auto acc = rms_accumulate_type(x);
-      const Tensor xa = x.to(acc);
-      rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
-      const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
-      y = at::mul(xa, rstd).mul_(scale).to(x.scalar_type());
-    }
+    const auto [y, rstd] = rms_norm_forward(x, weight, eps, offset);
     ctx->save_for_backward({x, weight, rstd});
     ctx->saved_data["offset"] = offset;
     return y;
@@ -137,32 +167,7 @@ struct RmsNorm : Function<RmsNorm> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
-    const double offset = ctx->saved_data["offset"].toDouble();
-    Tensor dx, dw;
-    if (const Kernels* kernels = kernels_for(x)) {
-      const Tensor dy = grads[0].contiguous();
-      if (ctx->needs_input_grad(0)) dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset);
-      if (ctx->needs_input_grad(1)) {
-        dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
-      }
-      return {dx, dw, Tensor(), Tensor()};
-    }
-    if (const CpuKernels* cpu = cpu_kernels_for(x); cpu != nullptr && weight.scalar_type() == at::kFloat) {
-      std::tie(dx, dw) = rms_backward_cpu(*cpu, grads[0], x, weight, rstd, offset, ctx->needs_input_grad(1));
-      return {dx, dw, Tensor(), Tensor()};
-    }
-    const auto acc = rms_accumulate_type(x);
-    const Tensor dy = grads[0].to(acc);
-    const Tensor xh = x.to(acc) * rstd;
-    if (ctx->needs_input_grad(0)) {
-      const Tensor g = dy * (offset == 0 ? weight.to(acc) : weight.to(acc).add(offset));
-      const Tensor projection = (g * xh).mean(-1, true).neg_();
-      dx = at::addcmul(g, xh, projection).mul_(rstd).to(x.scalar_type());
-    }
-    if (ctx->needs_input_grad(1)) {
-      dw = (dy * xh).reshape({-1, weight.size(0)}).sum(0).to(weight.scalar_type());
-    }
+    const auto [dx, dw] = rms_norm_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["offset"].toDouble());
     return {dx, dw, Tensor(), Tensor()};
   }
 };
@@ -170,11 +175,9 @@ struct RmsNorm : Function<RmsNorm> {
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
-  TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
-              ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
-              " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
-  if (is_row(x) && fits_row(x, weight)) return row_rms_norm(x, weight, eps, offset);
+  if (is_row(x) && fits_row(x, weight) && weight.dim() == 1 && x.size(-1) == weight.size(0)) {
+    return row_rms_norm(x, weight, eps, offset);
+  }
   return RmsNorm::apply(x, weight, eps, offset);
 }
 

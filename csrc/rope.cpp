@@ -16,47 +16,64 @@ using torch::autograd::variable_list;
 
 namespace {
 
-Tensor rotate_kernel(const Kernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+void rotate_kernel(const Kernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse,
+                   const TokenRows& y) {
   const Launch launch(x);
   const TokenRows rows(x);
   const Tensor c = cos.to(at::kFloat).contiguous(), s = sin.to(at::kFloat).contiguous();
-  Tensor y = at::empty(x.sizes(), x.options());
   check_launch(kernels.rope(rows.x.const_data_ptr(), c.const_data_ptr<float>(), s.const_data_ptr<float>(),
-                            y.mutable_data_ptr(), x.size(0), x.size(1), x.size(2), 2 * c.size(1), rows.stride, inverse,
-                            kernel_dtype(x), launch.stream()),
+                            y.x.mutable_data_ptr(), x.size(0), x.size(1), x.size(2), 2 * c.size(1), rows.stride, y.stride,
+                            inverse, kernel_dtype(x), launch.stream()),
                "rope");
-  return y;
 }
 
-Tensor rotate_cpu(const CpuKernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+void rotate_cpu(const CpuKernels& kernels, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse,
+                const TokenRows& y) {
   const TokenRows rows(x);
   const int64_t h = x.size(1), d = x.size(2), half = cos.size(1);
-  Tensor y = at::empty(x.sizes(), x.options());
   cpu_rows(x.size(0), h * d, [&](int64_t begin, int64_t end) {
     kernels.rope(end - begin, h, d, half, rows.x.const_data_ptr<float>() + begin * rows.stride, rows.stride,
                  cos.const_data_ptr<float>() + begin * half, sin.const_data_ptr<float>() + begin * half,
-                 inverse ? -1.0f : 1.0f, y.mutable_data_ptr<float>() + begin * h * d, h * d);
+                 inverse ? -1.0f : 1.0f, y.x.mutable_data_ptr<float>() + begin * y.stride, y.stride);
   });
-  return y;
+}
+
+void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(x.dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == x.size(0) &&
+                  2 * cos.size(1) <= x.size(2),
+              "rope: x is ", x.sizes(), ", cos is ", cos.sizes(), ", sin is ", sin.sizes(),
+              ", expected [N, H, D], [N, R/2], [N, R/2] with R <= D");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == cos.device() && x.device() == sin.device(),
+              "rope: x is ", x.scalar_type(), " on ", x.device(), ", cos is on ", cos.device(), ", sin is on ",
+              sin.device(), ", expected a float dtype and one device");
+}
+
+}  // namespace
+
+void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  check_rope(x, cos, sin);
+  if (const TokenRows rows(y); rows.x.is_same(y)) {
+    if (const Kernels* kernels = kernels_for(x)) return rotate_kernel(*kernels, x, cos, sin, inverse, rows);
+    if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && cos.scalar_type() == at::kFloat) {
+      return rotate_cpu(*kernels, x, cos.contiguous(), sin.contiguous(), inverse, rows);
+    }
+  }
+  const double sign = inverse ? -1 : 1;
+  const int64_t half = cos.size(1), rest = x.size(2) - 2 * half;
+  const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);
+  const Tensor x1 = x.narrow(2, 0, half), x2 = x.narrow(2, half, half);
+  y.narrow(2, 0, half).copy_(at::mul(x1, c).addcmul_(x2, s, -sign));
+  y.narrow(2, half, half).copy_(at::mul(x2, c).addcmul_(x1, s, sign));
+  if (rest > 0) y.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
 }
 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
-  if (const Kernels* kernels = kernels_for(x)) return rotate_kernel(*kernels, x, cos, sin, inverse);
-  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && cos.scalar_type() == at::kFloat) {
-    return rotate_cpu(*kernels, x, cos.contiguous(), sin.contiguous(), inverse);
-  }
-  const double sign = inverse ? -1 : 1;
-  const int64_t half = cos.size(1);
-  const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);
-  const Tensor x1 = x.narrow(2, 0, half), x2 = x.narrow(2, half, half);
   Tensor y = at::empty(x.sizes(), x.options());
-  Tensor y1 = y.narrow(2, 0, half), y2 = y.narrow(2, half, half);
-  at::mul_out(y1, x1, c).addcmul_(x2, s, -sign);
-  at::mul_out(y2, x2, c).addcmul_(x1, s, sign);
-  const int64_t rest = x.size(2) - 2 * half;
-  if (rest > 0) y.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
+  rotate_into(y, x, cos, sin, inverse);
   return y;
 }
+
+namespace {
 
 struct Rope : Function<Rope> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin) {
@@ -73,13 +90,7 @@ struct Rope : Function<Rope> {
 }  // namespace
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK(x.dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == x.size(0) &&
-                  2 * cos.size(1) <= x.size(2),
-              "rope: x is ", x.sizes(), ", cos is ", cos.sizes(), ", sin is ", sin.sizes(),
-              ", expected [N, H, D], [N, R/2], [N, R/2] with R <= D");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == cos.device() && x.device() == sin.device(),
-              "rope: x is ", x.scalar_type(), " on ", x.device(), ", cos is on ", cos.device(), ", sin is on ",
-              sin.device(), ", expected a float dtype and one device");
+  check_rope(x, cos, sin);
   const bool angles = cos.scalar_type() == at::kFloat && cos.is_contiguous() && fits_row(cos, sin);
   if (is_row(x) && angles) return row_rope(x, cos, sin);
   return Rope::apply(x, cos, sin);

@@ -84,32 +84,39 @@ Tensor swiglu_backward_cpu(const CpuKernels& kernels, const Tensor& dy, const Te
   return dgate_up;
 }
 
+}  // namespace
+
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation) {
+  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_forward_kernel(*kernels, gate_up, activation);
+  if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_forward_cpu(*kernels, gate_up, activation);
+  const int64_t f = gate_up.size(1) / 2;
+  return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
+}
+
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation) {
+  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_backward_kernel(*kernels, dy, gate_up, activation);
+  if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_backward_cpu(*kernels, dy, gate_up, activation);
+  const int64_t f = gate_up.size(1) / 2;
+  const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
+  Tensor d = at::empty(gate_up.sizes(), gate_up.options());
+  d.narrow(1, 0, f).copy_(activate_backward(dy * up, gate, activation));
+  Tensor dup = d.narrow(1, f, f);
+  at::mul_out(dup, dy, activate(gate, activation));
+  return d;
+}
+
+namespace {
+
 struct Swiglu : Function<Swiglu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& gate_up, Activation activation) {
     ctx->save_for_backward({gate_up});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
-    if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_forward_kernel(*kernels, gate_up, activation);
-    if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_forward_cpu(*kernels, gate_up, activation);
-    const int64_t f = gate_up.size(1) / 2;
-    return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
+    return swiglu_forward(gate_up, activation);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Tensor gate_up = ctx->get_saved_variables()[0];
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
-    if (const Kernels* kernels = kernels_for(gate_up)) {
-      return {swiglu_backward_kernel(*kernels, grads[0], gate_up, activation), Tensor()};
-    }
-    if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) {
-      return {swiglu_backward_cpu(*kernels, grads[0], gate_up, activation), Tensor()};
-    }
-    const int64_t f = gate_up.size(1) / 2;
-    const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
-    Tensor d = at::empty(gate_up.sizes(), gate_up.options());
-    d.narrow(1, 0, f).copy_(activate_backward(grads[0] * up, gate, activation));
-    Tensor dup = d.narrow(1, f, f);
-    at::mul_out(dup, grads[0], activate(gate, activation));
-    return {d, Tensor()};
+    return {swiglu_backward(grads[0], ctx->get_saved_variables()[0], activation), Tensor()};
   }
 };
 

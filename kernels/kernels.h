@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 1
+#define FERROTUNE_KERNELS_ABI 2
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -44,10 +44,10 @@ int rms_norm_backward(const void* dy, const void* x, const void* weight, const f
 int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, float* partial, int64_t N, int64_t H,
                              int64_t C, int64_t x_stride, int64_t chunks, int dtype, void* stream);
 
-// x [N, H, D] with token stride x_stride, cos and sin [N, R/2] f32, y [N, H, D]. inverse != 0 turns by the opposite
+// x and y [N, H, D] with token strides x_stride and y_stride, cos and sin [N, R/2] f32. inverse != 0 turns by the opposite
 // angle, which is the backward.
 int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D, int64_t R,
-         int64_t x_stride, int inverse, int dtype, void* stream);
+         int64_t x_stride, int64_t y_stride, int inverse, int dtype, void* stream);
 
 // gate_up [N, 2F], y [N, F].
 int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activation, int dtype, void* stream);

@@ -20,7 +20,8 @@ constexpr int kHeads = 4, kThreads = 128;
 // A work item is (vector of dims, group of kHeads heads) of one token; the last vectors are those that pass through.
 template <typename T, int kWidth>
 __global__ void rope_kernel(const T* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
-                            T* __restrict__ y, int64_t N, int H, int D, int half, int64_t x_stride, float sign) {
+                            T* __restrict__ y, int64_t N, int H, int D, int half, int64_t x_stride, int64_t y_stride,
+                            float sign) {
   const int turned = half / kWidth, vectors = turned + (D - 2 * half) / kWidth;
   const int items = vectors * ((H + kHeads - 1) / kHeads);
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; n < N;
@@ -29,7 +30,7 @@ __global__ void rope_kernel(const T* __restrict__ x, const float* __restrict__ c
       const int vector = item % vectors, head = item / vectors * kHeads;
       const int heads = H - head < kHeads ? H - head : kHeads;
       const T* x_head = x + n * x_stride + static_cast<int64_t>(head) * D;
-      T* y_head = y + (n * H + head) * D;
+      T* y_head = y + n * y_stride + static_cast<int64_t>(head) * D;
       if (vector >= turned) {
         const int rest = vector + turned;  // past both halves
         for (int h = 0; h < heads; ++h) store<kWidth>(y_head + h * D, rest, load<kWidth>(x_head + h * D, rest));
@@ -71,7 +72,7 @@ __global__ void rope_kernel(const T* __restrict__ x, const float* __restrict__ c
 using namespace ferrotune;
 
 extern "C" int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D,
-                    int64_t R, int64_t x_stride, int inverse, int dtype, void* stream) {
+                    int64_t R, int64_t x_stride, int64_t y_stride, int inverse, int dtype, void* stream) {
   if (N == 0 || H == 0 || D == 0) return cudaSuccess;
   const int64_t half = R / 2;
   return with_type(dtype, [&](auto t) -> int {
@@ -83,12 +84,12 @@ extern "C" int rope(const void* x, const float* cos, const float* sin, void* y, 
       const dim3 block(threads, kThreads / threads);
       rope_kernel<T, kWidth><<<grid_x(ceil_div(N, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(x), cos, sin, static_cast<T*>(y), N, static_cast<int>(H), static_cast<int>(D),
-          static_cast<int>(half), x_stride, inverse ? -1.0f : 1.0f);
+          static_cast<int>(half), x_stride, y_stride, inverse ? -1.0f : 1.0f);
       return cudaGetLastError();
     };
     constexpr int kWidth = 16 / sizeof(T);
-    const bool fits = half % kWidth == 0 && D % kWidth == 0 && x_stride % kWidth == 0 && aligned16(x) &&
-                      aligned16(y) && aligned16(cos) && aligned16(sin);
+    const bool fits = half % kWidth == 0 && D % kWidth == 0 && x_stride % kWidth == 0 && y_stride % kWidth == 0 &&
+                      aligned16(x) && aligned16(y) && aligned16(cos) && aligned16(sin);
     return fits ? launch(Width<kWidth>{}) : launch(Width<1>{});
   });
 }

@@ -267,6 +267,18 @@ pub fn empty_cache(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |_| bridge::empty_cache().map_err(anyhow::Error::from))
 }
 
+/// Threads that load tensors side by side, each with serial libtorch ops: an OpenMP team a thread would be more threads
+/// than cores, for which the OpenMP run time lets every later barrier of the process sleep instead of spin.
+pub(crate) fn reading_threads() -> Result<rayon::ThreadPool> {
+    Ok(rayon::ThreadPoolBuilder::new().start_handler(|_| bridge::serial_ops()).build()?)
+}
+
+/// Keeps freed memory for the next step instead of handing it back to the system page by page. For executables: it acts
+/// on the whole process.
+pub fn keep_freed_memory() {
+    bridge::keep_freed_memory();
+}
+
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))

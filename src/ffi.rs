@@ -120,6 +120,8 @@ pub(crate) mod bridge {
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;
+        fn serial_ops();
+        fn keep_freed_memory();
 
         type Tensor;
         type TensorList;

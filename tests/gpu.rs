@@ -10,6 +10,7 @@ use ferrotune::device::{self, Choice};
 use ferrotune::ops::{self, Activation, AttentionSpec, Policy};
 use tch::{Device, Kind, Tensor};
 
+use crate::cpu::plain_attention;
 use crate::golden::{self, Flat, checkpoints, load_on, logits, root};
 use crate::ops::{Op, check, check_empty, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
 use crate::parity::{cases, gradients_of};
@@ -90,27 +91,6 @@ fn kernels_agree_with_formulas() {
             check(&op, kind, device);
         }
     }
-}
-
-/// Attention inside segments by its definition.
-fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -> Tensor {
-    let rows = cu_seqlens.windows(2).map(|segment| {
-        let (start, length) = (i64::from(segment[0]), i64::from(segment[1] - segment[0]));
-        let heads_first = |x: &Tensor| x.narrow(0, start, length).transpose(0, 1);
-        let group = spec.num_heads / spec.num_kv_heads;
-        let repeat = |x: &Tensor| heads_first(x).repeat_interleave_self_int(group, 0, None);
-        let mut scores = heads_first(&t[0]).matmul(&repeat(&t[1]).transpose(1, 2)) * spec.scale;
-        if let Some(softcap) = spec.softcap {
-            scores = (scores / softcap).tanh() * softcap;
-        }
-        let ones = Tensor::ones([length, length], (Kind::Bool, scores.device()));
-        let window = spec.sliding_window.unwrap_or(length);
-        let visible = ones.tril(0).logical_and(&ones.triu(1 - window));
-        let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
-        let y = scores.softmax(-1, scores.kind()).matmul(&repeat(&t[2]));
-        y.transpose(0, 1).reshape([length, -1])
-    });
-    Tensor::cat(&rows.collect::<Vec<_>>(), 0)
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod checkpoint_io;
 mod cli_config;
 mod cli_generate;
 mod cli_train;
+mod cpu;
 mod data;
 mod generate;
 mod golden;

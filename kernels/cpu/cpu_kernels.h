@@ -33,6 +33,8 @@ struct CpuAttention {
 
 struct CpuKernels {
   const char* name;
+  // Threads should split products at multiples of these.
+  int64_t tile_rows, tile_columns;
   // c[i * ldc + j] (+)= alpha sum_p a(i, p) b(p, j); i < m, j < n, p < k.
   void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, CpuMatrix a, CpuMatrix b, float* c, int64_t ldc, bool add);
   // y = x rstd (w + offset), rstd[i] = 1 / sqrt(mean x^2 + eps); rows of c elements, x rows x_stride apart.

@@ -6,7 +6,7 @@ namespace ferrotune {
 
 extern const CpuKernels FERROTUNE_CPU_TABLE;
 const CpuKernels FERROTUNE_CPU_TABLE{
-    FERROTUNE_CPU_NAME, gemm, rms_norm_forward, rms_norm_backward, rope, swiglu_forward, swiglu_backward,
-    attention_forward,  attention_backward, cross_entropy};
+    FERROTUNE_CPU_NAME, kTileRows, kPanel, gemm, rms_norm_forward, rms_norm_backward, rope, swiglu_forward, swiglu_backward,
+    attention_forward, attention_backward, cross_entropy};
 
 }  // namespace ferrotune

@@ -59,6 +59,7 @@ pub fn run() -> ExitCode {
         Ok(cli) => cli,
         Err(message) => message.exit(),
     };
+    crate::device::keep_freed_memory();
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),

@@ -11,6 +11,13 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomically_with(path, |file| Ok(file.write_all(bytes)?))
 }
 
+/// Whether `path` is what a killed [`write_atomically`] left behind.
+pub fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let id = name.strip_suffix(".tmp").and_then(|rest| rest.rsplit_once('.')).map(|(_, id)| id);
+    name.starts_with('.') && id.is_some_and(|id| id.parse::<u32>().is_ok()) && path.is_file()
+}
+
 /// As [`write_atomically`], with the bytes produced by `write` into a buffered file.
 pub fn write_atomically_with(
     path: &Path,

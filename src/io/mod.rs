@@ -7,5 +7,5 @@ pub mod lora_spec;
 mod mmap;
 mod weights;
 
-pub use atomic::{write_atomically, write_atomically_with};
+pub use atomic::{is_unfinished, write_atomically, write_atomically_with};
 pub use weights::{Weights, write_safetensors};

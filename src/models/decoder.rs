@@ -89,9 +89,8 @@ impl Decoder {
         let embed_tokens = loader.matrix(stored, [vocab, hidden])?;
         let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
         let layers = match loader.init {
-            Init::Checkpoint(_) => {
-                (0..config.layers.len()).into_par_iter().map(build).collect::<Result<_>>()?
-            }
+            Init::Checkpoint(_) => crate::device::reading_threads()?
+                .install(|| (0..config.layers.len()).into_par_iter().map(build).collect::<Result<_>>())?,
             // One generator: in order.
             Init::Random { .. } => (0..config.layers.len()).map(build).collect::<Result<_>>()?,
         };

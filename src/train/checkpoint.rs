@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::io::is_unfinished;
 use crate::train::early_stopping::BestMetric;
 
 /// Everything of the loop that is not a tensor.
@@ -146,6 +147,8 @@ impl Checkpoints {
             let path = entry?.path();
             if is_leftover(&path) {
                 fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+            } else if is_unfinished(&path) {
+                fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
             }
         }
         Ok(Self { output_dir: output_dir.to_owned(), save_total_limit, _lock: lock })
