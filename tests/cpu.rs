@@ -42,7 +42,7 @@ fn attention_agrees_with_its_definition() {
         (vec![0, 32, 64], None, None),
         (vec![0, 1, 3], None, None),
         (vec![0, 3, 100, 101, 134], None, None),
-        (vec![0, 70, 133], None, Some(1)),
+        (vec![0, 70, 133], None, Some(2)),
         (vec![0, 100, 133], None, Some(40)),
         (vec![0, 90, 133], Some(3.0), Some(33)),
         (vec![0, 90, 133], Some(3.0), None),
