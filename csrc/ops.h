@@ -63,8 +63,9 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
                                      std::int64_t window);
 
 // ---- cross_entropy.cpp
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                             double softcap);
+// labels are those of `rows` of hidden, or of all rows where `rows` is undefined; then rows labelled -100 count nothing.
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
+                                             const Tensor& labels, double softcap);
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
                                          double softcap);
 

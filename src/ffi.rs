@@ -162,6 +162,7 @@ pub(crate) mod bridge {
         fn linear_cross_entropy(
             hidden: &Tensor,
             weight: &Tensor,
+            rows: &Tensor,
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;

@@ -255,20 +255,44 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     ))
 }
 
-/// `sum over labels != -100 of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without
-/// ever holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`, labels int64 `[N]`, already shifted.
+/// The rows of a batch that have a label, and their labels, on the device.
+#[derive(Debug)]
+pub struct Targets {
+    /// int64 `[n]`; `None` where all rows have one.
+    rows: Option<Tensor>,
+    /// int64 `[n]`.
+    labels: Tensor,
+}
+
+impl Targets {
+    /// `labels[i]` is the label of row i, -100 for none. Chosen here and not on the device: how many there are sizes the
+    /// products, and to ask a GPU would wait for it.
+    pub fn new(labels: &[i64], device: tch::Device) -> Result<Targets> {
+        let upload = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        if !labels.contains(&-100) {
+            return Ok(Targets { rows: None, labels: upload(labels)? });
+        }
+        let (rows, kept): (Vec<i64>, Vec<i64>) =
+            (0..).zip(labels).filter(|&(_, &label)| label != -100).map(|(row, &label)| (row, label)).unzip();
+        Ok(Targets { rows: Some(upload(&rows)?), labels: upload(&kept)? })
+    }
+}
+
+/// `sum over targets of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without ever
+/// holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`. Its gradient can be taken once.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Tensor,
-    labels: &Tensor,
+    targets: &Targets,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
-    let softcap = softcap.unwrap_or(0.0);
+    let absent = Tensor::new();
     checked(bridge::linear_cross_entropy(
         ffi::borrow(hidden),
         ffi::borrow(weight),
-        ffi::borrow(labels),
-        softcap,
+        ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
+        ffi::borrow(&targets.labels),
+        softcap.unwrap_or(0.0),
     ))
 }
 

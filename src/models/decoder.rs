@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::config::Config;
 use crate::io::Weights;
 use crate::nn::{Init, KvCache, Loader, Rope};
-use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
+use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows, Targets};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
@@ -212,9 +212,8 @@ impl Decoder {
     /// `labels[n]` is the label of token n; inside each segment token n predicts label n + 1.
     pub fn loss_sum(&self, input: Input, labels: &[i64], pass: Pass) -> Result<Tensor> {
         let hidden = self.hidden(input, None, pass)?;
-        let shifted =
-            Tensor::f_from_slice(&shift_labels(labels, input.cu_seqlens))?.f_to_device(self.device)?;
-        ops::linear_cross_entropy(&hidden, self.head(), &shifted, self.config.final_logit_softcapping)
+        let targets = Targets::new(&shift_labels(labels, input.cu_seqlens), self.device)?;
+        ops::linear_cross_entropy(&hidden, self.head(), &targets, self.config.final_logit_softcapping)
     }
 
     /// Log-probability of each token after the first, given those before it: `[T - 1]` in f32.
