@@ -17,6 +17,7 @@ fn main() {
         "attention",
         "blocks",
         "cross_entropy",
+        "cuda_library",
         "device",
         "kernels",
         "linear",

@@ -12,12 +12,15 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use cxx::UniquePtr;
 use serde::{Deserialize, Serialize};
 
 use crate::ffi::bridge;
 pub use crate::ffi::bridge::{CudaDevice, CudaProbe, MemoryStats};
 
 const KERNEL_LIBRARY: &str = "libferrotune_kernels.so";
+/// csrc/cuda/: what needs libtorch_cuda. Built with the kernels, and found beside them.
+const CUDA_LIBRARY: &str = "libferrotune_cuda.so";
 /// libtorch 2.11 is built for CUDA 13.0, which driver 580 brought.
 const REQUIRED_CUDA: i32 = 13000;
 /// The oldest compute capability in libtorch's CUDA 13 build.
@@ -77,8 +80,8 @@ impl From<Choice> for String {
 /// Loads what `choice` needs and returns the device to put tensors on.
 ///
 /// For CUDA: `libtorch_cuda.so` from beside the `libtorch_cpu.so` in use, then `libferrotune_kernels.so` from `kernels`
-/// if given, else from the executable's folder, `../lib` or the build folder. Without the kernel library the ops run
-/// their ATen formulas, and a warning says so. The calling thread then works on a stream of the pool, never on the
+/// if given, else from the executable's folder, `../lib` or the build folder, and `libferrotune_cuda.so` from beside it.
+/// Without the kernel library the ops run their ATen formulas, and a warning says so. The calling thread then works on a stream of the pool, never on the
 /// legacy default stream, on which no CUDA graph can be captured; every thread that works on the GPU calls `init`.
 ///
 /// # Errors
@@ -170,17 +173,17 @@ fn load_libtorch_cuda() -> Result<()> {
 }
 
 fn load_kernels(given: Option<&Path>) -> Result<()> {
-    if let Some(path) = given {
-        return bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}"));
-    }
     let places = kernel_places()?;
-    match places.iter().find(|place| place.exists()) {
-        Some(path) => bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}")),
-        None => bail!(
+    let Some(kernels) = given.or_else(|| places.iter().map(PathBuf::as_path).find(|place| place.exists()))
+    else {
+        bail!(
             "{KERNEL_LIBRARY} was not found (looked for {}): run scripts/build_kernels",
             places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
-        ),
-    }
+        );
+    };
+    bridge::load_kernels(text(kernels)?).map_err(|error| anyhow!("{error}"))?;
+    bridge::load_cuda_library(text(&kernels.with_file_name(CUDA_LIBRARY))?)
+        .map_err(|error| anyhow!("{error}"))
 }
 
 /// Beside the executable, in a bundle's `lib`, and where scripts/build_kernels puts it: `target/kernels`, seen from
@@ -270,6 +273,37 @@ pub fn empty_cache(device: tch::Device) -> Result<()> {
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
+}
+
+/// Work of the calling thread's stream, recorded once and launched as a whole: a CUDA graph. It reads and writes the
+/// memory that it was recorded on, so every tensor that lives across replays must be kept.
+pub struct Graph(UniquePtr<bridge::CudaGraph>);
+
+impl Graph {
+    /// Whether work on `device` can be recorded: on a GPU, with `libferrotune_cuda.so` loaded.
+    pub fn available(device: tch::Device) -> bool {
+        device.is_cuda() && bridge::has_cuda_library()
+    }
+
+    /// Records what `work` enqueues, which does not run.
+    ///
+    /// # Errors
+    /// Those of `work`, and work that cannot be recorded: it waits for the device, or copies from pageable memory.
+    pub fn record<T>(work: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+        let mut graph = bridge::cuda_graph()?;
+        graph.pin_mut().begin()?;
+        let result = work();
+        // Also after an error: the stream must leave the capture.
+        let ended = graph.pin_mut().end();
+        let result = result?;
+        ended?;
+        Ok((Graph(graph), result))
+    }
+
+    /// Enqueues the recorded work.
+    pub fn replay(&mut self) -> Result<()> {
+        self.0.pin_mut().replay().map_err(anyhow::Error::from)
+    }
 }
 
 #[cfg(test)]

@@ -109,17 +109,26 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/ops.h");
         include!("ferrotune/csrc/device.h");
         include!("ferrotune/csrc/kernels.h");
+        include!("ferrotune/csrc/cuda_library.h");
 
         fn probe_cuda() -> CudaProbe;
         fn torch_lib_dir() -> Result<String>;
         fn load_library(path: &str) -> Result<()>;
         fn load_kernels(path: &str) -> Result<()>;
+        fn load_cuda_library(path: &str) -> Result<()>;
         fn start_cuda() -> Result<bool>;
         fn use_stream(index: i32) -> Result<()>;
         fn memory_stats(index: i32) -> Result<MemoryStats>;
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;
+
+        fn has_cuda_library() -> bool;
+        type CudaGraph;
+        fn cuda_graph() -> Result<UniquePtr<CudaGraph>>;
+        fn begin(self: Pin<&mut CudaGraph>) -> Result<()>;
+        fn end(self: Pin<&mut CudaGraph>) -> Result<()>;
+        fn replay(self: Pin<&mut CudaGraph>) -> Result<()>;
 
         type Tensor;
         type TensorList;
