@@ -22,6 +22,7 @@ fn main() {
         "kernels",
         "linear",
         "optim",
+        "profile",
         "rms_norm",
         "rope",
         "row",

@@ -130,4 +130,11 @@ void empty_cache() { at::accelerator::emptyCache(); }
 
 void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
 
+std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index) {
+  const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
+  const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, pinned);
+  std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+  return std::make_unique<at::Tensor>(host.to(cuda(index), /*non_blocking=*/true));
+}
+
 }  // namespace ferrotune

@@ -1,7 +1,10 @@
 // The CUDA side of libtorch, loaded at run time so that one executable runs with and without it.
 #pragma once
 
+#include <ATen/core/TensorBody.h>
+
 #include <cstdint>
+#include <memory>
 
 #include "rust/cxx.h"
 
@@ -26,5 +29,8 @@ MemoryStats memory_stats(std::int32_t index);
 void reset_peak_memory(std::int32_t index);
 void empty_cache();
 void synchronize(std::int32_t index);
+
+// int64 [n] on the GPU. Enqueued: through pinned memory, so that the calling thread does not wait.
+std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index);
 
 }  // namespace ferrotune

@@ -10,13 +10,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use cxx::UniquePtr;
 use serde::{Deserialize, Serialize};
 
 use crate::ffi::bridge;
-pub use crate::ffi::bridge::{CudaDevice, CudaProbe, MemoryStats};
+pub use crate::ffi::bridge::{CudaDevice, CudaProbe, DeviceActivity, MemoryStats};
+use crate::ffi::take;
 
 const KERNEL_LIBRARY: &str = "libferrotune_kernels.so";
 /// csrc/cuda/: what needs libtorch_cuda. Built with the kernels, and found beside them.
@@ -273,6 +275,40 @@ pub fn empty_cache(device: tch::Device) -> Result<()> {
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
+}
+
+/// int64 `[n]` on `device`, without waiting for the work that it has still to do.
+pub fn upload(values: &[i64], device: tch::Device) -> Result<tch::Tensor> {
+    match cuda_device(device) {
+        Some((_, index)) => Ok(take(bridge::upload(values, index)?)),
+        None => Ok(tch::Tensor::f_from_slice(values)?.f_to_device(device)?),
+    }
+}
+
+/// Milliseconds that the device takes for `work`: between two events of its own on a GPU, by the clock on the CPU.
+pub fn milliseconds(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let Some((_, index)) = cuda_device(device) else {
+        let start = Instant::now();
+        work()?;
+        return Ok(start.elapsed().as_secs_f64() * 1e3);
+    };
+    let start = bridge::record_event(index)?;
+    work()?;
+    let end = bridge::record_event(index)?;
+    Ok(bridge::elapsed_ms(&start, &end)?)
+}
+
+/// Every kernel, copy and memset that `work` made the GPU run, in no order.
+///
+/// # Errors
+/// `device` is no GPU.
+pub fn profile(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<Vec<DeviceActivity>> {
+    let (_, index) = cuda_device(device).context("only a GPU's work can be profiled")?;
+    bridge::start_profile(index)?;
+    let result = work();
+    let activities = bridge::stop_profile(index);
+    result?;
+    Ok(activities?)
 }
 
 /// Work of the calling thread's stream, recorded once and launched as a whole: a CUDA graph. It reads and writes the
