@@ -26,6 +26,11 @@ bool start_cuda();
 void use_stream(std::int32_t index);
 
 MemoryStats memory_stats(std::int32_t index);
+// Bytes held by tensors; unlike memory_stats no question to the driver, which answers in tens of microseconds.
+std::uint64_t allocated_memory(std::int32_t index);
+// What this process holds of the GPU, as nvidia-smi shows it: libtorch's memory, CUDA's own and the code of all kernels.
+// 0 where the driver does not tell (inside most containers).
+std::uint64_t process_memory(std::int32_t index);
 void reset_peak_memory(std::int32_t index);
 void empty_cache();
 void synchronize(std::int32_t index);

@@ -237,6 +237,20 @@ pub fn memory(device: tch::Device) -> Result<MemoryStats> {
     }
 }
 
+/// [`MemoryStats::allocated`] of [`memory`] alone, which is quick: for every step.
+pub fn allocated(device: tch::Device) -> Result<u64> {
+    match cuda_device(device) {
+        Some((_, index)) => bridge::allocated_memory(index).map_err(anyhow::Error::from),
+        None => Ok(host_memory()?.allocated),
+    }
+}
+
+/// What this process holds of a GPU's memory, as nvidia-smi shows it, in bytes; none where the driver does not tell.
+pub fn process_memory(device: tch::Device) -> Option<u64> {
+    let (_, index) = cuda_device(device)?;
+    Some(bridge::process_memory(index)).filter(|&bytes| bytes > 0)
+}
+
 fn host_memory() -> Result<MemoryStats> {
     // "VmHWM:     1234 kB"
     let field = |file: &str, text: &str, name: &str| -> Result<u64> {

@@ -134,6 +134,8 @@ pub(crate) mod bridge {
         fn start_cuda() -> Result<bool>;
         fn use_stream(index: i32) -> Result<()>;
         fn memory_stats(index: i32) -> Result<MemoryStats>;
+        fn allocated_memory(index: i32) -> Result<u64>;
+        fn process_memory(index: i32) -> u64;
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;

@@ -229,6 +229,19 @@ fn recorded_steps_are_the_same_steps() {
     crate::step::check_resumed_steps(device);
 }
 
+#[test]
+fn recording_may_fail() {
+    let Some(device) = gpu("a recording that fails") else { return };
+    let x = Tensor::randn([64], (Kind::Float, device));
+    let error =
+        device::Graph::record(|| Ok(x.f_sum(Kind::Float)?.f_double_value(&[])?)).err().expect("it waits");
+    println!("{error:#}");
+    assert!(Tensor::randn([64], (Kind::Float, device)).f_isfinite().unwrap().all().int64_value(&[]) == 1);
+    let (mut graph, y) = device::Graph::record(|| Ok(&x * 2.0)).unwrap();
+    graph.replay().unwrap();
+    assert!(y.equal(&(&x + &x)));
+}
+
 /// Kernels that a graph launches are seen too.
 #[test]
 fn work_is_timed_and_profiled() {

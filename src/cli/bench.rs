@@ -87,6 +87,8 @@ struct Report {
     tokens_per_step: usize,
     /// Shapes that are launched as CUDA graphs.
     graphs: usize,
+    /// Why others are not.
+    not_recorded: Option<String>,
     steps: usize,
     seconds_to_first_step: f64,
     ms_per_step: f64,
@@ -100,8 +102,11 @@ struct Report {
     /// Held by tensors (CPU: resident set) before the first step, and at most since.
     model_memory: u64,
     peak_allocated: u64,
-    /// Held by libtorch's allocator at most, graphs included; on the card in use by all processes, at the end.
+    /// Held by libtorch's allocator at most, graphs included.
     peak_reserved: u64,
+    /// Of the device, CUDA's own memory included, at the end of the timed steps: in use by this process, where the driver
+    /// tells, and by all of them.
+    process_memory: Option<u64>,
     device_memory: u64,
     /// Of steps that are profiled and not timed; none on the CPU.
     gpu: Option<KernelTimes>,
@@ -204,7 +209,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         times.push(before.elapsed().as_secs_f64() * 1e3);
         bar.inc(1);
     }
-    let memory = device::memory(device)?;
+    let (memory, process_memory) = (device::memory(device)?, device::process_memory(device));
     bar.set_message("profiled");
     let gpu = if device.is_cuda() {
         let activities = device::profile(device, || {
@@ -214,7 +219,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     } else {
         None
     };
-    let graphs = stepper.graphs();
+    let (graphs, not_recorded) = (stepper.graphs(), stepper.not_recorded().map(str::to_string));
     drop(stepper);
     let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
     let work = Work { config: &decoder.config, cu_seqlens: &batch.cu_seqlens, kind, device };
@@ -238,6 +243,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
         tokens_per_step,
         graphs,
+        not_recorded,
         steps: args.steps,
         seconds_to_first_step,
         ms_per_step,
@@ -250,6 +256,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         model_memory,
         peak_allocated: memory.peak_allocated,
         peak_reserved: memory.peak_reserved,
+        process_memory,
         device_memory: memory.total - memory.free,
         gpu,
         over_floor: ms_per_step / floor.ms,
@@ -294,15 +301,23 @@ fn render(report: &Report) -> String {
         (
             "memory",
             format!(
-                "{} peak allocated, {} of them the model; {} reserved",
+                "{} peak allocated, {} of them the model; {} of the device",
                 bytes(report.peak_allocated),
                 bytes(report.model_memory),
-                bytes(report.peak_reserved)
+                bytes(report.process_memory.unwrap_or(report.device_memory))
             ),
         ),
     ];
     if let Some(gpu) = &report.gpu {
-        lines.push(("GPU idle", format!("{}, {:.0} launches a step", percent(gpu.idle_share), gpu.launches)));
+        lines.push((
+            "GPU idle",
+            format!(
+                "{}, of them {} waiting for the host; {:.0} launches a step",
+                percent(gpu.idle_share),
+                percent(gpu.waiting_share),
+                gpu.launches
+            ),
+        ));
         for kind in &gpu.kinds {
             lines.push(("", format!("{:26} {:>9}  {:6.0} calls", kind.name, ms(kind.ms), kind.calls)));
         }

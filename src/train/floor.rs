@@ -67,8 +67,8 @@ pub fn measure(work: &Work, progress: &mut dyn FnMut(&str)) -> Result<Floor> {
     for Product { name, in_features, rows, calls } in products(work.config) {
         progress(name);
         let (x, weight, dy) = (random(n, in_features)?, random(rows, in_features)?, random(n, rows)?);
-        let forward = time(work.device, &mut || Ok(drop(x.f_matmul(&weight.f_tr()?)?)))?;
-        let dgrad = time(work.device, &mut || Ok(drop(dy.f_matmul(&weight)?)))?;
+        let forward = time(work.device, &mut || Ok(x.f_matmul(&weight.f_tr()?).map(drop)?))?;
+        let dgrad = time(work.device, &mut || Ok(dy.f_matmul(&weight).map(drop)?))?;
         let shape = |from: i64, to: i64| format!("[{n}, {from}] x [{from}, {to}]");
         for (what, ms, shape) in [
             ("forward", forward, shape(in_features, rows)),

@@ -1,6 +1,6 @@
 //! What a GPU did in a stretch of time, by kind of kernel.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use serde::Serialize;
 
@@ -13,6 +13,9 @@ pub struct KernelTimes {
     pub busy_ms: f64,
     /// 1 - busy / (end of the last - start of the first).
     pub idle_share: f64,
+    /// Of the idle time, that in gaps of more than 5 us: the GPU waited for the host. One kernel of a graph follows the
+    /// other in about 1 us.
+    pub waiting_share: f64,
     pub launches: f64,
     pub kinds: Vec<Share>,
     /// The longest of them by name.
@@ -34,7 +37,7 @@ impl KernelTimes {
     /// Of `activities` that belong to `steps` steps.
     pub fn new(activities: &[DeviceActivity], steps: usize) -> KernelTimes {
         let steps = steps.max(1) as f64;
-        let (busy, span) = busy_and_span(activities);
+        let Timeline { busy, waiting, span } = Timeline::new(activities);
         let by = |name: &dyn Fn(&DeviceActivity) -> String| {
             let mut sums: HashMap<String, (u64, u64)> = HashMap::new();
             for activity in activities {
@@ -57,6 +60,7 @@ impl KernelTimes {
         KernelTimes {
             busy_ms: busy as f64 / 1e6 / steps,
             idle_share: 1.0 - busy as f64 / span.max(1) as f64,
+            waiting_share: waiting as f64 / span.max(1) as f64,
             launches: activities.len() as f64 / steps,
             kinds: by(&|activity| kind(activity).to_string()),
             kernels,
@@ -64,17 +68,34 @@ impl KernelTimes {
     }
 }
 
-/// Nanoseconds in which something ran, and from the first start to the last end. Kernels of several streams may overlap.
-fn busy_and_span(activities: &[DeviceActivity]) -> (u64, u64) {
-    let intervals: BTreeMap<(u64, u64), ()> =
-        activities.iter().map(|a| ((a.start_ns, a.start_ns + a.duration_ns), ())).collect();
-    let Some(((first, _), ())) = intervals.first_key_value() else { return (0, 0) };
-    let (mut busy, mut end) = (0, *first);
-    for (start, stop) in intervals.keys() {
-        busy += stop.saturating_sub(end.max(*start));
-        end = end.max(*stop);
+/// Nanoseconds.
+#[derive(Debug, PartialEq)]
+struct Timeline {
+    /// Something ran. Kernels of several streams may overlap.
+    busy: u64,
+    /// Nothing ran for longer than [`SHORT_GAP`].
+    waiting: u64,
+    /// From the first start to the last end.
+    span: u64,
+}
+
+const SHORT_GAP: u64 = 5_000;
+
+impl Timeline {
+    fn new(activities: &[DeviceActivity]) -> Timeline {
+        let mut intervals: Vec<(u64, u64)> =
+            activities.iter().map(|a| (a.start_ns, a.start_ns + a.duration_ns)).collect();
+        intervals.sort_unstable();
+        let first = intervals.first().map_or(0, |interval| interval.0);
+        let (mut busy, mut waiting, mut end) = (0, 0, first);
+        for (start, stop) in intervals {
+            let gap = start.saturating_sub(end);
+            waiting += if gap > SHORT_GAP { gap } else { 0 };
+            busy += stop.saturating_sub(end.max(start));
+            end = end.max(stop);
+        }
+        Timeline { busy, waiting, span: end - first }
     }
-    (busy, end - first)
 }
 
 /// The first kind of which a kernel's name holds a word. Libraries name their kernels as they like: these are the names of
@@ -110,14 +131,19 @@ mod tests {
 
     #[test]
     fn overlap_counts_once() {
-        let work = [activity("nvjet_a", 10, 10), activity("flash_b", 15, 10), activity("other", 45, 5)];
-        assert_eq!(busy_and_span(&work), (20, 40));
+        let work = [
+            activity("nvjet_a", 10_000, 10_000),
+            activity("flash_b", 15_000, 10_000),
+            activity("other", 27_000, 1_000),
+            activity("nvjet_c", 45_000, 4_000),
+        ];
+        assert_eq!(Timeline::new(&work), Timeline { busy: 20_000, waiting: 17_000, span: 39_000 });
         let times = KernelTimes::new(&work, 2);
-        assert_eq!(times.idle_share, 0.5);
+        assert_eq!(times.launches, 2.0);
         let kinds: Vec<(&str, f64)> =
-            times.kinds.iter().map(|kind| (kind.name.as_str(), kind.ms * 2e6)).collect();
+            times.kinds.iter().map(|kind| (kind.name.as_str(), kind.ms * 2e3)).collect();
         assert_eq!(kinds.len(), 3);
-        assert!(kinds.contains(&("products", 10.0)) && kinds.contains(&("attention", 10.0)), "{kinds:?}");
-        assert_eq!(busy_and_span(&[]), (0, 0));
+        assert!(kinds.contains(&("products", 14.0)) && kinds.contains(&("attention", 10.0)), "{kinds:?}");
+        assert_eq!(Timeline::new(&[]), Timeline { busy: 0, waiting: 0, span: 0 });
     }
 }

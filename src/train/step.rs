@@ -76,6 +76,11 @@ impl<'a> Stepper<'a> {
         self.graphs.micro_batches.len()
     }
 
+    /// Why steps are no longer recorded.
+    pub fn not_recorded(&self) -> Option<&str> {
+        self.graphs.problem.as_deref()
+    }
+
     /// Step number `step`, counted from 0, on `batches`: the gradient of the mean loss over all their targets, clipped, and
     /// an update of the weights.
     pub fn run(
@@ -164,6 +169,7 @@ const MOST_SHAPES: usize = 1024;
 
 struct Graphs {
     enabled: bool,
+    problem: Option<String>,
     seen: HashMap<BatchShape, u32>,
     micro_batches: HashMap<BatchShape, Recorded>,
     /// With the norm that it writes.
@@ -178,7 +184,7 @@ struct Recorded {
 
 impl Graphs {
     fn new(enabled: bool) -> Graphs {
-        Graphs { enabled, seen: HashMap::new(), micro_batches: HashMap::new(), update: None }
+        Graphs { enabled, problem: None, seen: HashMap::new(), micro_batches: HashMap::new(), update: None }
     }
 
     /// Notes a shape; true where it is worth a graph.
@@ -199,6 +205,7 @@ impl Graphs {
         tracing::warn!(
             "this step cannot be recorded as a CUDA graph and is launched kernel by kernel: {error:#}"
         );
+        self.problem = Some(format!("{error:#}"));
         self.enabled = false;
     }
 }
