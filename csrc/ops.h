@@ -73,6 +73,7 @@ std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& wei
 void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);
 std::unique_ptr<Tensor> grad_norm(const TensorList& params);
 void zero_grads(const TensorList& params);
+void drop_grads(const TensorList& params);
 void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
                 const AdamWStep& step);
 

@@ -42,6 +42,10 @@ void zero_grads(const TensorList& params) {
   if (!grads.empty()) at::_foreach_zero_(grads);
 }
 
+void drop_grads(const TensorList& params) {
+  for (const Tensor& param : params) param.mutable_grad() = Tensor();
+}
+
 void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
                 const AdamWStep& step) {
   at::NoGradGuard no_grad;

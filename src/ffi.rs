@@ -208,6 +208,7 @@ pub(crate) mod bridge {
         fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
         fn zero_grads(params: &TensorList) -> Result<()>;
+        fn drop_grads(params: &TensorList) -> Result<()>;
         fn adamw_step(
             params: &TensorList,
             exp_avg: &TensorList,

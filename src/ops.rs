@@ -335,6 +335,12 @@ pub fn zero_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<()
     bridge::zero_grads(&ffi::list(params)).map_err(op_error)
 }
 
+/// Leaves every parameter without a gradient: the next backward keeps the tensors that it computes, instead of adding them
+/// to zeros.
+pub fn drop_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+    bridge::drop_grads(&ffi::list(params)).map_err(op_error)
+}
+
 /// What an AdamW step reads beside the tensors. The scalars are f32 on the parameters' device.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW<'a> {

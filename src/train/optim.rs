@@ -84,9 +84,14 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// Sets the gradients to zero, for the next backward to add to.
+    /// Sets the gradients to zero, in place.
     pub fn zero_grad(&mut self) -> Result<()> {
         ops::zero_grads(self.params.iter().map(|param| &param.tensor))
+    }
+
+    /// Leaves no gradients, which costs no kernel: the next backward keeps its own tensors as the gradients.
+    pub fn drop_grad(&mut self) -> Result<()> {
+        ops::drop_grads(self.params.iter().map(|param| &param.tensor))
     }
 
     /// The moments as `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, and the number of updates as `step`.

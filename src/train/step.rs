@@ -73,7 +73,7 @@ impl<'a> Stepper<'a> {
 
     /// Micro-batch shapes that are recorded.
     pub fn graphs(&self) -> usize {
-        self.graphs.micro_batches.len()
+        usize::from(self.graphs.first.is_some()) + self.graphs.adding.len()
     }
 
     /// Why steps are no longer recorded.
@@ -95,13 +95,13 @@ impl<'a> Stepper<'a> {
         // All uploads before the first forward pass: none stands between two of them.
         let uploaded = batches.iter().map(|batch| upload(decoder, batch)).collect::<Result<Vec<_>>>()?;
         self.optimizer.set_learning_rate(learning_rate)?;
-        self.optimizer.zero_grad()?;
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
         let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
         for (micro_batch, batch) in uploaded.into_iter().enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
-            self.micro_batch(decoder, batch, Pass { policy, dropout, without_lora: false })?;
+            let pass = Pass { policy, dropout, without_lora: false };
+            self.micro_batch(decoder, batch, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
         let numbers =
@@ -110,25 +110,51 @@ impl<'a> Stepper<'a> {
         Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1] })
     }
 
-    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass) -> Result<()> {
+    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass, first: bool) -> Result<()> {
         let shape = batch.shape();
-        if let Some(recorded) = self.graphs.micro_batches.get_mut(&shape) {
-            recorded.batch.assign(&batch)?;
-            return recorded.graph.replay();
+        if first {
+            if let Some(recorded) =
+                self.graphs.first.as_mut().filter(|recorded| recorded.batch.shape() == shape)
+            {
+                return recorded.replay(&batch);
+            }
+            self.start_gradients()?;
+        } else if self.graphs.first.is_none() {
+            return self.forward_backward(decoder, &batch, pass);
+        }
+        if let Some(recorded) = self.graphs.adding.get_mut(&shape) {
+            return recorded.replay(&batch);
         }
         if self.graphs.repeats(&shape) {
             // A graph has memory of its own: what eager steps left in the cache is returned first.
             device::empty_cache(decoder.device)?;
             match Graph::record(|| self.forward_backward(decoder, &batch, pass)) {
-                Ok((mut graph, ())) => {
-                    graph.replay()?;
-                    self.graphs.micro_batches.insert(shape, Recorded { graph, batch });
+                Ok((graph, ())) => {
+                    let mut recorded = Recorded { graph, batch };
+                    recorded.graph.replay()?;
+                    match self.graphs.first {
+                        None => self.graphs.first = Some(recorded),
+                        Some(_) => drop(self.graphs.adding.insert(shape, recorded)),
+                    }
                     return Ok(());
                 }
-                Err(error) => self.graphs.give_up(&error),
+                Err(error) => {
+                    self.graphs.give_up(&error);
+                    if self.graphs.first.is_none() {
+                        self.start_gradients()?;
+                    }
+                }
             }
         }
         self.forward_backward(decoder, &batch, pass)
+    }
+
+    /// Gradients of nothing: no tensors at all, or zeros in the tensors that graphs write to.
+    fn start_gradients(&mut self) -> Result<()> {
+        match self.graphs.first {
+            None => self.optimizer.drop_grad(),
+            Some(_) => self.optimizer.zero_grad(),
+        }
     }
 
     /// Adds the gradients of the micro-batch's part of the mean loss, and that part to `self.loss`.
@@ -145,8 +171,8 @@ impl<'a> Stepper<'a> {
             graph.replay()?;
             return Ok(norm.shallow_clone());
         }
-        // Once a micro-batch is recorded, every gradient has its place for good.
-        if self.graphs.enabled && !self.graphs.micro_batches.is_empty() {
+        // Once a first micro-batch is recorded, every gradient has its place for good.
+        if self.graphs.enabled && self.graphs.first.is_some() {
             match Graph::record(|| self.optimizer.update(&self.loss, self.arguments.max_grad_norm)) {
                 Ok((mut graph, norm)) => {
                     graph.replay()?;
@@ -171,7 +197,11 @@ struct Graphs {
     enabled: bool,
     problem: Option<String>,
     seen: HashMap<BatchShape, u32>,
-    micro_batches: HashMap<BatchShape, Recorded>,
+    /// The first micro-batch of a step, which leaves its gradients in tensors of its own: no zeros are written before it, and
+    /// nothing is added. Every other graph belongs to these tensors.
+    first: Option<Recorded>,
+    /// Micro-batches that add to what is there.
+    adding: HashMap<BatchShape, Recorded>,
     /// With the norm that it writes.
     update: Option<(Graph, Tensor)>,
 }
@@ -182,14 +212,28 @@ struct Recorded {
     batch: DeviceBatch,
 }
 
+impl Recorded {
+    fn replay(&mut self, batch: &DeviceBatch) -> Result<()> {
+        self.batch.assign(batch)?;
+        self.graph.replay()
+    }
+}
+
 impl Graphs {
     fn new(enabled: bool) -> Graphs {
-        Graphs { enabled, problem: None, seen: HashMap::new(), micro_batches: HashMap::new(), update: None }
+        Graphs {
+            enabled,
+            problem: None,
+            seen: HashMap::new(),
+            first: None,
+            adding: HashMap::new(),
+            update: None,
+        }
     }
 
     /// Notes a shape; true where it is worth a graph.
     fn repeats(&mut self, shape: &BatchShape) -> bool {
-        if !self.enabled || self.micro_batches.len() >= MOST_GRAPHS {
+        if !self.enabled || self.adding.len() >= MOST_GRAPHS {
             return false;
         }
         if self.seen.len() >= MOST_SHAPES {
