@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <malloc.h>
 #include <omp.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <map>
@@ -29,6 +30,13 @@ const c10::CachingAllocator::Stat& total(const c10::CachingAllocator::StatArray&
 
 // cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 constexpr int kMajor = 75, kMinor = 76;
+// A function of a loaded library; false where there is none.
+template <typename Function>
+bool find_symbol(void* library, Function*& function, const char* name) {
+  function = reinterpret_cast<Function*>(dlsym(library, name));
+  return function != nullptr;
+}
+
 // CUDA_ERROR_NO_DEVICE, the result of cuInit.
 constexpr int kNoDevice = 100;
 
@@ -43,10 +51,7 @@ CudaProbe probe_cuda() {
     return probe;
   }
   // Device handles (CUdevice) are ints, results (CUresult) an enum.
-  const auto symbol = [&](auto*& function, const char* name) {
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(driver, name));
-    return function != nullptr;
-  };
+  const auto symbol = [&](auto*& function, const char* name) { return find_symbol(driver, function, name); };
   int (*init)(unsigned);
   int (*version)(int*);
   int (*count)(int*);
@@ -127,6 +132,43 @@ MemoryStats memory_stats(std::int32_t index) {
                      bytes(reserved.peak),     free,                  all};
 }
 
+std::uint64_t allocated_memory(std::int32_t index) {
+  const auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(index));
+  return static_cast<std::uint64_t>(total(stats.allocated_bytes).current);
+}
+
+std::uint64_t process_memory(std::int32_t index) {
+  // nvml.h's nvmlProcessInfo_t.
+  struct Process {
+    unsigned pid;
+    unsigned long long bytes;
+    unsigned gpu_instance, compute_instance;
+  };
+  void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  void* const nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  int (*bus_id)(char*, int, int);
+  int (*init)();
+  int (*handle)(const char*, void**);
+  int (*processes)(void*, unsigned*, Process*);
+  if (driver == nullptr || nvml == nullptr || !find_symbol(driver, bus_id, "cuDeviceGetPCIBusId") ||
+      !find_symbol(nvml, init, "nvmlInit_v2") || !find_symbol(nvml, handle, "nvmlDeviceGetHandleByPciBusId_v2") ||
+      !find_symbol(nvml, processes, "nvmlDeviceGetComputeRunningProcesses_v3")) {
+    return 0;
+  }
+  char bus[32] = "";
+  void* device = nullptr;
+  std::vector<Process> found(64);
+  unsigned count = found.size();
+  if (bus_id(bus, sizeof bus, index) || init() || handle(bus, &device) || processes(device, &count, found.data())) {
+    return 0;
+  }
+  for (unsigned i = 0; i < count; ++i) {
+    // All ones stands for "not available".
+    if (found[i].pid == static_cast<unsigned>(getpid()) && found[i].bytes != ~0ull) return found[i].bytes;
+  }
+  return 0;
+}
+
 void reset_peak_memory(std::int32_t index) { at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(index)); }
 
 void empty_cache() { at::accelerator::emptyCache(); }
@@ -142,5 +184,12 @@ void keep_freed_memory() {
 }
 
 void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
+
+std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index) {
+  const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
+  const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, pinned);
+  std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+  return std::make_unique<at::Tensor>(host.to(cuda(index), /*non_blocking=*/true));
+}
 
 }  // namespace ferrotune

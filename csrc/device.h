@@ -1,7 +1,10 @@
 // The CUDA side of libtorch, loaded at run time so that one executable runs with and without it.
 #pragma once
 
+#include <ATen/core/TensorBody.h>
+
 #include <cstdint>
+#include <memory>
 
 #include "rust/cxx.h"
 
@@ -23,6 +26,11 @@ bool start_cuda();
 void use_stream(std::int32_t index);
 
 MemoryStats memory_stats(std::int32_t index);
+// Bytes held by tensors; unlike memory_stats no question to the driver, which answers in tens of microseconds.
+std::uint64_t allocated_memory(std::int32_t index);
+// What this process holds of the GPU, as nvidia-smi shows it: libtorch's memory, CUDA's own and the code of all kernels.
+// 0 where the driver does not tell (inside most containers).
+std::uint64_t process_memory(std::int32_t index);
 void reset_peak_memory(std::int32_t index);
 void empty_cache();
 void synchronize(std::int32_t index);
@@ -31,5 +39,7 @@ void synchronize(std::int32_t index);
 void serial_ops();
 // malloc gives memory back to the system only in large pieces.
 void keep_freed_memory();
+// int64 [n] on the GPU. Enqueued: through pinned memory, so that the calling thread does not wait.
+std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index);
 
 }  // namespace ferrotune

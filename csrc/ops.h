@@ -75,14 +75,17 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
                                      std::int64_t window);
 
 // ---- cross_entropy.cpp
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                             double softcap);
+// labels are those of `rows` of hidden, or of all rows where `rows` is undefined; then rows labelled -100 count nothing.
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
+                                             const Tensor& labels, double softcap);
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
                                          double softcap);
 
 // ---- optim.cpp
-double grad_norm(const TensorList& params);
-void scale_grads(const TensorList& params, double factor);
+void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);
+std::unique_ptr<Tensor> grad_norm(const TensorList& params);
+void zero_grads(const TensorList& params);
+void drop_grads(const TensorList& params);
 void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
                 const AdamWStep& step);
 

@@ -4,17 +4,28 @@
 // Every launcher only enqueues work on `stream` (a cudaStream_t): no allocation, no synchronisation. It returns the
 // cudaError_t of the launch, 0 for success. Shapes and dtypes were checked by csrc. Sizes are in elements. An output is
 // contiguous; an input is too unless a stride is passed. Legend: N tokens, H heads, C hidden_size, D head_dim,
-// R rotated dims, F intermediate_size.
+// R rotated dims, F intermediate_size, V vocab_size.
 #pragma once
 
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 2
+#define FERROTUNE_KERNELS_ABI 3
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
 enum KernelActivation { KERNEL_SILU = 0, KERNEL_GELU_TANH = 1, KERNEL_GELU = 2 };
+
+// The operands of attention: q [N, H, D], k and v [N, K, D] with heads side by side and token strides of their own. A query
+// sees the keys of its own segment cu_seqlens[i] .. cu_seqlens[i + 1] up to itself, the last `window` of them (0: all).
+struct KernelAttention {
+  const void *q, *k, *v;
+  const int32_t* cu_seqlens;  // [segments + 1]
+  int64_t N, H, K, D, q_stride, k_stride, v_stride;
+  int64_t segments, longest, window;
+  float scale, softcap;
+  int dtype;
+};
 
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
@@ -23,7 +34,10 @@ enum KernelActivation { KERNEL_SILU = 0, KERNEL_GELU_TANH = 1, KERNEL_GELU = 2 }
   ROW(rms_norm_weight_backward) \
   ROW(rope)                     \
   ROW(swiglu_forward)           \
-  ROW(swiglu_backward)
+  ROW(swiglu_backward)          \
+  ROW(cross_entropy)            \
+  ROW(attention_softcap_forward) \
+  ROW(attention_softcap_backward)
 
 // The library exports these and nothing else.
 #pragma GCC visibility push(default)
@@ -55,6 +69,20 @@ int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activ
 // dy [N, F], gate_up [N, 2F], dgate_up [N, 2F].
 int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t N, int64_t F, int activation,
                     int dtype, void* stream);
+
+// logits [N, V] f32, labels [N] (negative for none), losses [N] f32. With gradient != 0 the memory of logits then holds
+// the gradient of the sum of losses in dtype, each row from where it started. softcap 0 for none.
+int cross_entropy(float* logits, const int64_t* labels, float* losses, int64_t N, int64_t V, float softcap,
+                  int gradient, int dtype, void* stream);
+
+// out [N, H, D], lse [H, N]. 16-bit dtypes, D = 64, 128 or 256, sm_80 or newer.
+int attention_softcap_forward(const struct KernelAttention* attention, void* out, float* lse, void* stream);
+
+// dout and out [N, H, D], lse [H, N] from the forward, delta [H, N] f32 for its own use; dq [N, H, D], dk and dv [N, K, D]
+// with token strides.
+int attention_softcap_backward(const struct KernelAttention* attention, const void* dout, const void* out,
+                               const float* lse, float* delta, void* dq, void* dk, void* dv, int64_t dq_stride,
+                               int64_t dk_stride, int64_t dv_stride, void* stream);
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -2,10 +2,12 @@
 """Ferrotune beside transformers + peft: same machine, models, token ids, LoRA and threads; prints a markdown table.
 
     scripts/compare_peers.py --ferrotune target/release/ferrotune [--data ../shared/data] [--threads 2]
+    scripts/compare_peers.py --ferrotune target/release/ferrotune --gpu llama-3.1-8b [--batch 2] [--seq 2048] [--load-in-4bit]
 
 Needs a Python with torch, transformers and peft, and an otherwise idle machine. Both sides are separate processes
 that print one line a step; the times are those at which the lines arrive here, so that both are measured by one clock
-in the same way. Each step trains the same 4 rows (r 16, alpha 16, every linear layer, float32, AdamW): the first losses
+in the same way. With --gpu each side measures itself: `ferrotune bench train`, and the peers' steps on random weights of
+the same shape (src/cli/shapes/), with those of TRL's and Liger's kernels that are installed. Each step trains the same 4 rows (r 16, alpha 16, every linear layer, float32, AdamW): the first losses
 must agree, or nothing is printed. The peer is a bare loop over the model, without a Trainer: its fastest form.
 """
 import argparse
@@ -24,6 +26,100 @@ ROWS, RANK, LEARNING_RATE, PROMPT, NEW_TOKENS = 4, 16, 2e-4, "Once upon a time",
 # measure -> (target, whether a larger ratio is the better one)
 TARGETS = {"LoRA step, tiny": (0.35, False), "LoRA step, 60M": (0.95, False), "generation": (8.0, True),
            "first step": (1.0, False), "peak memory": (0.5, False)}
+
+
+def peer_train_gpu(peer, shape, batch, seq, steps, checkpointing, four_bit):
+    """LoRA steps on random weights and tokens under bf16 autocast; prints one line of JSON."""
+    import peft
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if peer == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel
+        _apply_liger_kernel(json.loads(shape.read_text())["model_type"])
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(shape, pathlib.Path(folder) / "config.json")
+        config = AutoConfig.from_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if four_bit:
+        quantize_nf4(model)
+    if peer == "trl":
+        from trl.trainer.utils import add_fused_lm_head
+        add_fused_lm_head(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(model, lora)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.001, fused=True)
+    model.train()
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for step in range(5 + steps):
+        input_ids = torch.randint(config.vocab_size, (batch, seq), device=device)
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            if peer == "trl":
+                outputs = model(input_ids=input_ids, labels=input_ids, fused_lm_head=True)
+                loss = -outputs.log_probs.sum() / outputs.label_mask.sum()
+            else:
+                loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.item()  # waits for the step, as a log line does
+        times.append(1000 * (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    print(json.dumps({"ms": statistics.median(times[5:]), "peak": peak, "loss": loss}), flush=True)
+
+
+def quantize_nf4(model):
+    """Every linear layer of the decoder as bitsandbytes' NF4 with double quantisation, one after another."""
+    import bitsandbytes as bnb
+    import torch
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
+                                    compress_statistics=True, quant_type="nf4", device="meta")
+            weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+            new.weight = weight.to(layer.weight.device)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+    model.is_loaded_in_4bit = True  # what peft asks
+
+
+def compare_gpu(options):
+    """The table of one work: ferrotune, then each peer that is installed, each in a process of its own."""
+    import importlib.util
+    shape = pathlib.Path(__file__).resolve().parent.parent / "src/cli/shapes" / f"{options.gpu}.json"
+    common = ["--batch", options.batch, "--seq", options.seq, "--steps", options.steps]
+    flags = [flag for flag, given in (("--use-gradient-checkpointing", options.use_gradient_checkpointing),
+                                      ("--load-in-4bit", options.load_in_4bit)) if given]
+    command = [options.ferrotune.resolve(), "bench", "train", "--shape", options.gpu, *common, *flags, "--json"]
+    ours = json.loads("".join(line for _, line in run([str(part) for part in command], options.threads)[0]))
+    rows = [("ferrotune", ours["ms_per_step"], ours["peak_allocated"])]
+    print(f"{options.gpu}, {options.batch} x {options.seq} tokens, {' '.join(flags) or '16-bit'}, {ours['device']}; "
+          f"floor of this run {ours['floor']['ms']:.1f} ms\n")
+    print("| | ms/step | tokens/s | peak allocated, GiB | x ferrotune |\n|---|---|---|---|---|")
+    for peer, package in (("hf", "peft"), ("trl", "trl"), ("liger", "liger_kernel")):
+        if importlib.util.find_spec(package) is None or (options.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None):
+            print(f"not installed, not run: {peer}", file=sys.stderr)
+            continue
+        arguments = ["--peer-train-gpu", peer, shape, options.batch, options.seq, options.steps,
+                     int(options.use_gradient_checkpointing), int(options.load_in_4bit)]
+        lines, _ = run([sys.executable, __file__, *map(str, arguments)], options.threads)
+        found = json.loads(lines[-1][1])
+        names = {"hf": "transformers + peft", "trl": "the same with TRL's fused head", "liger": "the same with Liger's kernels"}
+        rows.append((names[peer], found["ms"], found["peak"]))
+    for name, ms, peak in rows:
+        tokens = options.batch * options.seq / ms * 1000
+        print(f"| {name} | {ms:.1f} | {tokens:,.0f} | {peak / 2**30:.2f} | {ms / rows[0][1]:.2f} |")
 
 
 def peer_train(model_dir, rows, steps):
@@ -126,7 +222,14 @@ def main():
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--steps", type=int, default=40, help="steps of a tiny model; the 60M model takes a quarter")
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--gpu", metavar="SHAPE", help="compare LoRA steps of this shape on the GPU instead")
+    arguments.add_argument("--batch", type=int, default=2)
+    arguments.add_argument("--seq", type=int, default=2048)
+    arguments.add_argument("--use-gradient-checkpointing", action="store_true")
+    arguments.add_argument("--load-in-4bit", action="store_true")
     options = arguments.parse_args()
+    if options.gpu:
+        return compare_gpu(options)
     ferrotune, this = options.ferrotune.resolve(), [sys.executable, __file__]
     text = (options.data / "datasets/tinyshakespeare/input.txt").read_text()
 
@@ -175,6 +278,9 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peer-train"]:
         peer_train(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["--peer-train-gpu"]:
+        numbers = [int(number) for number in sys.argv[4:]]
+        peer_train_gpu(sys.argv[2], pathlib.Path(sys.argv[3]), *numbers)
     elif sys.argv[1:2] == ["--make-llama-60m"]:
         make_llama_60m(sys.argv[2], sys.argv[3])
     elif sys.argv[1:2] == ["--peer-generate"]:

@@ -10,14 +10,19 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use cxx::UniquePtr;
 use serde::{Deserialize, Serialize};
 
 use crate::ffi::bridge;
-pub use crate::ffi::bridge::{CudaDevice, CudaProbe, MemoryStats};
+pub use crate::ffi::bridge::{CudaDevice, CudaProbe, DeviceActivity, MemoryStats};
+use crate::ffi::take;
 
 const KERNEL_LIBRARY: &str = "libferrotune_kernels.so";
+/// csrc/cuda/: what needs libtorch_cuda. Built with the kernels, and found beside them.
+const CUDA_LIBRARY: &str = "libferrotune_cuda.so";
 /// libtorch 2.11 is built for CUDA 13.0, which driver 580 brought.
 const REQUIRED_CUDA: i32 = 13000;
 /// The oldest compute capability in libtorch's CUDA 13 build.
@@ -77,8 +82,8 @@ impl From<Choice> for String {
 /// Loads what `choice` needs and returns the device to put tensors on.
 ///
 /// For CUDA: `libtorch_cuda.so` from beside the `libtorch_cpu.so` in use, then `libferrotune_kernels.so` from `kernels`
-/// if given, else from the executable's folder, `../lib` or the build folder. Without the kernel library the ops run
-/// their ATen formulas, and a warning says so. The calling thread then works on a stream of the pool, never on the
+/// if given, else from the executable's folder, `../lib` or the build folder, and `libferrotune_cuda.so` from beside it.
+/// Without the kernel library the ops run their ATen formulas, and a warning says so. The calling thread then works on a stream of the pool, never on the
 /// legacy default stream, on which no CUDA graph can be captured; every thread that works on the GPU calls `init`.
 ///
 /// # Errors
@@ -170,17 +175,17 @@ fn load_libtorch_cuda() -> Result<()> {
 }
 
 fn load_kernels(given: Option<&Path>) -> Result<()> {
-    if let Some(path) = given {
-        return bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}"));
-    }
     let places = kernel_places()?;
-    match places.iter().find(|place| place.exists()) {
-        Some(path) => bridge::load_kernels(text(path)?).map_err(|error| anyhow!("{error}")),
-        None => bail!(
+    let Some(kernels) = given.or_else(|| places.iter().map(PathBuf::as_path).find(|place| place.exists()))
+    else {
+        bail!(
             "{KERNEL_LIBRARY} was not found (looked for {}): run scripts/build_kernels",
             places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
-        ),
-    }
+        );
+    };
+    bridge::load_kernels(text(kernels)?).map_err(|error| anyhow!("{error}"))?;
+    bridge::load_cuda_library(text(&kernels.with_file_name(CUDA_LIBRARY))?)
+        .map_err(|error| anyhow!("{error}"))
 }
 
 /// Beside the executable, in a bundle's `lib`, and where scripts/build_kernels puts it: `target/kernels`, seen from
@@ -230,6 +235,20 @@ pub fn memory(device: tch::Device) -> Result<MemoryStats> {
         Some((_, index)) => bridge::memory_stats(index).map_err(anyhow::Error::from),
         None => host_memory(),
     }
+}
+
+/// [`MemoryStats::allocated`] of [`memory`] alone, which is quick: for every step.
+pub fn allocated(device: tch::Device) -> Result<u64> {
+    match cuda_device(device) {
+        Some((_, index)) => bridge::allocated_memory(index).map_err(anyhow::Error::from),
+        None => Ok(host_memory()?.allocated),
+    }
+}
+
+/// What this process holds of a GPU's memory, as nvidia-smi shows it, in bytes; none where the driver does not tell.
+pub fn process_memory(device: tch::Device) -> Option<u64> {
+    let (_, index) = cuda_device(device)?;
+    Some(bridge::process_memory(index)).filter(|&bytes| bytes > 0)
 }
 
 fn host_memory() -> Result<MemoryStats> {
@@ -282,6 +301,71 @@ pub fn keep_freed_memory() {
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
+}
+
+/// int64 `[n]` on `device`, without waiting for the work that it has still to do.
+pub fn upload(values: &[i64], device: tch::Device) -> Result<tch::Tensor> {
+    match cuda_device(device) {
+        Some((_, index)) => Ok(take(bridge::upload(values, index)?)),
+        None => Ok(tch::Tensor::f_from_slice(values)?.f_to_device(device)?),
+    }
+}
+
+/// Milliseconds that the device takes for `work`: between two events of its own on a GPU, by the clock on the CPU.
+pub fn milliseconds(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let Some((_, index)) = cuda_device(device) else {
+        let start = Instant::now();
+        work()?;
+        return Ok(start.elapsed().as_secs_f64() * 1e3);
+    };
+    let start = bridge::record_event(index)?;
+    work()?;
+    let end = bridge::record_event(index)?;
+    Ok(bridge::elapsed_ms(&start, &end)?)
+}
+
+/// Every kernel, copy and memset that `work` made the GPU run, in no order.
+///
+/// # Errors
+/// `device` is no GPU.
+pub fn profile(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<Vec<DeviceActivity>> {
+    let (_, index) = cuda_device(device).context("only a GPU's work can be profiled")?;
+    bridge::start_profile(index)?;
+    let result = work();
+    let activities = bridge::stop_profile(index);
+    result?;
+    Ok(activities?)
+}
+
+/// Work of the calling thread's stream, recorded once and launched as a whole: a CUDA graph. It reads and writes the
+/// memory that it was recorded on, so every tensor that lives across replays must be kept.
+pub struct Graph(UniquePtr<bridge::CudaGraph>);
+
+impl Graph {
+    /// Whether work on `device` can be recorded: on a GPU, with `libferrotune_cuda.so` loaded.
+    pub fn available(device: tch::Device) -> bool {
+        device.is_cuda() && bridge::has_cuda_library()
+    }
+
+    /// Records what `work` enqueues, which does not run.
+    ///
+    /// # Errors
+    /// Those of `work`, and work that cannot be recorded: it waits for the device, or copies from pageable memory.
+    pub fn record<T>(work: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+        let mut graph = bridge::cuda_graph()?;
+        graph.pin_mut().begin()?;
+        let result = work();
+        // Also after an error: the stream must leave the capture.
+        let ended = graph.pin_mut().end();
+        let result = result?;
+        ended?;
+        Ok((Graph(graph), result))
+    }
+
+    /// Enqueues the recorded work.
+    pub fn replay(&mut self) -> Result<()> {
+        self.0.pin_mut().replay().map_err(anyhow::Error::from)
+    }
 }
 
 #[cfg(test)]

@@ -45,9 +45,12 @@ pub(crate) mod bridge {
         past: i64,
     }
 
-    struct AdamWStep {
-        step: u64,
-        learning_rate: f64,
+    /// Device scalars where they change from step to step, so that a recorded step reads the new ones.
+    struct AdamWStep<'a> {
+        step: &'a Tensor,
+        learning_rate: &'a Tensor,
+        grad_scale: &'a Tensor,
+        skip: &'a Tensor,
         beta1: f64,
         beta2: f64,
         epsilon: f64,
@@ -105,23 +108,52 @@ pub(crate) mod bridge {
         total: u64,
     }
 
+    /// One kernel, copy or memset that a GPU ran.
+    #[derive(Debug, Clone)]
+    struct DeviceActivity {
+        name: String,
+        /// Else a copy or a memset.
+        kernel: bool,
+        /// By one clock for all.
+        start_ns: u64,
+        duration_ns: u64,
+    }
+
     unsafe extern "C++" {
         include!("ferrotune/csrc/ops.h");
         include!("ferrotune/csrc/device.h");
         include!("ferrotune/csrc/kernels.h");
+        include!("ferrotune/csrc/cuda_library.h");
+        include!("ferrotune/csrc/profile.h");
 
         fn probe_cuda() -> CudaProbe;
         fn torch_lib_dir() -> Result<String>;
         fn load_library(path: &str) -> Result<()>;
         fn load_kernels(path: &str) -> Result<()>;
+        fn load_cuda_library(path: &str) -> Result<()>;
         fn start_cuda() -> Result<bool>;
         fn use_stream(index: i32) -> Result<()>;
         fn memory_stats(index: i32) -> Result<MemoryStats>;
+        fn allocated_memory(index: i32) -> Result<u64>;
+        fn process_memory(index: i32) -> u64;
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;
         fn serial_ops();
         fn keep_freed_memory();
+        fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
+        type Event;
+        fn record_event(index: i32) -> Result<UniquePtr<Event>>;
+        fn elapsed_ms(start: &Event, end: &Event) -> Result<f64>;
+        fn start_profile(index: i32) -> Result<()>;
+        fn stop_profile(index: i32) -> Result<Vec<DeviceActivity>>;
+
+        fn has_cuda_library() -> bool;
+        type CudaGraph;
+        fn cuda_graph() -> Result<UniquePtr<CudaGraph>>;
+        fn begin(self: Pin<&mut CudaGraph>) -> Result<()>;
+        fn end(self: Pin<&mut CudaGraph>) -> Result<()>;
+        fn replay(self: Pin<&mut CudaGraph>) -> Result<()>;
 
         type Tensor;
         type TensorList;
@@ -164,6 +196,7 @@ pub(crate) mod bridge {
         fn linear_cross_entropy(
             hidden: &Tensor,
             weight: &Tensor,
+            rows: &Tensor,
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
@@ -174,8 +207,10 @@ pub(crate) mod bridge {
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
 
-        fn grad_norm(params: &TensorList) -> Result<f64>;
-        fn scale_grads(params: &TensorList, factor: f64) -> Result<()>;
+        fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
+        fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
+        fn zero_grads(params: &TensorList) -> Result<()>;
+        fn drop_grads(params: &TensorList) -> Result<()>;
         fn adamw_step(
             params: &TensorList,
             exp_avg: &TensorList,

@@ -255,20 +255,57 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     ))
 }
 
-/// `sum over labels != -100 of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without
-/// ever holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`, labels int64 `[N]`, already shifted.
+/// The rows of a batch that have a label, and their labels, on the device.
+#[derive(Debug)]
+pub struct Targets {
+    /// int64 `[n]`; `None` where all rows have one.
+    rows: Option<Tensor>,
+    /// int64 `[n]`.
+    labels: Tensor,
+}
+
+impl Targets {
+    /// `labels[i]` is the label of row i, -100 for none. Chosen here and not on the device: how many there are sizes the
+    /// products, and to ask a GPU would wait for it.
+    pub fn new(labels: &[i64], device: tch::Device) -> Result<Targets> {
+        let upload = |values: &[i64]| crate::device::upload(values, device);
+        if !labels.contains(&-100) {
+            return Ok(Targets { rows: None, labels: upload(labels)? });
+        }
+        let (rows, kept): (Vec<i64>, Vec<i64>) =
+            (0..).zip(labels).filter(|&(_, &label)| label != -100).map(|(row, &label)| (row, label)).unzip();
+        Ok(Targets { rows: Some(upload(&rows)?), labels: upload(&kept)? })
+    }
+
+    /// Labels in all.
+    pub fn count(&self) -> i64 {
+        self.labels.size()[0]
+    }
+
+    /// Copies the rows and labels of `other`, as many, into these tensors.
+    pub fn assign(&mut self, other: &Targets) -> Result<()> {
+        if let (Some(rows), Some(new)) = (&mut self.rows, &other.rows) {
+            rows.f_copy_(new)?;
+        }
+        Ok(self.labels.f_copy_(&other.labels)?)
+    }
+}
+
+/// `sum over targets of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without ever
+/// holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`. Its gradient can be taken once.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Tensor,
-    labels: &Tensor,
+    targets: &Targets,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
-    let softcap = softcap.unwrap_or(0.0);
+    let absent = Tensor::new();
     checked(bridge::linear_cross_entropy(
         ffi::borrow(hidden),
         ffi::borrow(weight),
-        ffi::borrow(labels),
-        softcap,
+        ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
+        ffi::borrow(&targets.labels),
+        softcap.unwrap_or(0.0),
     ))
 }
 
@@ -283,38 +320,62 @@ pub fn linear_log_probs(
     checked(bridge::linear_log_probs(ffi::borrow(hidden), ffi::borrow(weight), ffi::borrow(labels), softcap))
 }
 
-/// 2-norm of all gradients together; parameters without one count nothing.
-pub fn grad_norm<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
-    bridge::grad_norm(&ffi::list(params)).map_err(op_error)
+/// Computes the gradients of `inputs` from `dy`, that of `y`, and drops them: a backward pass to measure.
+pub fn backward<'a>(y: &Tensor, dy: &Tensor, inputs: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+    bridge::backward(ffi::borrow(y), ffi::borrow(dy), &ffi::list(inputs)).map_err(op_error)
 }
 
-/// Multiplies every gradient by `factor`, in place.
-pub fn scale_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>, factor: f64) -> Result<()> {
-    bridge::scale_grads(&ffi::list(params), factor).map_err(op_error)
+/// 2-norm of all gradients together, a scalar; parameters without one count nothing.
+pub fn grad_norm<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<Tensor> {
+    checked(bridge::grad_norm(&ffi::list(params)))
 }
 
-/// Hyper-parameters of one AdamW step.
+/// Sets every gradient to zero, in place.
+pub fn zero_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+    bridge::zero_grads(&ffi::list(params)).map_err(op_error)
+}
+
+/// Leaves every parameter without a gradient: the next backward keeps the tensors that it computes, instead of adding them
+/// to zeros.
+pub fn drop_grads<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+    bridge::drop_grads(&ffi::list(params)).map_err(op_error)
+}
+
+/// What an AdamW step reads beside the tensors. The scalars are f32 on the parameters' device.
 #[derive(Debug, Clone, Copy)]
-pub struct AdamW {
-    pub learning_rate: f64,
+pub struct AdamW<'a> {
+    /// t, 1-based.
+    pub step: &'a Tensor,
+    pub learning_rate: &'a Tensor,
+    /// Gradients are divided by it.
+    pub grad_scale: &'a Tensor,
+    /// 1 for a step that changes nothing, else 0.
+    pub skip: &'a Tensor,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
     pub weight_decay: f64,
 }
 
-/// One AdamW step over all tensors, in place (arXiv:1711.05101, as torch.optim.AdamW): with t the 1-based `step`,
+/// One AdamW step over all tensors, in place (arXiv:1711.05101, as torch.optim.AdamW): `g /= grad_scale`,
 /// `p *= 1 - lr wd`, `m = b1 m + (1-b1) g`, `v = b2 v + (1-b2) g^2`,
 /// `p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`. Parameters without a gradient stay.
 pub fn adamw_step<'a>(
     params: impl IntoIterator<Item = &'a Tensor>,
     exp_avg: impl IntoIterator<Item = &'a Tensor>,
     exp_avg_sq: impl IntoIterator<Item = &'a Tensor>,
-    step: u64,
     adamw: AdamW,
 ) -> Result<()> {
-    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = adamw;
-    let step = bridge::AdamWStep { step, learning_rate, beta1, beta2, epsilon, weight_decay };
+    let step = bridge::AdamWStep {
+        step: ffi::borrow(adamw.step),
+        learning_rate: ffi::borrow(adamw.learning_rate),
+        grad_scale: ffi::borrow(adamw.grad_scale),
+        skip: ffi::borrow(adamw.skip),
+        beta1: adamw.beta1,
+        beta2: adamw.beta2,
+        epsilon: adamw.epsilon,
+        weight_decay: adamw.weight_decay,
+    };
     bridge::adamw_step(&ffi::list(params), &ffi::list(exp_avg), &ffi::list(exp_avg_sq), &step)
         .map_err(op_error)
 }

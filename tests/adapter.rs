@@ -13,7 +13,7 @@ use ferrotune::models::FastLanguageModel;
 use ferrotune::ops::Pass;
 use ferrotune::train::observer::{StepMetrics, TrainObserver};
 use ferrotune::train::schedule::SchedulerType;
-use ferrotune::train::{Objective, Sft, Trainer, TrainingArguments};
+use ferrotune::train::{Objective, Sft, Trainer, TrainingArguments, objective};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -124,7 +124,9 @@ fn gradient_distances(
     batch: &Batch,
     golden: &HashMap<String, Tensor>,
 ) -> Vec<(String, f64)> {
-    let loss = Sft.loss_sum(&model.decoder, batch, Pass::INFERENCE).unwrap() / batch.num_targets() as f64;
+    let on_device = objective::upload(&model.decoder, batch).unwrap();
+    let loss =
+        Sft.loss_sum(&model.decoder, &on_device, Pass::INFERENCE).unwrap() / batch.num_targets() as f64;
     loss.backward();
     let mut parameters = model.decoder.trainable();
     let distances = parameters

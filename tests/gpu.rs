@@ -202,6 +202,47 @@ fn weight_gradient_repeats_bit_for_bit() {
 }
 
 #[test]
+fn recorded_steps_are_the_same_steps() {
+    let Some(device) = gpu("recorded steps") else { return };
+    crate::step::check_recorded_steps(device);
+    crate::step::check_bad_steps(device);
+    crate::step::check_resumed_steps(device);
+}
+
+#[test]
+fn recording_may_fail() {
+    let Some(device) = gpu("a recording that fails") else { return };
+    let x = Tensor::randn([64], (Kind::Float, device));
+    let error =
+        device::Graph::record(|| Ok(x.f_sum(Kind::Float)?.f_double_value(&[])?)).err().expect("it waits");
+    println!("{error:#}");
+    assert!(Tensor::randn([64], (Kind::Float, device)).f_isfinite().unwrap().all().int64_value(&[]) == 1);
+    let (mut graph, y) = device::Graph::record(|| Ok(&x * 2.0)).unwrap();
+    graph.replay().unwrap();
+    assert!(y.equal(&(&x + &x)));
+}
+
+/// Kernels that a graph launches are seen too.
+#[test]
+fn work_is_timed_and_profiled() {
+    let Some(device) = gpu("profile") else { return };
+    let x = Tensor::randn([2048, 2048], (Kind::BFloat16, device));
+    drop(x.matmul(&x));
+    let (mut graph, y) = device::Graph::record(|| Ok(x.matmul(&x))).unwrap();
+    let ms = device::milliseconds(device, || graph.replay()).unwrap();
+    assert!(ms > 1e-3 && ms < 1e3, "{ms} ms");
+    assert!(y.equal(&x.matmul(&x)));
+    let work = device::profile(device, || {
+        graph.replay()?;
+        drop(x.f_exp()?);
+        Ok(())
+    })
+    .unwrap();
+    println!("{work:?}");
+    assert!(work.len() >= 2 && work.iter().all(|kernel| kernel.duration_ns > 0), "{work:?}");
+}
+
+#[test]
 fn memory_is_counted() {
     let Some(device) = gpu("memory statistics") else { return };
     let before = device::memory(device).unwrap();

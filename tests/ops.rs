@@ -1,7 +1,7 @@
 //! The mathematics of the fused ops: on the CPU, in f64, against autograd of a slow plain reference; f32 and bf16 too.
 
-use ferrotune::ops::{self, Activation, RmsNorm};
-use tch::{Device, Kind, Tensor};
+use ferrotune::ops::{self, Activation, RmsNorm, Targets};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::tolerance::{What, assert_close};
 
@@ -54,7 +54,7 @@ pub fn check(op: &Op, kind: Kind, device: Device) {
     let (value, gradients) = run(reference, Kind::Double, Device::Cpu);
     let (ours, our_gradients) = run(&op.ours, kind, device);
     let (plain, plain_gradients) = run(&op.plain, kind, device);
-    assert_eq!(ours.kind(), kind);
+    assert_eq!(ours.kind(), plain.kind());
     assert_close(&op.label, What::Value, &ours, &plain, &value);
     for (i, gradient) in gradients.iter().enumerate() {
         let label = format!("{}, input {i}", op.label);
@@ -112,6 +112,60 @@ fn slow_swiglu(gate_up: &Tensor, activation: Activation) -> Tensor {
         _ => gate * 0.5 * ((gate / std::f64::consts::SQRT_2).erf() + 1.0),
     };
     activated * up
+}
+
+/// Logits in the dtype, then everything in f32 (f64 for f64).
+pub fn plain_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &[i64], softcap: Option<f64>) -> Tensor {
+    let acc = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let mut z = hidden.matmul(&weight.transpose(0, 1)).to_kind(acc);
+    if let Some(cap) = softcap {
+        z = (z / cap).tanh() * cap;
+    }
+    let labels = Tensor::from_slice(labels).to_device(hidden.device());
+    z.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
+}
+
+/// The loss with none, some and all rows labelled -100, with rows that are nearly certain, with rows past one chunk.
+fn losses() -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (n, c, v, scale, labelled) in [
+        (64, 128, 512, 0.3, 1),
+        (33, 37, 1001, 0.3, 2),
+        (1, 64, 128, 0.3, 1),
+        (9, 16, 40000, 1.0, 1),
+        (5, 8, 40003, 1.0, 3),
+        (1500, 32, 64, 0.5, 3),
+        (40, 64, 1000, 3.0, 1),
+        (17, 16, 1, 0.5, 1),
+        (12, 16, 40, 0.5, 0),
+    ] {
+        for softcap in [None, Some(30.0)] {
+            // Every `labelled`-th row has a label; those of sure rows are the likeliest words.
+            let (hidden, weight) = (random(&[n, c]) * scale, random(&[v, c]));
+            let likeliest =
+                Vec::<i64>::try_from(hidden.matmul(&weight.transpose(0, 1)).argmax(1, false)).unwrap();
+            let labels: Vec<i64> = (0..n)
+                .map(|row| match labelled {
+                    0 => -100,
+                    every if row % every != 0 => -100,
+                    _ if row % 2 == 0 => likeliest[row as usize],
+                    _ => (row * 7919) % v,
+                })
+                .collect();
+            let plain_labels = labels.clone();
+            ops.push(Op {
+                label: format!("loss [{n}, {c}] -> {v}, softcap {softcap:?}, one in {labelled} labelled"),
+                inputs: vec![hidden, weight],
+                trained: 2,
+                ours: Box::new(move |t| {
+                    let targets = Targets::new(&labels, t[0].device()).unwrap();
+                    ops::linear_cross_entropy(&t[0], &t[1], &targets, softcap).unwrap()
+                }),
+                plain: Box::new(move |t| plain_cross_entropy(&t[0], &t[1], &plain_labels, softcap)),
+            });
+        }
+    }
+    ops
 }
 
 /// Every op in every shape of the tests: a power of two, odd ones, one row, rows of a wider tensor.
@@ -176,6 +230,7 @@ pub fn ops() -> Vec<Op> {
             });
         }
     }
+    ops.extend(losses());
     ops
 }
 
@@ -202,6 +257,31 @@ pub fn check_empty(device: Device) {
     let q = Tensor::zeros([0, 2, 16], options);
     assert_eq!(ops::rope(&q, &angles, &angles).unwrap().size(), [0, 2, 16]);
     assert_eq!(ops::swiglu(&x, Activation::Silu).unwrap().size(), [0, 32]);
+}
+
+/// Log-probabilities of rows that are nearly certain and of others, against log_softmax in f64.
+pub fn check_log_probs(kind: Kind, device: Device) {
+    for (n, c, v, scale) in [(70, 32, 1001, 0.3), (1100, 16, 64, 2.0), (1, 8, 40000, 1.0)] {
+        let (hidden, weight) = ((random(&[n, c]) * scale).to_kind(kind), random(&[v, c]).to_kind(kind));
+        let labels = Tensor::from_slice(&(0..n).map(|row| (row * 7919) % v).collect::<Vec<_>>());
+        let plain = |kind, device| {
+            let [h, w] = [&hidden, &weight].map(|t| t.to_device(device).to_kind(kind));
+            let acc = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+            let log_p = h.matmul(&w.transpose(0, 1)).log_softmax(-1, acc);
+            log_p.gather(1, &labels.to_device(device).unsqueeze(1), false).squeeze_dim(1)
+        };
+        let [h, w, y] = [&hidden, &weight, &labels].map(|t| t.to_device(device));
+        let ours = ops::linear_log_probs(&h, &w, &y, None).unwrap();
+        let label = format!("log_probs [{n}, {c}] -> {v}");
+        assert_close(&label, What::Value, &ours, &plain(kind, device), &plain(Kind::Double, Device::Cpu));
+    }
+}
+
+#[test]
+fn log_probs_agree_with_log_softmax() {
+    for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+        check_log_probs(kind, Device::Cpu);
+    }
 }
 
 #[test]

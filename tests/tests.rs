@@ -3,6 +3,7 @@
 mod adapter;
 mod adapter_config;
 mod bad_input;
+mod bench;
 mod checkpoint_io;
 mod cli_config;
 mod cli_generate;
@@ -17,4 +18,5 @@ mod ops;
 mod parity;
 mod run_log;
 mod schedule;
+mod step;
 mod tolerance;

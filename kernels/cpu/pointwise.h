@@ -127,8 +127,7 @@ inline void swiglu_backward(int64_t rows, int64_t f, const float* dy, const floa
   }
 }
 
-inline double cross_entropy(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap) {
-  double loss = 0;
+inline void cross_entropy(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap, float* losses) {
   for (int64_t r = 0; r < rows; ++r, z += v) {
     if (softcap > 0) {
       each_vector(v, [&](int64_t i, auto get, auto put) { put(z + i, tanh(get(z + i) * (1.0f / softcap)) * softcap); });
@@ -156,7 +155,7 @@ inline double cross_entropy(int64_t rows, int64_t v, float* z, const int64_t* la
       });
       total += sum(part);
     }
-    loss += log(total) - (label - top);
+    losses[r] = static_cast<float>(log(total) - (label - top));
     const float scale = static_cast<float>(1 / total);
     each_vector(v, [&](int64_t i, auto get, auto put) {
       if (softcap > 0) {
@@ -169,7 +168,6 @@ inline double cross_entropy(int64_t rows, int64_t v, float* z, const int64_t* la
     const float share = softcap > 0 ? label / softcap : 0;
     z[labels[r]] -= 1 - share * share;
   }
-  return loss;
 }
 
 }  // namespace

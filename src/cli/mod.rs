@@ -1,6 +1,7 @@
 //! The `ferrotune` command: flags, progress bars, exit codes.
 
 pub mod banner;
+pub mod bench;
 pub mod chat;
 pub mod config_file;
 pub mod doctor;
@@ -11,6 +12,7 @@ pub mod model_args;
 pub mod progress;
 pub mod sampling_args;
 pub mod score;
+mod shapes;
 pub mod signals;
 mod sources;
 pub mod train;
@@ -42,6 +44,9 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Print how likely a model finds each token of a text, as JSON
     Score(score::ScoreArgs),
+    /// Measure this machine on a model's shape, beside the least time it could take
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// What this machine has, lacks, and how to mend it
     Doctor(doctor::DoctorArgs),
 }
@@ -65,6 +70,7 @@ pub fn run() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Score(arguments) => score::run(arguments),
+        Command::Bench(command) => bench::run(command),
         Command::Doctor(arguments) => doctor::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };

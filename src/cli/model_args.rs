@@ -45,6 +45,15 @@ pub(super) fn init_device(name: &str) -> Result<Device> {
     device::init(name.parse().context("--device")?, kernel_library().as_deref())
 }
 
+/// The type that `--dtype` means on `device`.
+pub(super) fn kind_of(dtype: Dtype, device: Device) -> Kind {
+    match dtype {
+        Dtype::Auto if device.is_cuda() && device::supports_bf16(device) => Kind::BFloat16,
+        Dtype::Auto | Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
+    }
+}
+
 impl ModelArgs {
     /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
     pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
@@ -52,12 +61,9 @@ impl ModelArgs {
         if let Some(threads) = self.threads {
             tch::set_num_threads(threads.max(1) as i32);
         }
-        let suited =
-            if device.is_cuda() && device::supports_bf16(device) { Kind::BFloat16 } else { Kind::Float };
-        let kind = match self.dtype {
-            Dtype::Auto => auto.unwrap_or(suited),
-            Dtype::F32 => Kind::Float,
-            Dtype::Bf16 => Kind::BFloat16,
+        let kind = match (self.dtype, auto) {
+            (Dtype::Auto, Some(kind)) => kind,
+            (dtype, _) => kind_of(dtype, device),
         };
         let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
         let mut model = FastLanguageModel::from_pretrained(&folder, kind, device).context("--model")?;

@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
-use super::model_args::init_device;
+use super::model_args::{init_device, kind_of};
 use super::progress::Progress;
 use super::{signals, sources};
 use crate::data::{
@@ -23,7 +23,7 @@ use crate::models::FastLanguageModel;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver};
-use crate::train::{Dtype, Sft, Trainer, TrainingArguments, memory};
+use crate::train::{Sft, Trainer, TrainingArguments, memory};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -128,11 +128,7 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
 
 fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
     let dir = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
-    let kind = match args.dtype {
-        Dtype::Auto if device.is_cuda() && device::supports_bf16(device) => Kind::BFloat16,
-        Dtype::Auto | Dtype::F32 => Kind::Float,
-        Dtype::Bf16 => Kind::BFloat16,
-    };
+    let kind = kind_of(args.dtype, device);
     let mut model = if args.from_scratch {
         FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {

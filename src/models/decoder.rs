@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
+use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::io::Weights;
 use crate::nn::{Init, KvCache, Loader, Rope};
 use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
@@ -70,9 +71,15 @@ impl Decoder {
         Ok(decoder)
     }
 
-    /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`.
+    /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`, and the same on every
+    /// device.
     pub fn random(config: Config, kind: Kind, device: Device) -> Result<Decoder> {
-        let init = Init::Random { std: config.initializer_range };
+        Decoder::random_drawn_on(Device::Cpu, config, kind, device)
+    }
+
+    /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
+    pub fn random_drawn_on(generator: Device, config: Config, kind: Kind, device: Device) -> Result<Decoder> {
+        let init = Init::Random { std: config.initializer_range, generator };
         Decoder::build(config, PREFIXES[0], &Loader { init, kind, device })
     }
 
@@ -113,36 +120,21 @@ impl Decoder {
 
     /// Hidden states after the final norm: `[N, C]`. With a cache the input is one segment that continues it.
     pub fn hidden(&self, input: Input, cache: Option<&mut KvCache>, pass: Pass) -> Result<Tensor> {
-        self.hidden_watched(input, cache, pass, &mut |_, _, _| Ok(()))
+        self.hidden_watched(&self.upload_input(input)?, cache, pass, &mut |_, _, _| Ok(()))
     }
 
     /// As [`Decoder::hidden`], showing `watch` each layer's input and output; for the embedding (no layer) its output
     /// twice.
     pub(super) fn hidden_watched(
         &self,
-        input: Input,
+        input: &DeviceInput,
         cache: Option<&mut KvCache>,
         pass: Pass,
         watch: &mut Watch,
     ) -> Result<Tensor> {
-        let n = input.input_ids.len();
-        if n == 0 || input.position_ids.len() != n {
-            bail!(
-                "{n} token ids and {} position ids, expected the same number, at least 1",
-                input.position_ids.len()
-            );
-        }
-        self.check_ids(input.input_ids)?;
-        let ids = Tensor::f_from_slice(input.input_ids)?.f_to_device(self.device)?;
-        let positions = Tensor::f_from_slice(input.position_ids)?.f_to_device(self.device)?;
-        let angles = self
-            .config
-            .ropes
-            .iter()
-            .map(|rope| rope_angles(rope, &positions, input))
-            .collect::<Result<Vec<_>>>()?;
-
-        let mut x = Tensor::f_embedding(&self.embed_tokens, &ids, -1, false, false)?.f_to_kind(self.kind)?;
+        let n = input.input_ids.size()[0] as usize;
+        let mut x = Tensor::f_embedding(&self.embed_tokens, &input.input_ids, -1, false, false)?
+            .f_to_kind(self.kind)?;
         if let Some(scale) = self.config.embedding_scale {
             // Rounded to the dtype first, as Gemma was trained.
             let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
@@ -151,8 +143,8 @@ impl Decoder {
         watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
-            let (cos, sin) = &angles[self.config.layers[index].rope];
-            let rows = Rows { cos, sin, cu_seqlens: input.cu_seqlens };
+            let (cos, sin) = &input.angles[self.config.layers[index].rope];
+            let rows = Rows { cos, sin, cu_seqlens: &input.cu_seqlens };
             let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
             let attention = AttentionBlock {
                 layer: index,
@@ -210,10 +202,13 @@ impl Decoder {
     /// Sum of the cross-entropy over the tokens whose label is not -100, as a scalar that can be differentiated.
     /// `labels[n]` is the label of token n; inside each segment token n predicts label n + 1.
     pub fn loss_sum(&self, input: Input, labels: &[i64], pass: Pass) -> Result<Tensor> {
-        let hidden = self.hidden(input, None, pass)?;
-        let shifted =
-            Tensor::f_from_slice(&shift_labels(labels, input.cu_seqlens))?.f_to_device(self.device)?;
-        ops::linear_cross_entropy(&hidden, self.head(), &shifted, self.config.final_logit_softcapping)
+        self.batch_loss_sum(&self.upload(input, labels)?, pass)
+    }
+
+    /// As [`Decoder::loss_sum`] of a batch that is on the device: it uploads nothing.
+    pub fn batch_loss_sum(&self, batch: &DeviceBatch, pass: Pass) -> Result<Tensor> {
+        let hidden = self.hidden_watched(&batch.input, None, pass, &mut |_, _, _| Ok(()))?;
+        ops::linear_cross_entropy(&hidden, self.head(), &batch.targets, self.config.final_logit_softcapping)
     }
 
     /// Log-probability of each token after the first, given those before it: `[T - 1]` in f32.
@@ -258,7 +253,7 @@ impl Decoder {
 
 /// cos and sin of all rows. Where the scaling depends on the length, each segment has that of its own length, so that a
 /// sample does not depend on what it is packed with.
-fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor, Tensor)> {
+pub(super) fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor, Tensor)> {
     let segments = || input.cu_seqlens.windows(2).map(|s| (i64::from(s[0]), i64::from(s[1])));
     let length = |(start, end): (i64, i64)| {
         input.position_ids[start as usize..end as usize].iter().max().map_or(1, |last| last + 1)
@@ -276,7 +271,7 @@ fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor,
 }
 
 /// `shifted[n] = labels[n + 1]` inside each segment, -100 at its last token.
-fn shift_labels(labels: &[i64], cu_seqlens: &[i32]) -> Vec<i64> {
+pub(super) fn shift_labels(labels: &[i64], cu_seqlens: &[i32]) -> Vec<i64> {
     let mut shifted = vec![-100; labels.len()];
     for segment in cu_seqlens.windows(2) {
         let (start, end) = (segment[0] as usize, segment[1] as usize);

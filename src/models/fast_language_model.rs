@@ -49,6 +49,12 @@ impl FastLanguageModel {
         Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
     }
 
+    /// A model of any shape with random weights that the device draws itself, and no tokenizer: to measure with.
+    pub fn untrained(config: Config, kind: Kind, device: Device) -> Result<FastLanguageModel> {
+        let decoder = Decoder::random_drawn_on(device, config, kind, device)?;
+        Ok(FastLanguageModel { decoder, tokenizer: None, dir: PathBuf::new(), adapter: None })
+    }
+
     /// The tokenizer; an error where the folder has none (token ids still work without).
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         match &self.tokenizer {

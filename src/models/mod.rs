@@ -2,6 +2,7 @@
 
 pub mod config;
 mod decoder;
+mod device_batch;
 mod fast_language_model;
 mod gemma;
 mod llama;
@@ -15,6 +16,7 @@ use anyhow::Result;
 
 pub use config::{Config, LayerConfig};
 pub use decoder::{Decoder, Input};
+pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 

@@ -16,15 +16,20 @@ impl Decoder {
     pub fn first_non_finite(&self, input: Input, labels: &[i64]) -> Result<Option<String>> {
         let _no_grad = tch::no_grad_guard();
         let mut found = None;
-        let hidden = self.hidden_watched(input, None, Pass::INFERENCE, &mut |layer, before, after| {
-            if found.is_none() && !is_finite(after)? {
-                found = Some(match layer {
-                    Some(layer) => layer.blame(before)?,
-                    None => format!("{}embed_tokens", self.prefix),
-                });
-            }
-            Ok(())
-        })?;
+        let hidden = self.hidden_watched(
+            &self.upload_input(input)?,
+            None,
+            Pass::INFERENCE,
+            &mut |layer, before, after| {
+                if found.is_none() && !is_finite(after)? {
+                    found = Some(match layer {
+                        Some(layer) => layer.blame(before)?,
+                        None => format!("{}embed_tokens", self.prefix),
+                    });
+                }
+                Ok(())
+            },
+        )?;
         if found.is_some() {
             return Ok(found);
         }

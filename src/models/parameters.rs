@@ -162,6 +162,12 @@ impl Decoder {
         parameters
     }
 
+    /// Whether some LoRA drops inputs in training.
+    pub fn has_dropout(&self) -> bool {
+        let mut loras = self.linears().flat_map(|linear| &linear.parts).filter_map(|part| part.lora.as_ref());
+        loras.any(|lora| lora.dropout > 0.0)
+    }
+
     /// Number of elements of all weights, LoRA apart; a tied head counts once.
     pub fn num_parameters(&self) -> i64 {
         let mut total = 0;

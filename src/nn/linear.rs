@@ -10,10 +10,11 @@ use crate::ops::{Linear, Lora, Part, RmsNorm};
 /// Where values come from.
 pub enum Init<'a> {
     Checkpoint(&'a Weights),
-    /// Matrices from N(0, std^2), biases 0, norms such that they start as the identity; drawn from libtorch's CPU
-    /// generator, so the same on every device.
+    /// Matrices from N(0, std^2), biases 0, norms such that they start as the identity. Drawn by libtorch's generator of
+    /// the device `generator`: that of the CPU gives the same on every device, that of a GPU is quick.
     Random {
         std: f64,
+        generator: Device,
     },
 }
 
@@ -79,10 +80,12 @@ impl Loader<'_> {
     fn fill(&self, name: &str, destination: &Tensor, vector_start: f64) -> Result<()> {
         match &self.init {
             Init::Checkpoint(weights) => weights.copy_into(name, destination),
-            Init::Random { std } => {
+            Init::Random { std, generator } => {
                 let mut destination = destination.shallow_clone();
                 if destination.dim() == 1 {
                     let _ = destination.f_fill_(vector_start)?;
+                } else if *generator == self.device && self.device.is_cuda() {
+                    let _ = destination.f_normal_(0.0, *std)?;
                 } else {
                     let drawn = Tensor::f_randn(destination.size(), (Kind::Float, Device::Cpu))?;
                     destination.f_copy_(&drawn.f_mul_scalar(*std)?)?;

@@ -6,7 +6,7 @@ use crate::device;
 
 /// In use now: by tensors on a GPU, the process's resident set on the CPU.
 pub fn in_use(on: Device) -> u64 {
-    device::memory(on).map_or(0, |memory| memory.allocated)
+    device::allocated(on).unwrap_or(0)
 }
 
 /// The highest so far of [`in_use`].

@@ -3,13 +3,16 @@
 mod arguments;
 pub mod checkpoint;
 mod early_stopping;
+pub mod floor;
+pub mod kernel_times;
 pub mod memory;
 pub mod metrics;
-mod objective;
+pub mod objective;
 pub mod observer;
 mod optim;
 pub mod plot;
 pub mod schedule;
+mod step;
 pub mod tensorboard;
 mod trainer;
 
@@ -18,4 +21,5 @@ pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;
 pub use schedule::Schedule;
+pub use step::{StepOutcome, Stepper};
 pub use trainer::Trainer;

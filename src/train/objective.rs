@@ -4,14 +4,15 @@ use anyhow::Result;
 use tch::Tensor;
 
 use crate::data::Batch;
-use crate::models::{Decoder, Input};
+use crate::models::{Decoder, DeviceBatch, Input};
 use crate::ops::Pass;
 
 /// A loss over a batch, as a sum: the loop divides by the targets of the whole optimizer step, so that any split of the
 /// same samples into micro-batches gives the same gradient.
 pub trait Objective {
-    /// The summed loss of `batch`, differentiable: a scalar.
-    fn loss_sum(&self, decoder: &Decoder, batch: &Batch, pass: Pass) -> Result<Tensor>;
+    /// The summed loss of `batch`, differentiable: a scalar. Reads nothing back from the device, so that a step can be
+    /// recorded as a CUDA graph.
+    fn loss_sum(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<Tensor>;
 
     /// What the sum is divided by.
     fn targets(&self, batch: &Batch) -> usize {
@@ -23,9 +24,14 @@ pub trait Objective {
 pub struct Sft;
 
 impl Objective for Sft {
-    fn loss_sum(&self, decoder: &Decoder, batch: &Batch, pass: Pass) -> Result<Tensor> {
-        decoder.loss_sum(input(batch), &batch.labels, pass)
+    fn loss_sum(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<Tensor> {
+        decoder.batch_loss_sum(batch, pass)
     }
+}
+
+/// The batch on the decoder's device.
+pub fn upload(decoder: &Decoder, batch: &Batch) -> Result<DeviceBatch> {
+    decoder.upload(input(batch), &batch.labels)
 }
 
 /// The decoder's view of a batch.

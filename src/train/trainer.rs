@@ -10,14 +10,15 @@ use tch::Tensor;
 
 use super::checkpoint::{self, Checkpoint, Checkpoints, OPTIMIZER, RUN_CONFIG, TrainerState};
 use super::memory;
-use super::objective::{Objective, input};
+use super::objective::{Objective, input, upload};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
+use super::step::Stepper;
 use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
 use crate::data::{Batch, BatchStream, Cursor};
 use crate::io::{Weights, write_atomically};
 use crate::models::FastLanguageModel;
-use crate::ops::{DropoutKey, Pass, Policy};
+use crate::ops::Pass;
 
 /// A model, its data and the words that say how to train it.
 ///
@@ -91,16 +92,11 @@ impl Trainer<'_> {
         let total_steps =
             args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
         let schedule = self.schedule(total_steps);
-        let mut optimizer = AdamW::new(
-            self.model.decoder.trainable(),
-            (args.adam_beta1, args.adam_beta2),
-            args.adam_epsilon,
-            args.weight_decay,
-        )?;
-        self.check_disk(&optimizer)?;
+        let mut stepper = Stepper::new(self.objective, args, &self.model.decoder)?;
+        self.check_disk(&stepper.optimizer)?;
         let mut at = Progress { step: 0, num_tokens: 0, best: BestMetric::default() };
         if let Some(checkpoint) = resume {
-            at = self.restore(checkpoint, &mut optimizer, total_steps)?;
+            at = self.restore(checkpoint, &mut stepper.optimizer, total_steps)?;
         }
         write_atomically(&args.output_dir.join(RUN_CONFIG), args.to_yaml()?.as_bytes())?;
         let device = self.model.decoder.device;
@@ -119,32 +115,25 @@ impl Trainer<'_> {
             let before = self.train.cursor();
             let batches = self.step_batches(accumulation)?;
             let learning_rate = schedule.at(at.step);
-            let (loss, grad_norm) = self.forward_backward(&optimizer, &batches, at.step)?;
-            if !grad_norm.is_finite() || !loss.is_finite() {
-                return Err(self.non_finite(
-                    &checkpoints,
-                    &mut optimizer,
-                    &at,
-                    before,
-                    &batches,
-                    total_steps,
-                ));
+            let outcome = stepper.run(&self.model.decoder, &batches, at.step, learning_rate)?;
+            if !outcome.is_finite() {
+                let optimizer = &mut stepper.optimizer;
+                return Err(self.non_finite(&checkpoints, optimizer, &at, before, &batches, total_steps));
             }
-            self.update(&mut optimizer, grad_norm, learning_rate)?;
 
             at.step += 1;
             let tokens: usize = batches.iter().map(Batch::tokens).sum();
             let step_samples: usize = batches.iter().map(Batch::samples).sum();
             at.num_tokens += tokens as u64;
             samples += step_samples as u64;
-            loss_sum += loss;
-            final_loss = loss;
+            loss_sum += outcome.loss;
+            final_loss = outcome.loss;
             let (tokens_per_second, samples_per_second) = clock.step(tokens, step_samples);
             self.observer.on_step(&StepMetrics {
                 step: at.step,
                 epoch: self.epoch(),
-                loss,
-                grad_norm,
+                loss: outcome.loss,
+                grad_norm: outcome.grad_norm,
                 learning_rate,
                 num_tokens: at.num_tokens,
                 tokens_per_second,
@@ -166,7 +155,7 @@ impl Trainer<'_> {
             }
             if save || reason != StopReason::Done {
                 let cursor = self.train.cursor();
-                clock.pausing(|| self.save(&checkpoints, &optimizer, &at, cursor, total_steps))?;
+                clock.pausing(|| self.save(&checkpoints, &stepper.optimizer, &at, cursor, total_steps))?;
             }
             if reason != StopReason::Done {
                 break;
@@ -214,40 +203,6 @@ impl Trainer<'_> {
         Ok(batches)
     }
 
-    /// Gradients of the mean loss over all target tokens of the step; returns that loss and the gradients' norm.
-    fn forward_backward(&self, optimizer: &AdamW, batches: &[Batch], step: u64) -> Result<(f64, f64)> {
-        let args = self.arguments;
-        let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
-        let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
-        let mut total: Option<Tensor> = None;
-        for (micro_batch, batch) in batches.iter().enumerate() {
-            let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
-            let pass = Pass { policy, dropout, without_lora: false };
-            let loss = self.objective.loss_sum(&self.model.decoder, batch, pass)?;
-            let loss = loss.f_div_scalar(targets.max(1) as f64)?;
-            loss.f_backward()?;
-            let loss = loss.detach();
-            total = Some(match total {
-                Some(sum) => sum.f_add(&loss)?,
-                None => loss,
-            });
-        }
-        let loss = total.map_or(0.0, |loss| loss.double_value(&[]));
-        Ok((loss, optimizer.grad_norm()?))
-    }
-
-    /// Clips by norm and steps.
-    fn update(&self, optimizer: &mut AdamW, grad_norm: f64, learning_rate: f64) -> Result<()> {
-        let max_norm = self.arguments.max_grad_norm;
-        if max_norm > 0.0 && grad_norm > max_norm {
-            // The small term is torch.nn.utils.clip_grad_norm_'s.
-            optimizer.scale_grads(max_norm / (grad_norm + 1e-6))?;
-        }
-        optimizer.step(learning_rate)?;
-        optimizer.zero_grad();
-        Ok(())
-    }
-
     /// Mean loss over the evaluation set; true if it is the best so far.
     fn evaluate(&mut self, at: &mut Progress) -> Result<bool> {
         let epoch = self.epoch();
@@ -256,8 +211,11 @@ impl Trainer<'_> {
         let _no_grad = tch::no_grad_guard();
         let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
         while let Some(batch) = eval.next_batch()? {
-            loss +=
-                self.objective.loss_sum(&self.model.decoder, &batch, Pass::INFERENCE)?.f_double_value(&[])?;
+            let on_device = upload(&self.model.decoder, &batch)?;
+            loss += self
+                .objective
+                .loss_sum(&self.model.decoder, &on_device, Pass::INFERENCE)?
+                .f_double_value(&[])?;
             targets += self.objective.targets(&batch);
             tokens += batch.tokens();
             samples += batch.samples();
@@ -372,8 +330,8 @@ impl Trainer<'_> {
             .iter()
             .find_map(|batch| self.model.decoder.first_non_finite(input(batch), &batch.labels).transpose())
             .unwrap_or_else(|| Ok(self.first_non_finite_gradient()));
-        optimizer.zero_grad();
-        let saved = self.save(checkpoints, optimizer, at, before, total_steps);
+        let saved =
+            optimizer.zero_grad().and_then(|()| self.save(checkpoints, optimizer, at, before, total_steps));
         let culprit = culprit.unwrap_or_else(|error| format!("a module that could not be found ({error:#})"));
         let kept = match saved {
             Ok(()) => format!(

@@ -1,0 +1,9 @@
+// The table that csrc finds with dlsym: one row a function of this folder.
+#include "library.h"
+
+int ferrotune_cuda_abi(void) { return FERROTUNE_CUDA_ABI; }
+
+const ferrotune::CudaLibrary* ferrotune_cuda_library(void) {
+  static const ferrotune::CudaLibrary library{ferrotune::graph};
+  return &library;
+}

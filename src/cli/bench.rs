@@ -1,0 +1,330 @@
+//! `ferrotune bench`: how fast this machine trains a model of a given shape, and how fast it could.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::banner::table;
+use super::format::{bytes, percent, rate};
+use super::model_args::{init_device, kind_of};
+use super::progress::BARS;
+use super::shapes;
+use crate::data::Batch;
+use crate::device;
+use crate::error::Error;
+use crate::io::adapter::InitLoraWeights;
+use crate::models::{Config, FastLanguageModel};
+use crate::train::floor::{self, Floor, Work};
+use crate::train::kernel_times::KernelTimes;
+use crate::train::{Dtype, Sft, Stepper, TrainingArguments};
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Steps of LoRA training on random weights and tokens: time, memory, where the time goes, and the floor beside it
+    Train(BenchTrainArgs),
+}
+
+/// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// Shape of a known model
+    #[arg(long, value_parser = PossibleValuesParser::new(shapes::names()), required_unless_present = "model")]
+    pub shape: Option<String>,
+    /// Folder whose config.json gives the shape instead; its weights are not read
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    pub model: Option<PathBuf>,
+    /// Rows of a forward pass
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub batch: usize,
+    /// Tokens of a row
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub seq: usize,
+    /// Lengths of the samples packed into each row, instead of one of --seq tokens
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',', conflicts_with = "seq")]
+    pub packing: Vec<usize>,
+    /// Forward passes in a step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub gradient_accumulation_steps: usize,
+    /// Steps that are timed
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub steps: usize,
+    #[arg(long, help = "Compute activations again in the backward pass")]
+    pub use_gradient_checkpointing: bool,
+    #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
+    pub without_graphs: bool,
+    #[arg(long, help = "LoRA rank", default_value_t = 16)]
+    pub r: u32,
+    #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    #[arg(long, help = "Print the report as JSON")]
+    pub json: bool,
+}
+
+/// Sizes in bytes.
+#[derive(Debug, Serialize)]
+struct Report {
+    shape: String,
+    device: String,
+    dtype: &'static str,
+    parameters: i64,
+    batch: usize,
+    sample_lengths: Vec<usize>,
+    gradient_accumulation_steps: usize,
+    use_gradient_checkpointing: bool,
+    tokens_per_step: usize,
+    /// Shapes that are launched as CUDA graphs.
+    graphs: usize,
+    /// Why others are not.
+    not_recorded: Option<String>,
+    steps: usize,
+    seconds_to_first_step: f64,
+    ms_per_step: f64,
+    ms_per_step_min: f64,
+    ms_per_step_max: f64,
+    tokens_per_second: f64,
+    /// The "60 steps of 2 x 4 x 2048" at this rate.
+    minutes_per_60_steps_of_16384_tokens: f64,
+    first_loss: f64,
+    last_loss: f64,
+    /// Held by tensors (CPU: resident set) before the first step, and at most since.
+    model_memory: u64,
+    peak_allocated: u64,
+    /// Held by libtorch's allocator at most, graphs included.
+    peak_reserved: u64,
+    /// Of the device, CUDA's own memory included, at the end of the timed steps: in use by this process, where the driver
+    /// tells, and by all of them.
+    process_memory: Option<u64>,
+    device_memory: u64,
+    /// Of steps that are profiled and not timed; none on the CPU.
+    gpu: Option<KernelTimes>,
+    floor: Floor,
+    /// ms_per_step over the floor.
+    over_floor: f64,
+}
+
+/// Steps before the timed ones: kernels are chosen, workspaces made, repeating shapes recorded.
+const WARM_UP: usize = 5;
+const PROFILED: usize = 3;
+
+pub fn run(command: BenchCommand) -> Result<()> {
+    let BenchCommand::Train(args) = command;
+    let report = measure(&args)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", render(&report));
+    }
+    Ok(())
+}
+
+fn shape(args: &BenchTrainArgs) -> Result<(String, Config)> {
+    match (&args.shape, &args.model) {
+        (Some(name), _) => {
+            let config = shapes::config(name).context("--shape")?;
+            Ok((name.clone(), config?))
+        }
+        (None, Some(dir)) => Ok((dir.display().to_string(), Config::from_dir(dir).context("--model")?)),
+        (None, None) => bail!(Error::Usage("--shape or --model: give one of them".into())),
+    }
+}
+
+fn measure(args: &BenchTrainArgs) -> Result<Report> {
+    let start = Instant::now();
+    let (name, config) = shape(args)?;
+    let sample_lengths = if args.packing.is_empty() { vec![args.seq] } else { args.packing.clone() };
+    for (flag, zero) in [
+        ("--batch", args.batch == 0),
+        ("--steps", args.steps == 0),
+        ("--gradient-accumulation-steps", args.gradient_accumulation_steps == 0),
+        ("--seq and --packing", sample_lengths.iter().any(|&length| length < 2)),
+    ] {
+        if zero {
+            bail!(Error::Usage(format!("{flag}: too small")));
+        }
+    }
+    let device = init_device(&args.device)?;
+    if let Some(threads) = args.threads {
+        tch::set_num_threads(threads.max(1) as i32);
+    }
+    let arguments = TrainingArguments {
+        use_gradient_checkpointing: args.use_gradient_checkpointing,
+        r: args.r,
+        // Both matrices random: with B zero half of the gradients would be zeros, on which a GPU runs faster.
+        init_lora_weights: InitLoraWeights::Random,
+        learning_rate: Some(1e-4),
+        ..TrainingArguments::default()
+    };
+    let bar = ProgressBar::new((WARM_UP + args.steps + PROFILED) as u64)
+        .with_style(ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?);
+    let bar = BARS.add(bar);
+    bar.set_message("random weights");
+    let kind = kind_of(args.dtype, device);
+    let mut model = FastLanguageModel::untrained(config, kind, device)?;
+    model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
+    let decoder = &model.decoder;
+    device::synchronize(device)?;
+    device::empty_cache(device)?;
+    device::reset_peak_memory(device)?;
+    let model_memory = device::memory(device)?.allocated;
+
+    let mut stepper = Stepper::new(&Sft, &arguments, decoder)?;
+    if args.without_graphs {
+        stepper = stepper.without_graphs();
+    }
+    let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
+    let mut step = |number: usize| {
+        let batches: Vec<Batch> = (0..args.gradient_accumulation_steps)
+            .map(|_| random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size))
+            .collect();
+        stepper.run(decoder, &batches, number as u64, 1e-4)
+    };
+    bar.set_message("warm-up");
+    let mut first_loss = f64::NAN;
+    let mut seconds_to_first_step = f64::NAN;
+    for number in 0..WARM_UP {
+        let outcome = step(number)?;
+        if number == 0 {
+            (first_loss, seconds_to_first_step) = (outcome.loss, start.elapsed().as_secs_f64());
+        }
+        bar.inc(1);
+    }
+    bar.set_message("timed");
+    let (mut times, mut last_loss) = (Vec::new(), f64::NAN);
+    for number in 0..args.steps {
+        let before = Instant::now();
+        last_loss = step(WARM_UP + number)?.loss;
+        times.push(before.elapsed().as_secs_f64() * 1e3);
+        bar.inc(1);
+    }
+    let (memory, process_memory) = (device::memory(device)?, device::process_memory(device));
+    bar.set_message("profiled");
+    let gpu = if device.is_cuda() {
+        let activities = device::profile(device, || {
+            (0..PROFILED).try_for_each(|number| step(WARM_UP + args.steps + number).map(drop))
+        })?;
+        Some(KernelTimes::new(&activities, PROFILED))
+    } else {
+        None
+    };
+    let (graphs, not_recorded) = (stepper.graphs(), stepper.not_recorded().map(str::to_string));
+    drop(stepper);
+    let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
+    let work = Work { config: &decoder.config, cu_seqlens: &batch.cu_seqlens, kind, device };
+    let mut floor =
+        floor::measure(&work, &mut |term| bar.set_message(format!("floor of this machine: {term}")))?;
+    floor.scale(args.gradient_accumulation_steps);
+    bar.finish_and_clear();
+
+    times.sort_by(f64::total_cmp);
+    let ms_per_step = times[times.len() / 2];
+    let tokens_per_step = batch.tokens() * args.gradient_accumulation_steps;
+    let tokens_per_second = tokens_per_step as f64 / ms_per_step * 1e3;
+    Ok(Report {
+        shape: name,
+        device: device::describe(device),
+        dtype: if kind == tch::Kind::BFloat16 { "bf16" } else { "f32" },
+        parameters: decoder.num_parameters(),
+        batch: args.batch,
+        sample_lengths,
+        gradient_accumulation_steps: args.gradient_accumulation_steps,
+        use_gradient_checkpointing: args.use_gradient_checkpointing,
+        tokens_per_step,
+        graphs,
+        not_recorded,
+        steps: args.steps,
+        seconds_to_first_step,
+        ms_per_step,
+        ms_per_step_min: times[0],
+        ms_per_step_max: times[times.len() - 1],
+        tokens_per_second,
+        minutes_per_60_steps_of_16384_tokens: 60.0 * 16384.0 / tokens_per_second / 60.0,
+        first_loss,
+        last_loss,
+        model_memory,
+        peak_allocated: memory.peak_allocated,
+        peak_reserved: memory.peak_reserved,
+        process_memory,
+        device_memory: memory.total - memory.free,
+        gpu,
+        over_floor: ms_per_step / floor.ms,
+        floor,
+    })
+}
+
+/// Rows of samples of `lengths` with random tokens, every one of them a target.
+fn random_batch(random: &mut ChaCha8Rng, rows: usize, lengths: &[usize], vocab_size: i64) -> Batch {
+    let samples: Vec<Vec<i64>> = (0..rows)
+        .flat_map(|_| lengths)
+        .map(|&length| (0..length).map(|_| random.random_range(0..vocab_size)).collect())
+        .collect();
+    Batch::from_samples(samples.iter().map(|sample| (&sample[..], &sample[..])))
+}
+
+fn render(report: &Report) -> String {
+    let ms = |value: f64| format!("{value:.1} ms");
+    let mut lines = vec![
+        ("machine", report.device.clone()),
+        (
+            "work",
+            format!(
+                "{} x {:?} tokens, {} passes a step, {}{}",
+                report.batch,
+                report.sample_lengths,
+                report.gradient_accumulation_steps,
+                report.dtype,
+                if report.use_gradient_checkpointing { ", gradient checkpointing" } else { "" }
+            ),
+        ),
+        (
+            "step",
+            format!(
+                "{} ({} to {}), {} tokens/s",
+                ms(report.ms_per_step),
+                ms(report.ms_per_step_min),
+                ms(report.ms_per_step_max),
+                rate(report.tokens_per_second)
+            ),
+        ),
+        (
+            "memory",
+            format!(
+                "{} peak allocated, {} of them the model; {} of the device",
+                bytes(report.peak_allocated),
+                bytes(report.model_memory),
+                bytes(report.process_memory.unwrap_or(report.device_memory))
+            ),
+        ),
+    ];
+    if let Some(gpu) = &report.gpu {
+        lines.push((
+            "GPU idle",
+            format!(
+                "{}, of them {} waiting for the host; {:.0} launches a step",
+                percent(gpu.idle_share),
+                percent(gpu.waiting_share),
+                gpu.launches
+            ),
+        ));
+        for kind in &gpu.kinds {
+            lines.push(("", format!("{:26} {:>9}  {:6.0} calls", kind.name, ms(kind.ms), kind.calls)));
+        }
+    }
+    lines.push(("floor", format!("{}; the step takes {:.2} of it", ms(report.floor.ms), report.over_floor)));
+    for term in &report.floor.terms {
+        lines.push(("", format!("{:30} {:>9}  {:4} x {}", term.name, ms(term.ms), term.calls, term.shape)));
+    }
+    table(&format!("ferrotune bench train: {}", report.shape), &lines)
+}

@@ -1,0 +1,83 @@
+//! A batch where the decoder is: all that a forward pass reads beside the weights.
+
+use anyhow::{Result, bail};
+use tch::Tensor;
+
+use super::decoder::{Decoder, Input, rope_angles, shift_labels};
+use crate::device;
+use crate::ops::Targets;
+
+/// An [`Input`] on the decoder's device.
+pub struct DeviceInput {
+    /// int64 `[N]`.
+    pub(super) input_ids: Tensor,
+    /// cos and sin of each of the config's ropes, f32 `[N, R/2]`.
+    pub(super) angles: Vec<(Tensor, Tensor)>,
+    pub(super) cu_seqlens: Vec<i32>,
+}
+
+/// A batch to train on.
+pub struct DeviceBatch {
+    pub(super) input: DeviceInput,
+    /// The tokens that the rows predict.
+    pub(super) targets: Targets,
+}
+
+impl Decoder {
+    /// Checks and enqueues the upload of `input`; the calling thread does not wait for the device.
+    pub fn upload_input(&self, input: Input) -> Result<DeviceInput> {
+        let n = input.input_ids.len();
+        if n == 0 || input.position_ids.len() != n {
+            bail!(
+                "{n} token ids and {} position ids, expected the same number, at least 1",
+                input.position_ids.len()
+            );
+        }
+        self.check_ids(input.input_ids)?;
+        let positions = device::upload(input.position_ids, self.device)?;
+        let angles = self.config.ropes.iter().map(|rope| rope_angles(rope, &positions, input));
+        Ok(DeviceInput {
+            input_ids: device::upload(input.input_ids, self.device)?,
+            angles: angles.collect::<Result<_>>()?,
+            cu_seqlens: input.cu_seqlens.to_vec(),
+        })
+    }
+
+    /// As [`upload_input`](Decoder::upload_input), with `labels[n]` the label of token n: inside each segment token n
+    /// predicts label n + 1.
+    pub fn upload(&self, input: Input, labels: &[i64]) -> Result<DeviceBatch> {
+        let targets = Targets::new(&shift_labels(labels, input.cu_seqlens), self.device)?;
+        Ok(DeviceBatch { input: self.upload_input(input)?, targets })
+    }
+}
+
+/// What the sizes of a step's kernels depend on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct BatchShape {
+    cu_seqlens: Vec<i32>,
+    num_targets: i64,
+}
+
+impl BatchShape {
+    pub fn new(cu_seqlens: &[i32], num_targets: i64) -> BatchShape {
+        BatchShape { cu_seqlens: cu_seqlens.to_vec(), num_targets }
+    }
+}
+
+impl DeviceBatch {
+    pub fn shape(&self) -> BatchShape {
+        BatchShape::new(&self.input.cu_seqlens, self.targets.count())
+    }
+
+    /// Copies `other`, of the same shape, into these tensors.
+    pub fn assign(&mut self, other: &DeviceBatch) -> Result<()> {
+        debug_assert_eq!(self.shape(), other.shape());
+        self.input.input_ids.f_copy_(&other.input.input_ids)?;
+        self.targets.assign(&other.targets)?;
+        for ((cos, sin), (new_cos, new_sin)) in self.input.angles.iter_mut().zip(&other.input.angles) {
+            cos.f_copy_(new_cos)?;
+            sin.f_copy_(new_sin)?;
+        }
+        Ok(())
+    }
+}

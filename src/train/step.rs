@@ -1,0 +1,271 @@
+//! One optimizer step: forward and backward of its micro-batches, clipping, update.
+//!
+//! Nothing here waits for the device but the reading of loss and norm at the end. On a GPU, where launching the kernels of
+//! a small model takes longer than running them, a micro-batch whose shape was seen twice is recorded as a CUDA graph and
+//! launched as a whole from then on; so is the update.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use tch::{Kind, Tensor};
+
+use super::TrainingArguments;
+use super::objective::{Objective, upload};
+use super::optim::AdamW;
+use crate::data::Batch;
+use crate::device::{self, Graph};
+use crate::models::{BatchShape, Decoder, DeviceBatch};
+use crate::ops::{DropoutKey, Pass, Policy};
+
+/// Runs the steps of one model, one after another.
+pub struct Stepper<'a> {
+    objective: &'a dyn Objective,
+    arguments: &'a TrainingArguments,
+    pub optimizer: AdamW,
+    /// On the device, so that a recorded step reads and writes them: the loss of the step so far,
+    loss: Tensor,
+    /// and what the sums of its micro-batches are divided by.
+    targets: Tensor,
+    graphs: Graphs,
+}
+
+/// What a step gave.
+#[derive(Debug, Clone, Copy)]
+pub struct StepOutcome {
+    /// Mean over all target tokens.
+    pub loss: f64,
+    /// 2-norm of the gradient, before clipping.
+    pub grad_norm: f64,
+}
+
+impl StepOutcome {
+    /// Whether the weights were updated: a step whose loss or gradient is not finite changes nothing.
+    pub fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.grad_norm.is_finite()
+    }
+}
+
+impl<'a> Stepper<'a> {
+    pub fn new(
+        objective: &'a dyn Objective,
+        arguments: &'a TrainingArguments,
+        decoder: &Decoder,
+    ) -> Result<Stepper<'a>> {
+        let optimizer = AdamW::new(
+            decoder.trainable(),
+            (arguments.adam_beta1, arguments.adam_beta2),
+            arguments.adam_epsilon,
+            arguments.weight_decay,
+        )?;
+        let kind = if decoder.kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let scalar = || Tensor::f_zeros([0i64; 0], (kind, decoder.device));
+        let (loss, targets) = (scalar()?, scalar()?);
+        // A mask is a function of the step's number, which a recorded step would repeat.
+        let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
+        Ok(Stepper { objective, arguments, optimizer, loss, targets, graphs })
+    }
+
+    /// The same, launching every kernel by itself: to compare with.
+    pub fn without_graphs(mut self) -> Stepper<'a> {
+        self.graphs.enabled = false;
+        self
+    }
+
+    /// Micro-batch shapes that are recorded.
+    pub fn graphs(&self) -> usize {
+        usize::from(self.graphs.first.is_some()) + self.graphs.adding.len()
+    }
+
+    /// Why steps are no longer recorded.
+    pub fn not_recorded(&self) -> Option<&str> {
+        self.graphs.problem.as_deref()
+    }
+
+    /// Step number `step`, counted from 0, on `batches`: the gradient of the mean loss over all their targets, clipped, and
+    /// an update of the weights.
+    pub fn run(
+        &mut self,
+        decoder: &Decoder,
+        batches: &[Batch],
+        step: u64,
+        learning_rate: f64,
+    ) -> Result<StepOutcome> {
+        let args = self.arguments;
+        let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
+        // All uploads before the first forward pass: none stands between two of them.
+        let uploaded = batches.iter().map(|batch| upload(decoder, batch)).collect::<Result<Vec<_>>>()?;
+        self.optimizer.set_learning_rate(learning_rate)?;
+        let _ = self.targets.f_fill_(targets.max(1) as f64)?;
+        let _ = self.loss.f_zero_()?;
+        let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
+        for (micro_batch, batch) in uploaded.into_iter().enumerate() {
+            let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
+            let pass = Pass { policy, dropout, without_lora: false };
+            self.micro_batch(decoder, batch, pass, micro_batch == 0)?;
+        }
+        let grad_norm = self.update()?;
+        let numbers =
+            Tensor::f_stack(&[self.loss.f_to_kind(Kind::Double)?, grad_norm.f_to_kind(Kind::Double)?], 0)?;
+        let numbers: Vec<f64> = numbers.try_into()?;
+        Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1] })
+    }
+
+    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass, first: bool) -> Result<()> {
+        let shape = batch.shape();
+        if first {
+            if let Some(recorded) =
+                self.graphs.first.as_mut().filter(|recorded| recorded.batch.shape() == shape)
+            {
+                return recorded.replay(&batch);
+            }
+            self.start_gradients()?;
+        } else if self.graphs.first.is_none() {
+            return self.forward_backward(decoder, &batch, pass);
+        }
+        if let Some(recorded) = self.graphs.adding.get_mut(&shape) {
+            return recorded.replay(&batch);
+        }
+        if self.graphs.repeats(&shape) {
+            // A graph has memory of its own: what eager steps left in the cache is returned first.
+            device::empty_cache(decoder.device)?;
+            match Graph::record(|| self.forward_backward(decoder, &batch, pass)) {
+                Ok((graph, ())) => {
+                    let mut recorded = Recorded { graph, batch };
+                    recorded.graph.replay()?;
+                    match self.graphs.first {
+                        None => self.graphs.first = Some(recorded),
+                        Some(_) => drop(self.graphs.adding.insert(shape, recorded)),
+                    }
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.graphs.give_up(&error);
+                    if self.graphs.first.is_none() {
+                        self.start_gradients()?;
+                    }
+                }
+            }
+        }
+        self.forward_backward(decoder, &batch, pass)
+    }
+
+    /// Gradients of nothing: no tensors at all, or zeros in the tensors that graphs write to.
+    fn start_gradients(&mut self) -> Result<()> {
+        match self.graphs.first {
+            None => self.optimizer.drop_grad(),
+            Some(_) => self.optimizer.zero_grad(),
+        }
+    }
+
+    /// Adds the gradients of the micro-batch's part of the mean loss, and that part to `self.loss`.
+    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<()> {
+        let loss = self.objective.loss_sum(decoder, batch, pass)?.f_div(&self.targets)?;
+        loss.f_backward()?;
+        let _ = self.loss.shallow_clone().f_add_(&loss.detach())?;
+        Ok(())
+    }
+
+    /// Clips and updates; the norm, a scalar.
+    fn update(&mut self) -> Result<Tensor> {
+        if let Some((graph, norm)) = &mut self.graphs.update {
+            graph.replay()?;
+            return Ok(norm.shallow_clone());
+        }
+        // Once a first micro-batch is recorded, every gradient has its place for good.
+        if self.graphs.enabled && self.graphs.first.is_some() {
+            match Graph::record(|| self.optimizer.update(&self.loss, self.arguments.max_grad_norm)) {
+                Ok((mut graph, norm)) => {
+                    graph.replay()?;
+                    self.graphs.update = Some((graph, norm.shallow_clone()));
+                    return Ok(norm);
+                }
+                Err(error) => self.graphs.give_up(&error),
+            }
+        }
+        self.optimizer.update(&self.loss, self.arguments.max_grad_norm)
+    }
+}
+
+/// How often a shape must have been seen before it is recorded: a first step also chooses kernels and makes workspaces.
+const REPEATS: u32 = 2;
+/// Recorded shapes at most: each keeps its kernels' parameters, and all share one pool of memory.
+const MOST_GRAPHS: usize = 8;
+/// Shapes counted at most, so that a long run over samples of any length does not gather them.
+const MOST_SHAPES: usize = 1024;
+
+struct Graphs {
+    enabled: bool,
+    problem: Option<String>,
+    seen: HashMap<BatchShape, u32>,
+    /// The first micro-batch of a step, which leaves its gradients in tensors of its own: no zeros are written before it, and
+    /// nothing is added. Every other graph belongs to these tensors.
+    first: Option<Recorded>,
+    /// Micro-batches that add to what is there.
+    adding: HashMap<BatchShape, Recorded>,
+    /// With the norm that it writes.
+    update: Option<(Graph, Tensor)>,
+}
+
+/// A micro-batch as a graph, and the batch that it reads.
+struct Recorded {
+    graph: Graph,
+    batch: DeviceBatch,
+}
+
+impl Recorded {
+    fn replay(&mut self, batch: &DeviceBatch) -> Result<()> {
+        self.batch.assign(batch)?;
+        self.graph.replay()
+    }
+}
+
+impl Graphs {
+    fn new(enabled: bool) -> Graphs {
+        Graphs {
+            enabled,
+            problem: None,
+            seen: HashMap::new(),
+            first: None,
+            adding: HashMap::new(),
+            update: None,
+        }
+    }
+
+    /// Notes a shape; true where it is worth a graph.
+    fn repeats(&mut self, shape: &BatchShape) -> bool {
+        if !self.enabled || self.adding.len() >= MOST_GRAPHS {
+            return false;
+        }
+        if self.seen.len() >= MOST_SHAPES {
+            self.seen.clear();
+        }
+        let count = self.seen.entry(shape.clone()).or_insert(0);
+        *count += 1;
+        *count > REPEATS
+    }
+
+    /// Goes on without: what a failed recording enqueued has not run.
+    fn give_up(&mut self, error: &anyhow::Error) {
+        tracing::warn!(
+            "this step cannot be recorded as a CUDA graph and is launched kernel by kernel: {error:#}"
+        );
+        self.problem = Some(format!("{error:#}"));
+        self.enabled = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_repeats_is_recorded() {
+        let shape = |tokens: i32| BatchShape::new(&[0, tokens], 1);
+        let mut graphs = Graphs::new(true);
+        assert_eq!(
+            [1, 2, 1, 1, 2].map(|tokens| graphs.repeats(&shape(tokens))),
+            [false, false, false, true, false]
+        );
+        assert!(!Graphs::new(false).repeats(&shape(1)));
+    }
+}

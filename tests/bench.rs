@@ -1,0 +1,33 @@
+//! `ferrotune bench`: its report on a small model, on the CPU.
+
+use std::process::Command;
+
+use crate::golden::{checkpoints, root};
+
+#[test]
+fn a_report_adds_up() {
+    let model = root().join(&checkpoints()[0]);
+    let output = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
+        .args(["bench", "train", "--batch", "2", "--packing", "9,7", "--steps", "3", "--json"])
+        .args(["--device", "cpu", "--threads", "1", "--gradient-accumulation-steps", "2", "--model"])
+        .arg(&model)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key}: {report}"));
+    assert_eq!(number("tokens_per_step"), 64.0);
+    assert_eq!(number("steps"), 3.0);
+    assert!(report["gpu"].is_null());
+    let ms = number("ms_per_step");
+    assert!(number("ms_per_step_min") <= ms && ms <= number("ms_per_step_max"));
+    assert!((number("tokens_per_second") - 64.0 / ms * 1e3).abs() < 1e-6 * number("tokens_per_second"));
+    assert!(number("first_loss") > 0.0 && number("last_loss") > 0.0);
+    assert!(number("peak_allocated") >= number("model_memory"));
+    let terms = report["floor"]["terms"].as_array().unwrap();
+    let sum: f64 = terms.iter().map(|term| term["ms"].as_f64().unwrap()).sum();
+    assert!((sum - report["floor"]["ms"].as_f64().unwrap()).abs() < 1e-6 * sum);
+    for name in ["qkv forward", "down input gradient", "lm_head forward", "attention forward and backward"] {
+        assert!(terms.iter().any(|term| term["name"] == name), "{name}: {report}");
+    }
+}

@@ -1,0 +1,175 @@
+//! Optimizer steps: what a step that goes wrong leaves alone, the learning rate, resuming; and on a GPU (tests/gpu.rs) the
+//! same of steps that are launched as CUDA graphs, beside those that are not.
+
+use std::collections::HashMap;
+
+use ferrotune::data::Batch;
+use ferrotune::io::adapter::InitLoraWeights;
+use ferrotune::models::{Config, FastLanguageModel};
+use ferrotune::train::{Sft, StepOutcome, Stepper, TrainingArguments};
+use tch::{Device, Kind, Tensor};
+
+const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
+    "hidden_act": "silu", "initializer_range": 0.05}"#;
+
+/// The same model each time. In f32 libtorch has no kernel for grouped heads: it repeats them with a copy from the host,
+/// which cannot be recorded.
+fn model(arguments: &TrainingArguments, kind: Kind, device: Device) -> FastLanguageModel {
+    let config = match kind {
+        Kind::Float => CONFIG.replace(r#""num_key_value_heads": 2"#, r#""num_key_value_heads": 4"#),
+        _ => CONFIG.into(),
+    };
+    let config = Config::from_json(&config).unwrap();
+    tch::manual_seed(1);
+    let mut model = FastLanguageModel::untrained(config, kind, device).unwrap();
+    model.get_peft_model(arguments.adapter_config("model"), 7).unwrap();
+    model
+}
+
+fn arguments() -> TrainingArguments {
+    TrainingArguments { init_lora_weights: InitLoraWeights::Random, max_grad_norm: 0.5, ..Default::default() }
+}
+
+/// Two micro-batches of two shapes; some tokens have no label. Step 5 has a third shape.
+fn batches(step: u64) -> Vec<Batch> {
+    let sample = |length: i64, seed: i64| {
+        let ids: Vec<i64> =
+            (0..length).map(|i| (i * i * 31 + 17 * seed + 101 * step as i64) % 1000).collect();
+        let labels = ids.iter().enumerate().map(|(i, &id)| if i % 5 == 0 { -100 } else { id }).collect();
+        (ids, labels)
+    };
+    let batch = |lengths: &[i64]| {
+        let samples: Vec<(Vec<i64>, Vec<i64>)> =
+            lengths.iter().zip(0..).map(|(&length, seed)| sample(length, seed)).collect();
+        Batch::from_samples(samples.iter().map(|(ids, labels)| (&ids[..], &labels[..])))
+    };
+    if step == 5 { vec![batch(&[40, 40])] } else { vec![batch(&[64, 64]), batch(&[96])] }
+}
+
+fn rate(step: u64) -> f64 {
+    1e-3 * (step + 1) as f64
+}
+
+fn weights(model: &FastLanguageModel) -> Vec<Tensor> {
+    model.decoder.trainable().iter().map(|parameter| parameter.tensor.detach().copy()).collect()
+}
+
+fn equal(a: &[Tensor], b: &[Tensor]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.equal(b))
+}
+
+/// All tensors as one vector in f64.
+fn joined(tensors: &[Tensor]) -> Tensor {
+    let flat = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double).flatten(0, -1);
+    Tensor::cat(&tensors.iter().map(flat).collect::<Vec<_>>(), 0)
+}
+
+fn distance(a: &[Tensor], b: &[Tensor]) -> f64 {
+    let (a, b) = (joined(a), joined(b));
+    ((&a - &b).norm() / b.norm()).double_value(&[])
+}
+
+/// Losses, norms and the weights after ten steps.
+fn ten_steps(kind: Kind, device: Device, graphs: bool) -> (Vec<StepOutcome>, Vec<Tensor>) {
+    let arguments = arguments();
+    let model = model(&arguments, kind, device);
+    let mut stepper = Stepper::new(&Sft, &arguments, &model.decoder).unwrap();
+    if !graphs {
+        stepper = stepper.without_graphs();
+    }
+    let outcomes =
+        (0..10).map(|step| stepper.run(&model.decoder, &batches(step), step, rate(step)).unwrap()).collect();
+    assert_eq!(stepper.not_recorded(), None);
+    assert_eq!(stepper.graphs(), if graphs && device.is_cuda() { 2 } else { 0 });
+    (outcomes, weights(&model))
+}
+
+/// Recorded steps differ from others by no more than two runs of those differ from each other.
+pub fn check_recorded_steps(device: Device) {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let (first, first_weights) = ten_steps(kind, device, false);
+        let (second, second_weights) = ten_steps(kind, device, false);
+        let (recorded, recorded_weights) = ten_steps(kind, device, true);
+        let noise = distance(&second_weights, &first_weights);
+        let found = distance(&recorded_weights, &first_weights);
+        println!("{kind:?}: weights of recorded steps off by {found:.1e}, of repeated ones by {noise:.1e}");
+        let allowed = 4.0 * noise + if kind == Kind::Float { 1e-6 } else { 1e-4 };
+        assert!(found <= allowed, "{found} > {allowed}");
+        for (step, (a, b)) in recorded.iter().zip(&first).enumerate() {
+            let noise = first.iter().zip(&second).map(|(a, b)| (a.loss - b.loss).abs()).fold(0.0, f64::max);
+            let allowed = 4.0 * noise + if kind == Kind::Float { 1e-5 } else { 1e-3 };
+            assert!((a.loss - b.loss).abs() <= allowed, "step {step}: loss {} and {}", a.loss, b.loss);
+            assert!((a.grad_norm / b.grad_norm - 1.0).abs() <= 0.02, "step {step}: {a:?} {b:?}");
+        }
+    }
+}
+
+/// A gradient that is not finite changes nothing, a learning rate of 0 no weight, and both only for their step.
+pub fn check_bad_steps(device: Device) {
+    let arguments = arguments();
+    let model = model(&arguments, Kind::Float, device);
+    let mut stepper = Stepper::new(&Sft, &arguments, &model.decoder).unwrap();
+    let mut run = |step: u64, rate: f64| {
+        let outcome = stepper.run(&model.decoder, &batches(step), step, rate).unwrap();
+        let state: Vec<Tensor> =
+            stepper.optimizer.state().into_iter().map(|(_, tensor)| tensor.copy()).collect();
+        (outcome, state)
+    };
+    for step in 0..5 {
+        assert!(run(step, rate(step)).0.is_finite());
+    }
+    let (outcome, state) = run(6, rate(6));
+    assert!(outcome.is_finite());
+
+    let mut poisoned = model.decoder.trainable().remove(3).tensor.detach();
+    let whole = poisoned.copy();
+    let _ = poisoned.fill_(f64::NAN);
+    let before = weights(&model);
+    let (outcome, after) = run(7, rate(7));
+    assert!(!outcome.is_finite(), "{outcome:?}");
+    assert!(equal(&state, &after), "moments or step changed");
+    let others = |tensors: Vec<Tensor>| -> Vec<Tensor> {
+        tensors.into_iter().enumerate().filter(|(i, _)| *i != 3).map(|(_, tensor)| tensor).collect()
+    };
+    assert!(equal(&others(before), &others(weights(&model))), "weights changed");
+
+    poisoned.copy_(&whole);
+    let before = weights(&model);
+    assert!(run(8, 0.0).0.is_finite());
+    assert!(equal(&before, &weights(&model)), "a learning rate of 0 changed weights");
+    assert!(run(9, rate(9)).0.is_finite());
+    assert!(!before.iter().zip(&weights(&model)).any(|(a, b)| a.equal(b)), "a weight stayed");
+}
+
+/// Another stepper goes on from the weights and the optimizer's state.
+pub fn check_resumed_steps(device: Device) {
+    let arguments = arguments();
+    let (first, second) = (model(&arguments, Kind::Float, device), model(&arguments, Kind::Float, device));
+    let mut stepper = Stepper::new(&Sft, &arguments, &first.decoder).unwrap();
+    for step in 0..6 {
+        stepper.run(&first.decoder, &batches(step), step, rate(step)).unwrap();
+    }
+    let mut resumed = Stepper::new(&Sft, &arguments, &second.decoder).unwrap();
+    let state: HashMap<String, Tensor> =
+        stepper.optimizer.state().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+    resumed.optimizer.load_state(state, "state").unwrap();
+    for (to, from) in second.decoder.trainable().iter().zip(first.decoder.trainable()) {
+        to.tensor.detach().copy_(&from.tensor.detach());
+    }
+    for step in 6..10 {
+        let a = stepper.run(&first.decoder, &batches(step), step, rate(step)).unwrap();
+        let b = resumed.run(&second.decoder, &batches(step), step, rate(step)).unwrap();
+        assert!((a.loss - b.loss).abs() <= if device.is_cuda() { 1e-4 } else { 0.0 }, "{a:?} {b:?}");
+    }
+    let found = distance(&weights(&second), &weights(&first));
+    assert!(found <= if device.is_cuda() { 1e-4 } else { 0.0 }, "{found}");
+}
+
+#[test]
+fn steps_on_the_cpu() {
+    check_recorded_steps(Device::Cpu);
+    check_bad_steps(Device::Cpu);
+    check_resumed_steps(Device::Cpu);
+}
