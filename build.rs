@@ -20,6 +20,7 @@ fn main() {
         "device",
         "kernels",
         "linear",
+        "nf4",
         "optim",
         "rms_norm",
         "rope",

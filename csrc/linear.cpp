@@ -10,9 +10,39 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias) {
-  for (const LoraView& part : view.parts) {
+  for (const PartView& part : view.parts) {
     parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key});
   }
+  if (weight.defined()) return;
+  part_weights = c10::make_intrusive<PartWeights>();
+  for (const PartView& part : view.parts) {
+    if (part.dense.defined()) {
+      part_weights->parts.emplace_back(part.dense);
+      part_weights->in = part.dense.size(1);
+    } else {
+      part_weights->parts.emplace_back(Nf4(part.nf4));
+      part_weights->in = part.nf4.in_features;
+    }
+    part_weights->rows += part.rows;
+  }
+}
+
+Tensor PartWeights::joined(at::ScalarType dtype) const {
+  const Nf4* first = std::get_if<Nf4>(&parts[0]);
+  const Tensor& any = first ? first->packed : std::get<Tensor>(parts[0]);
+  Tensor whole = at::empty({rows, in}, any.options().dtype(dtype));
+  int64_t row = 0;
+  for (const auto& part : parts) {
+    if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
+      dequantize_into(*nf4, whole.narrow(0, row, nf4->rows));
+      row += nf4->rows;
+    } else {
+      const Tensor& dense = std::get<Tensor>(part);
+      whole.narrow(0, row, dense.size(0)).copy_(dense);
+      row += dense.size(0);
+    }
+  }
+  return whole;
 }
 
 void Linear::visit(std::vector<Tensor*>& tensors) {
@@ -32,6 +62,12 @@ struct Layout {
   std::vector<double> scale;
 };
 
+using PartWeightsPtr = c10::intrusive_ptr<PartWeights>;
+
+Tensor dense_weight(const Tensor& weight, const PartWeightsPtr& parts, at::ScalarType dtype) {
+  return weight.defined() ? weight.to(dtype) : parts->joined(dtype);
+}
+
 // One node where autograd would record 4 to 6 a part.
 //
 // With s_p the scale, G_p = s_p dY_p B_p [N, R_p] and Z_p = X A_p^T [N, R_p]:
@@ -40,10 +76,12 @@ struct Layout {
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
 // The A_p lie below each other in one [sum R_p, in] matrix, so X is read once for all parts.
 struct LoraLinear : Function<LoraLinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, const Layout& layout) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& joined,
+                        const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, const Layout& layout,
+                        const PartWeightsPtr& part_weights) {
     const auto dtype = x.scalar_type();
-    const Tensor w = weight.to(dtype);
+    const Tensor weight = joined.value_or(Tensor());
+    const Tensor w = dense_weight(weight, part_weights, dtype);
     Tensor y = bias.has_value() ? at::addmm(bias->to(dtype), x, w.t()) : at::mm(x, w.t());
     Tensor a_all, z;
     if (!a.empty()) {
@@ -57,10 +95,11 @@ struct LoraLinear : Function<LoraLinear> {
       }
     }
     // X is kept only for gradients that need it: those of A, B and W.
-    const bool need_x = !a.empty() || weight.requires_grad();
+    const bool need_x = !a.empty() || (weight.defined() && weight.requires_grad());
     variable_list saved{need_x ? x : Tensor(), weight, a_all, z};
     saved.insert(saved.end(), b.begin(), b.end());
     ctx->save_for_backward(saved);
+    if (part_weights) ctx->saved_data["part_weights"] = c10::IValue::make_capsule(part_weights);
     ctx->saved_data["bias"] = bias.has_value();
     ctx->saved_data["row"] = layout.row;
     ctx->saved_data["rows"] = layout.rows;
@@ -102,17 +141,23 @@ struct LoraLinear : Function<LoraLinear> {
     }
     Tensor dx, dw, dbias;
     if (ctx->needs_input_grad(0)) {
-      dx = at::mm(dy, weight.to(dtype));
+      PartWeightsPtr part_weights;
+      if (!weight.defined()) {
+        part_weights = c10::static_intrusive_pointer_cast<PartWeights>(ctx->saved_data["part_weights"].toCapsule());
+      }
+      dx = at::mm(dy, dense_weight(weight, part_weights, dtype));
       if (parts > 0) dx.addmm_(g, a_all);
     }
-    if (ctx->needs_input_grad(1)) dw = at::mm(dy.t(), x).to(weight.scalar_type());
+    // Absent inputs have no number.
+    size_t input = 1;
+    if (weight.defined() && ctx->needs_input_grad(input++)) dw = at::mm(dy.t(), x).to(weight.scalar_type());
     const bool has_bias = ctx->saved_data["bias"].toBool();
-    if (has_bias && ctx->needs_input_grad(2)) dbias = dy.sum(0).to(weight.scalar_type());
+    if (has_bias && ctx->needs_input_grad(input)) dbias = dy.sum(0);  // autograd rounds it to the bias' dtype
 
     variable_list result{dx, dw, dbias};
     result.insert(result.end(), da.begin(), da.end());
     result.insert(result.end(), db.begin(), db.end());
-    result.emplace_back();  // layout
+    result.resize(result.size() + 2);  // layout, part_weights
     return result;
   }
 };
@@ -137,11 +182,12 @@ Tensor dropout(const Tensor& x, double p, uint64_t key) {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Linear& l) {
-  TORCH_CHECK(x.dim() == 2 && l.weight.dim() == 2 && x.size(1) == l.weight.size(1), "linear: x is ", x.sizes(),
-              ", weight is ", l.weight.sizes(), ", expected [N, in] and [rows, in]");
+  TORCH_CHECK(x.dim() == 2 && (l.part_weights || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ",
+              x.sizes(), ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
   if (is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
   // Autograd takes no undefined tensors, only absent ones.
-  std::optional<Tensor> bias;
+  std::optional<Tensor> weight, bias;
+  if (l.weight.defined()) weight = l.weight;
   if (l.bias.defined()) bias = l.bias;
   Layout layout;
   TensorList a, b;
@@ -159,10 +205,12 @@ Tensor linear(const Tensor& x, const Linear& l) {
     }
     row += part.rows;
   }
-  if (!drops) return LoraLinear::apply(x, l.weight, bias, at::TensorList(a), at::TensorList(b), layout);
+  if (!drops) {
+    return LoraLinear::apply(x, weight, bias, at::TensorList(a), at::TensorList(b), layout, l.part_weights);
+  }
 
   // Dropout gives every part an input of its own: plain ATen.
-  Tensor y = LoraLinear::apply(x, l.weight, bias, at::TensorList(), at::TensorList(), Layout());
+  Tensor y = LoraLinear::apply(x, weight, bias, at::TensorList(), at::TensorList(), Layout(), l.part_weights);
   TensorList deltas;
   for (const Lora& part : l.parts) {
     if (!part.a.defined()) {
