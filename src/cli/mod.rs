@@ -9,6 +9,7 @@ pub mod generate;
 pub mod hub_env;
 pub mod model_args;
 pub mod progress;
+pub mod quantize;
 pub mod sampling_args;
 pub mod score;
 pub mod signals;
@@ -42,6 +43,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Print how likely a model finds each token of a text, as JSON
     Score(score::ScoreArgs),
+    /// Write a checkpoint in 4 bits, as bitsandbytes does
+    Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
     Doctor(doctor::DoctorArgs),
 }
@@ -64,6 +67,7 @@ pub fn run() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Score(arguments) => score::run(arguments),
+        Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
