@@ -12,6 +12,7 @@ mod generate;
 mod golden;
 mod gpu;
 mod hub;
+mod nf4;
 mod ops;
 mod parity;
 mod run_log;
