@@ -11,6 +11,7 @@ mod data;
 mod generate;
 mod golden;
 mod gpu;
+mod gpu_nf4;
 mod hub;
 mod nf4;
 mod ops;
