@@ -22,6 +22,7 @@ fn main() {
         "device",
         "kernels",
         "linear",
+        "nf4",
         "optim",
         "profile",
         "rms_norm",

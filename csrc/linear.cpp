@@ -12,9 +12,39 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias) {
-  for (const LoraView& part : view.parts) {
+  for (const PartView& part : view.parts) {
     parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key});
   }
+  if (weight.defined()) return;
+  part_weights = c10::make_intrusive<PartWeights>();
+  for (const PartView& part : view.parts) {
+    if (part.dense.defined()) {
+      part_weights->parts.emplace_back(part.dense);
+      part_weights->in = part.dense.size(1);
+    } else {
+      part_weights->parts.emplace_back(Nf4(part.nf4));
+      part_weights->in = part.nf4.in_features;
+    }
+    part_weights->rows += part.rows;
+  }
+}
+
+Tensor PartWeights::joined(at::ScalarType dtype) const {
+  const Nf4* first = std::get_if<Nf4>(&parts[0]);
+  const Tensor& any = first ? first->packed : std::get<Tensor>(parts[0]);
+  Tensor whole = at::empty({rows, in}, any.options().dtype(dtype));
+  int64_t row = 0;
+  for (const auto& part : parts) {
+    if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
+      dequantize_into(*nf4, whole.narrow(0, row, nf4->rows));
+      row += nf4->rows;
+    } else {
+      const Tensor& dense = std::get<Tensor>(part);
+      whole.narrow(0, row, dense.size(0)).copy_(dense);
+      row += dense.size(0);
+    }
+  }
+  return whole;
 }
 
 void Linear::visit(std::vector<Tensor*>& tensors) {
@@ -27,7 +57,7 @@ void Linear::visit(std::vector<Tensor*>& tensors) {
 }
 
 bool Linear::needs_input() const {
-  return weight.requires_grad() || std::any_of(parts.begin(), parts.end(), [](const Lora& part) { return part.a.defined(); });
+  return (weight.defined() && weight.requires_grad()) || std::any_of(parts.begin(), parts.end(), [](const Lora& part) { return part.a.defined(); });
 }
 
 namespace {
@@ -110,8 +140,8 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
-  TORCH_CHECK(x.dim() == 2 && l.weight.dim() == 2 && x.size(1) == l.weight.size(1), "linear: x is ", x.sizes(),
-              ", weight is ", l.weight.sizes(), ", expected [N, in] and [rows, in]");
+  TORCH_CHECK(x.dim() == 2 && (l.part_weights || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ", x.sizes(),
+              ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
   if (z_out == nullptr && is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
   const auto dtype = x.scalar_type();
   const LoraParts lora(l, dtype);
@@ -158,7 +188,7 @@ Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, co
     const Tensor da_p = lora.drops ? product(g.narrow(1, column, rank).t(), dropped(x, *part)) : da.narrow(0, column, rank);
     lora_grads[2 * (part - l.parts.data())] = da_p.to(part->a.scalar_type());
   }
-  if (l.weight.requires_grad()) grads[0] = product(dy.t(), x).to(l.weight.scalar_type());
+  if (l.weight.defined() && l.weight.requires_grad()) grads[0] = product(dy.t(), x).to(l.weight.scalar_type());
   if (l.bias.defined() && l.bias.requires_grad()) grads[1] = dy.sum(0).to(l.bias.scalar_type());
   if (!need_dx) return {};
 

@@ -1,7 +1,9 @@
 // A frozen or trainable projection with LoRA on some of its row parts (src/ops.rs: Linear).
 #pragma once
 
-#include "ferrotune/csrc/ops.h"
+#include <variant>
+
+#include "ferrotune/csrc/nf4.h"
 
 namespace ferrotune {
 
@@ -13,18 +15,30 @@ struct Lora {
   uint64_t key;   // of the counter-based mask: seed, step, micro-batch, layer, module
 };
 
+// A frozen weight that is not one matrix: each part as the checkpoint has it, quantised or not.
+struct PartWeights : torch::CustomClassHolder {
+  std::vector<std::variant<Tensor, Nf4>> parts;
+  int64_t rows = 0, in = 0;
+
+  // One after the other in one new [rows, in] matrix of that dtype. Never saved for the backward, which makes it again.
+  Tensor joined(at::ScalarType dtype) const;
+};
+
 struct Linear {
-  Tensor weight;  // [rows, in]
-  Tensor bias;    // [rows] or undefined
+  Tensor weight;  // [rows, in], or undefined:
+  c10::intrusive_ptr<PartWeights> part_weights;
+  Tensor bias;  // [rows] or undefined
   std::vector<Lora> parts;
 
   explicit Linear(const LinearView& view);
-  // Every tensor in a fixed order, undefined ones included.
+  int64_t rows() const { return part_weights ? part_weights->rows : weight.size(0); }
+  int64_t in() const { return part_weights ? part_weights->in : weight.size(1); }
+  // Every tensor that may train, in a fixed order, undefined ones included.
   void visit(std::vector<Tensor*>& tensors);
   // Whether the backward needs the input.
   bool needs_input() const;
   // W in the dtype that a product takes it in.
-  Tensor dense(at::ScalarType dtype) const { return weight.to(dtype); }
+  Tensor dense(at::ScalarType dtype) const { return part_weights ? part_weights->joined(dtype) : weight.to(dtype); }
 };
 
 // y = x W^T + bias, and on the rows of each part p: y_p += scale_p (dropout(x) A_p^T) B_p^T.

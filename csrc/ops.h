@@ -27,7 +27,8 @@ namespace ferrotune {
 using at::Tensor;
 
 // Shared with Rust; defined in src/ffi.rs.
-struct LoraView;
+struct Nf4View;
+struct PartView;
 struct LinearView;
 struct NormView;
 struct AttentionView;
@@ -80,6 +81,18 @@ std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor&
                                              const Tensor& labels, double softcap);
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
                                          double softcap);
+
+// ---- nf4.cpp
+// The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.
+std::unique_ptr<Tensor> nf4_quant_map();
+std::unique_ptr<Tensor> nf4_nested_quant_map();
+// x: n elements in f32, f16 or bf16; packed uint8 [ceil(n / 2)], absmax f32 [ceil(n / 64)]. A NaN or an infinity in x is
+// one in absmax.
+void nf4_quantize(const Tensor& x, const Tensor& packed, const Tensor& absmax);
+// absmax f32 [blocks] -> index uint8 [blocks], nested_absmax f32 [ceil(blocks / 256)], on the CPU; returns nested_offset.
+double nf4_nest(const Tensor& absmax, const Tensor& index, const Tensor& nested_absmax);
+// destination [rows, in], whose rows may lie apart, in any float dtype.
+void nf4_dequantize(const Nf4View& weight, const Tensor& destination);
 
 // ---- optim.cpp
 void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);

@@ -41,14 +41,43 @@ void row_product(const T* w, const T* x, T* y, int64_t rows, int64_t n, T scale,
   });
 }
 
+// The same for a quantised w: a row at a time, so that the whole matrix never stands in memory.
+template <typename T>
+void row_product(const Nf4& w, const T* x, T* y, bool add) {
+  const int64_t grain = std::max<int64_t>(1, kThreadWork / w.in);
+  at::parallel_for(0, w.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<T> row(w.in);
+    for (int64_t r = begin; r < end; ++r) {
+      dequantize_run(w, r * w.in, (r + 1) * w.in, row.data());
+      const T value = row_dot<16>(row.data(), x, w.in);
+      y[r] = add ? y[r] + value : value;
+    }
+  });
+}
+
 template <typename T>
 void linear_loop(const Tensor& x, const Linear& l, Tensor& y) {
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
-  const int64_t rows = l.weight.size(0), n = l.weight.size(1);
-  if (l.bias.defined()) std::copy_n(l.bias.const_data_ptr<T>(), rows, out);
-  row_product(l.weight.const_data_ptr<T>(), in, out, rows, n, T(1), l.bias.defined());
+  const int64_t rows = l.rows(), n = l.in();
+  const bool has_bias = l.bias.defined();
+  if (has_bias) std::copy_n(l.bias.const_data_ptr<T>(), rows, out);
   int64_t row = 0;
+  if (l.weight.defined()) {
+    row_product(l.weight.const_data_ptr<T>(), in, out, rows, n, T(1), has_bias);
+  } else {
+    for (const auto& part : l.part_weights->parts) {
+      if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
+        row_product(*nf4, in, out + row, has_bias);
+        row += nf4->rows;
+      } else {
+        const Tensor& dense = std::get<Tensor>(part);
+        row_product(dense.const_data_ptr<T>(), in, out + row, dense.size(0), n, T(1), has_bias);
+        row += dense.size(0);
+      }
+    }
+    row = 0;
+  }
   for (const Lora& part : l.parts) {
     if (part.a.defined()) {
       const int64_t rank = part.a.size(0);
@@ -162,8 +191,14 @@ bool fits_row(const Tensor& row, const Tensor& other) {
 
 bool row_fits_linear(const Tensor& x, const Linear& l) {
   // Loops check nothing: what does not fit is ATen's to work out or to refuse.
-  const int64_t rows = l.weight.size(0), n = l.weight.size(1);
-  if (!fits_row(x, l.weight)) return false;
+  const int64_t rows = l.rows(), n = l.in();
+  if (l.weight.defined() && !fits_row(x, l.weight)) return false;
+  if (l.part_weights) {
+    for (const auto& part : l.part_weights->parts) {
+      const Tensor* dense = std::get_if<Tensor>(&part);
+      if (dense ? !fits_row(x, *dense) : !std::get<Nf4>(part).packed.is_cpu()) return false;
+    }
+  }
   if (l.bias.defined() && !(fits_row(x, l.bias) && l.bias.sizes() == at::IntArrayRef{rows})) return false;
   int64_t row = 0;
   for (const Lora& part : l.parts) {
@@ -177,7 +212,7 @@ bool row_fits_linear(const Tensor& x, const Linear& l) {
 }
 
 Tensor row_linear(const Tensor& x, const Linear& l) {
-  Tensor y = at::empty({1, l.weight.size(0)}, x.options());
+  Tensor y = at::empty({1, l.rows()}, x.options());
   in_type_of(x, [&](auto t) { linear_loop<decltype(t)>(x, l, y); });
   return y;
 }

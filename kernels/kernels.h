@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 3
+#define FERROTUNE_KERNELS_ABI 4
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -29,6 +29,8 @@ struct KernelAttention {
 
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
+  ROW(nf4_dequantize)           \
+  ROW(nf4_quantize)             \
   ROW(rms_norm_forward)         \
   ROW(rms_norm_backward)        \
   ROW(rms_norm_weight_backward) \
@@ -44,6 +46,15 @@ struct KernelAttention {
 extern "C" {
 
 int ferrotune_kernels_abi(void);
+
+// y [rows, in] with row stride y_stride, from the tensors of csrc/nf4.h. absmax is f32 where nested_absmax is null, else
+// uint8. Both block sizes are powers of two, blocksize at least 32.
+int nf4_dequantize(const uint8_t* packed, const float* quant_map, const void* absmax, const float* nested_absmax,
+                   const float* nested_quant_map, float nested_offset, void* y, int64_t rows, int64_t in,
+                   int64_t y_stride, int64_t blocksize, int64_t nested_blocksize, int dtype, void* stream);
+
+// x [n], packed [ceil(n / 2)], absmax [ceil(n / 64)] f32.
+int nf4_quantize(const void* x, uint8_t* packed, float* absmax, int64_t n, int dtype, void* stream);
 
 // x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C], rstd [N, H] f32.
 // weight has dtype weight_dtype: that of x, or f32.

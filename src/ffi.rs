@@ -6,9 +6,28 @@ use cxx::UniquePtr;
 #[allow(clippy::needless_lifetimes, clippy::missing_safety_doc, clippy::too_many_arguments)]
 #[cxx::bridge(namespace = "ferrotune")]
 pub(crate) mod bridge {
-    /// One row part of a Linear and its LoRA (undefined tensors where it has none).
-    struct LoraView<'a> {
+    /// A weight in the NF4 format; the shapes are in csrc/nf4.h. Undefined tensors where there is none, and for the nested
+    /// ones where absmax is not nested.
+    struct Nf4View<'a> {
         rows: i64,
+        in_features: i64,
+        packed: &'a Tensor,
+        quant_map: &'a Tensor,
+        absmax: &'a Tensor,
+        blocksize: i64,
+        nested_absmax: &'a Tensor,
+        nested_quant_map: &'a Tensor,
+        nested_offset: f64,
+        nested_blocksize: i64,
+    }
+
+    /// One row part of a Linear: its own weight (where the Linear has no joined one) and its LoRA, undefined tensors where
+    /// it has none.
+    struct PartView<'a> {
+        rows: i64,
+        /// `[rows, in]`, or undefined where `nf4` is the weight.
+        dense: &'a Tensor,
+        nf4: Nf4View<'a>,
         lora_a: &'a Tensor,
         lora_b: &'a Tensor,
         scale: f64,
@@ -17,9 +36,10 @@ pub(crate) mod bridge {
     }
 
     struct LinearView<'a> {
+        /// Of all parts, or undefined where each part has its own.
         weight: &'a Tensor,
         bias: &'a Tensor,
-        parts: &'a [LoraView<'a>],
+        parts: &'a [PartView<'a>],
     }
 
     struct NormView<'a> {
@@ -211,6 +231,12 @@ pub(crate) mod bridge {
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
         fn zero_grads(params: &TensorList) -> Result<()>;
         fn drop_grads(params: &TensorList) -> Result<()>;
+        fn nf4_quant_map() -> Result<UniquePtr<Tensor>>;
+        fn nf4_nested_quant_map() -> Result<UniquePtr<Tensor>>;
+        fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()>;
+        fn nf4_nest(absmax: &Tensor, index: &Tensor, nested_absmax: &Tensor) -> Result<f64>;
+        fn nf4_dequantize(weight: &Nf4View, destination: &Tensor) -> Result<()>;
+
         fn adamw_step(
             params: &TensorList,
             exp_avg: &TensorList,

@@ -24,6 +24,7 @@ pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod export;
 mod ffi;
 pub mod generate;
 pub mod io;

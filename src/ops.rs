@@ -10,6 +10,10 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, Policy};
 use crate::ffi::{self, bridge};
 
+mod nf4;
+
+pub use nf4::{Nested, Nf4, Nf4Quantizer};
+
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
 #[derive(Debug)]
 pub struct Lora {
@@ -32,11 +36,26 @@ pub struct Part {
     pub lora: Option<Lora>,
 }
 
+/// Where the values of a [`Linear`]'s matrix are.
+#[derive(Debug)]
+pub enum Weight {
+    /// `[rows, in]`, the parts below each other.
+    Joined(Tensor),
+    /// One for each part, in their order: a quantised checkpoint's. They never train.
+    Parts(Vec<PartWeight>),
+}
+
+/// The frozen matrix `[rows, in]` of one part.
+#[derive(Debug)]
+pub enum PartWeight {
+    Dense(Tensor),
+    Nf4(Nf4),
+}
+
 /// A projection `[in] -> [sum of rows]`: q, k and v are one Linear of three parts, gate and up of two.
 #[derive(Debug)]
 pub struct Linear {
-    /// `[rows, in]`, the parts below each other.
-    pub weight: Tensor,
+    pub weight: Weight,
     /// `[rows]`.
     pub bias: Option<Tensor>,
     pub parts: Vec<Part>,
@@ -127,7 +146,7 @@ impl Pass {
 /// `y = x W^T + bias + LoRA`: x `[N, in]` -> `[N, rows]`.
 pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
-    let parts = lora_views(linear, &absent, pass, 0, 0);
+    let parts = part_views(linear, &absent, pass, 0, 0);
     checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts)))
 }
 
@@ -196,8 +215,8 @@ pub fn attention_block(
     pass: Pass,
 ) -> Result<Tensor> {
     let absent = Tensor::new();
-    let qkv = lora_views(block.qkv, &absent, pass, block.layer, 0);
-    let o = lora_views(block.o, &absent, pass, block.layer, qkv.len());
+    let qkv = part_views(block.qkv, &absent, pass, block.layer, 0);
+    let o = part_views(block.o, &absent, pass, block.layer, qkv.len());
     let (cache_k, cache_v, past) =
         cache.as_ref().map_or((&absent, &absent, 0), |cache| (cache.k, cache.v, cache.past));
     let attention = bridge::AttentionView {
@@ -242,8 +261,8 @@ pub struct MlpBlock<'a> {
 pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
     // Module numbers after those of the attention block, so that no two modules share a dropout mask.
-    let gate_up = lora_views(block.gate_up, &absent, pass, block.layer, 8);
-    let down = lora_views(block.down, &absent, pass, block.layer, 8 + gate_up.len());
+    let gate_up = part_views(block.gate_up, &absent, pass, block.layer, 8);
+    let down = part_views(block.down, &absent, pass, block.layer, 8 + gate_up.len());
     checked(bridge::mlp_block(
         ffi::borrow(x),
         &norm_view(Some(block.norm), &absent),
@@ -380,17 +399,26 @@ pub fn adamw_step<'a>(
         .map_err(op_error)
 }
 
-fn lora_views<'a>(
+fn part_views<'a>(
     linear: &'a Linear,
     absent: &'a Tensor,
     pass: Pass,
     layer: usize,
     first_module: usize,
-) -> Vec<bridge::LoraView<'a>> {
+) -> Vec<bridge::PartView<'a>> {
     let view = |(module, part): (usize, &'a Part)| {
         let lora = part.lora.as_ref().filter(|_| !pass.without_lora);
-        bridge::LoraView {
+        let (dense, nf4) = match &linear.weight {
+            Weight::Joined(_) => (absent, None),
+            Weight::Parts(weights) => match &weights[module] {
+                PartWeight::Dense(tensor) => (tensor, None),
+                PartWeight::Nf4(nf4) => (absent, Some(nf4)),
+            },
+        };
+        bridge::PartView {
             rows: part.rows,
+            dense: ffi::borrow(dense),
+            nf4: nf4::view(nf4, absent),
             lora_a: ffi::borrow(lora.map_or(absent, |lora| &lora.a)),
             lora_b: ffi::borrow(lora.map_or(absent, |lora| &lora.b)),
             scale: lora.map_or(0.0, |lora| lora.scale),
@@ -404,10 +432,13 @@ fn lora_views<'a>(
 fn linear_view<'a>(
     linear: &'a Linear,
     absent: &'a Tensor,
-    parts: &'a [bridge::LoraView<'a>],
+    parts: &'a [bridge::PartView<'a>],
 ) -> bridge::LinearView<'a> {
     bridge::LinearView {
-        weight: ffi::borrow(&linear.weight),
+        weight: ffi::borrow(match &linear.weight {
+            Weight::Joined(weight) => weight,
+            Weight::Parts(_) => absent,
+        }),
         bias: ffi::borrow(linear.bias.as_ref().unwrap_or(absent)),
         parts,
     }

@@ -1,6 +1,6 @@
 //! The f32 kernels of the CPU (kernels/cpu) against the f64 formulas, at shapes around the borders of their tiles.
 
-use ferrotune::ops::{self, AttentionSpec, DropoutKey, Linear, Lora, Part, Pass, Targets};
+use ferrotune::ops::{self, AttentionSpec, DropoutKey, Linear, Lora, Part, Pass, Targets, Weight};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{Op, check};
@@ -80,7 +80,7 @@ fn lora_op(n: i64, width: i64, rows: [i64; 3], dropout: f64) -> Op {
     };
     let ours = move |t: &[Tensor]| {
         let linear = Linear {
-            weight: t[1].shallow_clone(),
+            weight: Weight::Joined(t[1].shallow_clone()),
             bias: Some(t[2].shallow_clone()),
             parts: vec![
                 part(rows[0], Some((&t[3], &t[4]))),

@@ -17,7 +17,7 @@ use crate::parity::{cases, gradients_of};
 use crate::tolerance::{What, assert_close, f64_on_cpu};
 
 /// The first GPU, or a line that says what is skipped.
-fn gpu(what: &str) -> Option<Device> {
+pub fn gpu(what: &str) -> Option<Device> {
     if device::probe().devices.is_empty() {
         println!("skipped: {what}: {}", device::probe().problem);
         return None;
@@ -298,7 +298,7 @@ fn past_two_to_the_31_elements() {
 }
 
 /// Seconds of one call, by the wall clock around many.
-fn seconds(device: Device, call: &mut dyn FnMut(usize)) -> f64 {
+pub fn seconds(device: Device, call: &mut dyn FnMut(usize)) -> f64 {
     const WARM: usize = 8;
     const CALLS: usize = 48;
     let mut best = f64::INFINITY;

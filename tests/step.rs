@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use ferrotune::data::Batch;
 use ferrotune::io::adapter::InitLoraWeights;
 use ferrotune::models::{Config, FastLanguageModel};
+use ferrotune::nn::LoadOptions;
 use ferrotune::train::{Sft, StepOutcome, Stepper, TrainingArguments};
 use tch::{Device, Kind, Tensor};
 
@@ -23,7 +24,8 @@ fn model(arguments: &TrainingArguments, kind: Kind, device: Device) -> FastLangu
     };
     let config = Config::from_json(&config).unwrap();
     tch::manual_seed(1);
-    let mut model = FastLanguageModel::untrained(config, kind, device).unwrap();
+    let mut model =
+        FastLanguageModel::untrained(config, LoadOptions { kind, device, load_in_4bit: false }).unwrap();
     model.get_peft_model(arguments.adapter_config("model"), 7).unwrap();
     model
 }

@@ -21,6 +21,7 @@ use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
 use crate::models::{Config, FastLanguageModel};
+use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor, Work};
 use crate::train::kernel_times::KernelTimes;
 use crate::train::{Dtype, Sft, Stepper, TrainingArguments};
@@ -59,6 +60,8 @@ pub struct BenchTrainArgs {
     pub use_gradient_checkpointing: bool,
     #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
     pub without_graphs: bool,
+    #[arg(long, help = "Quantise the weights of the layers to NF4")]
+    pub load_in_4bit: bool,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
     pub r: u32,
     #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
@@ -79,6 +82,7 @@ struct Report {
     shape: String,
     device: String,
     dtype: &'static str,
+    load_in_4bit: bool,
     parameters: i64,
     batch: usize,
     sample_lengths: Vec<usize>,
@@ -172,7 +176,8 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let bar = BARS.add(bar);
     bar.set_message("random weights");
     let kind = kind_of(args.dtype, device);
-    let mut model = FastLanguageModel::untrained(config, kind, device)?;
+    let options = LoadOptions { kind, device, load_in_4bit: args.load_in_4bit };
+    let mut model = FastLanguageModel::untrained(config, options)?;
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;
     device::synchronize(device)?;
@@ -236,6 +241,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         shape: name,
         device: device::describe(device),
         dtype: if kind == tch::Kind::BFloat16 { "bf16" } else { "f32" },
+        load_in_4bit: args.load_in_4bit,
         parameters: decoder.num_parameters(),
         batch: args.batch,
         sample_lengths,
@@ -280,11 +286,12 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}{}",
+                "{} x {:?} tokens, {} passes a step, {}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.dtype,
+                if report.load_in_4bit { ", 4-bit weights" } else { "" },
                 if report.use_gradient_checkpointing { ", gradient checkpointing" } else { "" }
             ),
         ),

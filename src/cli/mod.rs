@@ -10,6 +10,7 @@ pub mod generate;
 pub mod hub_env;
 pub mod model_args;
 pub mod progress;
+pub mod quantize;
 pub mod sampling_args;
 pub mod score;
 mod shapes;
@@ -47,6 +48,8 @@ enum Command {
     /// Measure this machine on a model's shape, beside the least time it could take
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Write a checkpoint in 4 bits, as bitsandbytes does
+    Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
     Doctor(doctor::DoctorArgs),
 }
@@ -71,6 +74,7 @@ pub fn run() -> ExitCode {
         Command::Chat(arguments) => chat::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
+        Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };

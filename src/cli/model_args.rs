@@ -9,6 +9,7 @@ use tch::{Device, Kind};
 use super::sources;
 use crate::device;
 use crate::models::FastLanguageModel;
+use crate::nn::LoadOptions;
 use crate::train::Dtype;
 
 /// Which model, on what.
@@ -24,6 +25,9 @@ pub struct ModelArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long)]
     pub revision: Option<String>,
+    /// Quantise the weights of the layers to 4 bits (NF4) while they load; a checkpoint in 4 bits needs no flag
+    #[arg(long)]
+    pub load_in_4bit: bool,
     /// Type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -66,7 +70,8 @@ impl ModelArgs {
             (dtype, _) => kind_of(dtype, device),
         };
         let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
-        let mut model = FastLanguageModel::from_pretrained(&folder, kind, device).context("--model")?;
+        let options = LoadOptions { kind, device, load_in_4bit: self.load_in_4bit };
+        let mut model = FastLanguageModel::from_pretrained_with(&folder, options).context("--model")?;
         if let Some(adapter) = &self.adapter {
             model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter")?;
         }

@@ -20,6 +20,7 @@ use crate::data::{
 use crate::device;
 use crate::error::Error;
 use crate::models::FastLanguageModel;
+use crate::nn::LoadOptions;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver};
@@ -132,7 +133,8 @@ fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageMo
     let mut model = if args.from_scratch {
         FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {
-        FastLanguageModel::from_pretrained(&dir, kind, device)?
+        let options = LoadOptions { kind, device, load_in_4bit: args.load_in_4bit };
+        FastLanguageModel::from_pretrained_with(&dir, options)?
     };
     match args.trains_all_weights() {
         true => model.train_all()?,
@@ -216,7 +218,10 @@ fn banner(
     let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
     let dtype = if decoder.kind == Kind::BFloat16 { "bf16" } else { "f32" };
     let method = match &model.adapter {
-        Some(adapter) => format!("LoRA r {}, lora_alpha {}", adapter.r, adapter.lora_alpha),
+        Some(adapter) => {
+            let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };
+            format!("LoRA r {}, lora_alpha {}{base}", adapter.r, adapter.lora_alpha)
+        }
         None if args.from_scratch => "all weights, from random ones".to_owned(),
         None => "all weights".to_owned(),
     };

@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+
+use crate::error::Error;
 
 /// Writes `bytes` to `path` so that a killed process leaves the old file or the new one, never a torn one.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -40,4 +42,30 @@ pub fn write_atomically_with(
         let _ = fs::remove_file(&beside);
     }
     written.with_context(|| format!("writing {}", path.display()))
+}
+
+/// Makes folder `path` of what `write` puts into the folder that it is given: all of it or nothing. The files must be
+/// synced when `write` returns.
+///
+/// # Errors
+/// There is something at `path` already, other than an empty folder.
+pub fn write_folder_atomically(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let shown = path.display();
+    if fs::read_dir(path).map_or(path.exists(), |mut entries| entries.next().is_some()) {
+        bail!(Error::Usage(format!("{shown} is there already: name another folder, or remove it")));
+    }
+    let name = path.file_name().with_context(|| format!("{shown}: not a folder name"))?;
+    let beside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let written = (|| -> Result<()> {
+        fs::create_dir_all(&beside)?;
+        write(&beside)?;
+        File::open(&beside)?.sync_all()?;
+        fs::rename(&beside, path)?;
+        Ok(File::open(parent)?.sync_all()?)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&beside);
+    }
+    written.with_context(|| format!("writing {shown}"))
 }

@@ -5,7 +5,11 @@ mod atomic;
 pub mod hub;
 pub mod lora_spec;
 mod mmap;
+mod quant_state;
+mod tensor_file;
 mod weights;
 
-pub use atomic::{is_unfinished, write_atomically, write_atomically_with};
+pub use atomic::{is_unfinished, write_atomically, write_atomically_with, write_folder_atomically};
+pub use quant_state::{NF4, QuantKeys, QuantState};
+pub use tensor_file::TensorFile;
 pub use weights::{Weights, write_safetensors};

@@ -117,6 +117,11 @@ impl Weights {
         file.kind(name, info.dtype)
     }
 
+    /// Dtype of the stored tensor in safetensors' words, also one that tensors here cannot have.
+    pub(super) fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.find(name)?.1.dtype)
+    }
+
     /// Shape of the stored tensor.
     pub fn shape(&self, name: &str) -> Result<Vec<i64>> {
         Ok(self.find(name)?.1.shape.iter().map(|&d| d as i64).collect())
@@ -167,6 +172,45 @@ impl Weights {
                 }
             }
             Ok(())
+        })
+    }
+
+    /// Lends tensor `name` as stored to `read`, without a copy. It must hold floats.
+    pub fn with_stored<T>(&self, name: &str, read: impl FnOnce(&Tensor) -> Result<T>) -> Result<T> {
+        let (file, info) = self.find(name)?;
+        let kind = file.kind(name, info.dtype)?;
+        if !matches!(kind, Kind::Double | Kind::Float | Kind::Half | Kind::BFloat16) {
+            return Err(file.not_a_weight(name, info.dtype).into());
+        }
+        let (start, end) = info.data_offsets;
+        file.map.with_tensor(file.data_start + start..file.data_start + end, &self.shape(name)?, kind, read)
+    }
+
+    /// Lends the bytes of tensor `name` to `read`, whatever its dtype.
+    pub fn with_bytes<T>(&self, name: &str, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
+        let (file, info) = self.find(name)?;
+        let (start, end) = info.data_offsets;
+        read(&file.map.bytes()[file.data_start + start..file.data_start + end])
+    }
+
+    /// The file that holds tensor `name`.
+    pub fn file(&self, name: &str) -> Result<String> {
+        Ok(self.find(name)?.0.path.display().to_string())
+    }
+
+    /// An error about tensor `name`, naming its file too.
+    pub fn corrupt(&self, name: &str, what: &str) -> Error {
+        let file = self.file(name).unwrap_or_default();
+        Error::Corrupt { file, reason: format!("tensor {name} {what}") }
+    }
+
+    /// The files, each with the names of its tensors in the order of their bytes.
+    pub fn shards(&self) -> impl Iterator<Item = (&Path, Vec<&str>)> {
+        self.files.iter().map(|file| {
+            let mut tensors: Vec<_> = file.metadata.tensors().into_iter().collect();
+            tensors.sort_by_key(|(_, info)| info.data_offsets);
+            let names = tensors.iter().filter_map(|(name, _)| self.place.get_key_value(name.as_str()));
+            (file.path.as_path(), names.map(|(name, _)| name.as_str()).collect())
         })
     }
 
@@ -228,10 +272,10 @@ impl Mapped {
 }
 
 /// A tensor ready to be written: its bytes on the CPU.
-struct Bytes {
+pub(super) struct Bytes {
     dtype: Dtype,
     shape: Vec<usize>,
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
 }
 
 impl View for &Bytes {
@@ -261,7 +305,7 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()
     write_atomically_with(path, |file| Ok(std::io::Write::write_all(file, &serialized)?))
 }
 
-fn to_bytes(tensor: &Tensor) -> Result<Bytes> {
+pub(super) fn to_bytes(tensor: &Tensor) -> Result<Bytes> {
     let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let dtype = match tensor.kind() {
         Kind::Double => Dtype::F64,
@@ -269,6 +313,7 @@ fn to_bytes(tensor: &Tensor) -> Result<Bytes> {
         Kind::Half => Dtype::F16,
         Kind::BFloat16 => Dtype::BF16,
         Kind::Int64 => Dtype::I64,
+        Kind::Uint8 => Dtype::U8,
         other => bail!("cannot be written as {other:?}"),
     };
     let mut data = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];

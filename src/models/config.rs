@@ -68,9 +68,14 @@ impl Config {
             let supported = ARCHITECTURES.iter().map(|a| a.model_type).collect::<Vec<_>>().join(", ");
             Error::Unsupported { what: format!("model_type {model_type:?}"), supported }
         })?;
-        if json.present("quantization_config") {
-            let supported = "16- and 32-bit checkpoints".to_string();
-            return Err(Error::Unsupported { what: "quantization_config".into(), supported }.into());
+        if let Some(quantization) = json.object("quantization_config")? {
+            // Which weights are quantised, and how, their own quant_state says.
+            let method = quantization.text("quant_method")?.unwrap_or_default();
+            if method != "bitsandbytes" || quantization.flag("load_in_8bit", false)? {
+                let what = format!("quantization_config with quant_method {method:?}");
+                let supported = "bitsandbytes in 4 bits".to_string();
+                return Err(Error::Unsupported { what, supported }.into());
+            }
         }
         let config = (architecture.config)(&json)?;
         config.check()?;

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::io::Weights;
-use crate::nn::{Init, KvCache, Loader, Rope};
+use crate::nn::{Init, KvCache, LoadOptions, Loader, Rope};
 use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
@@ -58,29 +58,39 @@ const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_
 impl Decoder {
     /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
-        let Some(prefix) = PREFIXES.iter().find(|prefix| weights.contains(&format!("{prefix}norm.weight")))
-        else {
-            // The error for the usual name is the one that helps.
-            weights.shape("model.norm.weight")?;
-            bail!("the checkpoint has no norm.weight");
-        };
-        let decoder =
-            Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), kind, device })?;
+        Decoder::load_with(config, weights, LoadOptions { kind, device, load_in_4bit: false })
+    }
+
+    /// As [`Decoder::load`], with more to choose.
+    pub fn load_with(config: Config, weights: &Weights, options: LoadOptions) -> Result<Decoder> {
+        let prefix = prefix_of(weights)?;
+        let decoder = Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), options })?;
         // The reading threads worked on a stream of their own.
-        crate::device::synchronize(device)?;
+        crate::device::synchronize(options.device)?;
         Ok(decoder)
+    }
+
+    /// Name and shape of the weight of every projection in a checkpoint's layers: what `load_in_4bit` quantises.
+    pub fn projections(config: &Config, weights: &Weights) -> Result<Vec<(String, [i64; 2])>> {
+        let prefix = prefix_of(weights)?;
+        let weight =
+            |(name, rows): (String, i64), in_features| (format!("{name}.weight"), [rows, in_features]);
+        let layers = (0..config.layers.len()).flat_map(|index| projections(config, index, prefix));
+        Ok(layers
+            .flat_map(|(parts, in_features)| parts.into_iter().map(move |part| weight(part, in_features)))
+            .collect())
     }
 
     /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`, and the same on every
     /// device.
     pub fn random(config: Config, kind: Kind, device: Device) -> Result<Decoder> {
-        Decoder::random_drawn_on(Device::Cpu, config, kind, device)
+        Decoder::random_with(config, LoadOptions { kind, device, load_in_4bit: false }, Device::Cpu)
     }
 
     /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
-    pub fn random_drawn_on(generator: Device, config: Config, kind: Kind, device: Device) -> Result<Decoder> {
+    pub fn random_with(config: Config, options: LoadOptions, generator: Device) -> Result<Decoder> {
         let init = Init::Random { std: config.initializer_range, generator };
-        Decoder::build(config, PREFIXES[0], &Loader { init, kind, device })
+        Decoder::build(config, PREFIXES[0], &Loader { init, options })
     }
 
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
@@ -108,7 +118,8 @@ impl Decoder {
         } else {
             Some(loader.matrix(head.unwrap_or("lm_head.weight"), [vocab, hidden])?)
         };
-        let (kind, device, prefix) = (loader.kind, loader.device, prefix.to_string());
+        let LoadOptions { kind, device, .. } = loader.options;
+        let prefix = prefix.to_string();
         Ok(Decoder { config, kind, device, prefix, embed_tokens, layers, norm, lm_head })
     }
 
@@ -251,6 +262,35 @@ impl Decoder {
     }
 }
 
+fn prefix_of(weights: &Weights) -> Result<&'static str> {
+    let found = PREFIXES.into_iter().find(|prefix| weights.contains(&format!("{prefix}norm.weight")));
+    // The error for the usual name is the one that helps.
+    found.map_or_else(
+        || weights.shape("model.norm.weight").and_then(|_| bail!("the checkpoint has no norm.weight")),
+        Ok,
+    )
+}
+
+/// The parts `(module name, rows)` and the width of the input of a layer's qkv, o, gate_up and down.
+fn projections(config: &Config, index: usize, prefix: &str) -> [(Vec<(String, i64)>, i64); 4] {
+    let at = |name: &str| format!("{prefix}layers.{index}.{name}");
+    let spec = &config.layers[index].attention;
+    let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+    let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+    let qkv = if config.fused_projections {
+        vec![(at("self_attn.qkv_proj"), q + 2 * kv)]
+    } else {
+        vec![(at("self_attn.q_proj"), q), (at("self_attn.k_proj"), kv), (at("self_attn.v_proj"), kv)]
+    };
+    let gate_up = if config.fused_projections {
+        vec![(at("mlp.gate_up_proj"), 2 * ff)]
+    } else {
+        vec![(at("mlp.gate_proj"), ff), (at("mlp.up_proj"), ff)]
+    };
+    let (o, down) = (vec![(at("self_attn.o_proj"), hidden)], vec![(at("mlp.down_proj"), hidden)]);
+    [(qkv, hidden), (o, q), (gate_up, hidden), (down, ff)]
+}
+
 /// cos and sin of all rows. Where the scaling depends on the length, each segment has that of its own length, so that a
 /// sample does not depend on what it is packed with.
 pub(super) fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor, Tensor)> {
@@ -286,20 +326,12 @@ impl DecoderLayer {
     fn build(config: &Config, index: usize, prefix: &str, loader: &Loader) -> Result<DecoderLayer> {
         let at = |name: &str| format!("{prefix}layers.{index}.{name}");
         let spec = &config.layers[index].attention;
-        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+        let hidden = config.hidden_size;
+        let [qkv, o, gate_up, down] = projections(config, index, prefix);
+        let linear =
+            |(parts, in_features): (Vec<(String, i64)>, i64), bias| loader.linear(&parts, in_features, bias);
         let norm = |name: &str, size: i64| {
             loader.norm(at(&format!("{name}.weight")), size, config.rms_norm_eps, config.norm_offset)
-        };
-        let qkv = if config.fused_projections {
-            vec![(at("self_attn.qkv_proj"), q + 2 * kv)]
-        } else {
-            vec![(at("self_attn.q_proj"), q), (at("self_attn.k_proj"), kv), (at("self_attn.v_proj"), kv)]
-        };
-        let gate_up = if config.fused_projections {
-            vec![(at("mlp.gate_up_proj"), 2 * ff)]
-        } else {
-            vec![(at("mlp.gate_proj"), ff), (at("mlp.up_proj"), ff)]
         };
         let mlp_norm =
             if config.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
@@ -307,14 +339,14 @@ impl DecoderLayer {
         let head_norm = |name: &str| config.qk_norm.then(|| norm(name, spec.head_dim)).transpose();
         Ok(DecoderLayer {
             input_norm: norm("input_layernorm", hidden)?,
-            qkv: loader.linear(&qkv, hidden, config.qkv_bias)?,
-            o: loader.linear(&[(at("self_attn.o_proj"), hidden)], q, config.o_bias)?,
+            qkv: linear(qkv, config.qkv_bias)?,
+            o: linear(o, config.o_bias)?,
             q_norm: head_norm("self_attn.q_norm")?,
             k_norm: head_norm("self_attn.k_norm")?,
             post_attention_norm: post("post_attention_layernorm")?,
             mlp_norm: norm(mlp_norm, hidden)?,
-            gate_up: loader.linear(&gate_up, hidden, config.mlp_bias)?,
-            down: loader.linear(&[(at("mlp.down_proj"), hidden)], ff, config.mlp_bias)?,
+            gate_up: linear(gate_up, config.mlp_bias)?,
+            down: linear(down, config.mlp_bias)?,
             post_mlp_norm: post("post_feedforward_layernorm")?,
         })
     }

@@ -12,6 +12,7 @@ use crate::data::{ChatTemplate, Tokenizer};
 use crate::io::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor, text_module};
 use crate::io::lora_spec::LoraSpec;
 use crate::io::{Weights, write_safetensors};
+use crate::nn::LoadOptions;
 
 /// The two calls of Unsloth's users: [`FastLanguageModel::from_pretrained`], then
 /// [`FastLanguageModel::get_peft_model`].
@@ -31,12 +32,18 @@ const WEIGHTS: &str = "model.safetensors";
 impl FastLanguageModel {
     /// Loads a Hugging Face model folder, weights converted to `kind` on `device`.
     pub fn from_pretrained(dir: &Path, kind: Kind, device: Device) -> Result<FastLanguageModel> {
+        FastLanguageModel::from_pretrained_with(dir, LoadOptions { kind, device, load_in_4bit: false })
+    }
+
+    /// As [`FastLanguageModel::from_pretrained`], with more to choose: `load_in_4bit`. A checkpoint that bitsandbytes has
+    /// quantised loads as it is, with and without that.
+    pub fn from_pretrained_with(dir: &Path, options: LoadOptions) -> Result<FastLanguageModel> {
         let config = Config::from_dir(dir)?;
         let tokenizer = load_tokenizer(&config, dir)?;
         if config.ignores_vision {
             tracing::warn!("{}: the vision tower is ignored, only the text model is loaded", dir.display());
         }
-        let decoder = Decoder::load(config, &Weights::open(dir)?, kind, device)?;
+        let decoder = Decoder::load_with(config, &Weights::open(dir)?, options)?;
         Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
     }
 
@@ -50,8 +57,8 @@ impl FastLanguageModel {
     }
 
     /// A model of any shape with random weights that the device draws itself, and no tokenizer: to measure with.
-    pub fn untrained(config: Config, kind: Kind, device: Device) -> Result<FastLanguageModel> {
-        let decoder = Decoder::random_drawn_on(device, config, kind, device)?;
+    pub fn untrained(config: Config, options: LoadOptions) -> Result<FastLanguageModel> {
+        let decoder = Decoder::random_with(config, options, options.device)?;
         Ok(FastLanguageModel { decoder, tokenizer: None, dir: PathBuf::new(), adapter: None })
     }
 
@@ -143,6 +150,9 @@ impl FastLanguageModel {
     /// Reads what [`FastLanguageModel::save_trained`] wrote into the tensors in place.
     pub fn load_trained(&mut self, folder: &Path) -> Result<()> {
         if self.adapter.is_none() {
+            if self.decoder.is_quantized() {
+                bail!("{}: whole weights cannot be read into a 4-bit model", folder.display());
+            }
             let weights = Weights::open(folder)?;
             let _no_grad = tch::no_grad_guard();
             return self.decoder.each_weight(|name, tensor| weights.copy_into(name, tensor));
@@ -173,14 +183,20 @@ impl FastLanguageModel {
         }
     }
 
-    /// Writes the whole model as a Hugging Face folder: weights in `kind`, config.json, tokenizer.
+    /// Writes the whole model as a Hugging Face folder: weights in `kind`, also those that are in 4 bits here, config.json,
+    /// tokenizer.
     pub fn save_pretrained(&self, folder: &Path, kind: Kind) -> Result<()> {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
         write_safetensors(&folder.join(WEIGHTS), &self.decoder.state_dict(kind)?)?;
         for name in COMPANIONS {
             let from = self.dir.join(name);
             if from.is_file() {
-                let bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
+                let mut bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
+                if self.decoder.is_quantized() && name == "config.json" {
+                    let mut config: serde_json::Value = serde_json::from_slice(&bytes)?;
+                    config.as_object_mut().map(|config| config.shift_remove("quantization_config"));
+                    bytes = serde_json::to_vec_pretty(&config)?;
+                }
                 crate::io::write_atomically(&folder.join(name), &bytes)?;
             }
         }

@@ -58,7 +58,7 @@ impl DecoderLayer {
                     return Ok(part.name.clone());
                 }
             }
-            let weights = [&second.weight].into_iter().chain(
+            let weights = second.dense_weights().into_iter().chain(
                 second.parts.iter().filter_map(|part| part.lora.as_ref()).flat_map(|lora| [&lora.a, &lora.b]),
             );
             for weight in weights {

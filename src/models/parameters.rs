@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
-use crate::ops::{Linear, Lora, RmsNorm};
+use crate::ops::{Linear, Lora, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +100,10 @@ impl Decoder {
 
     /// Makes every weight trainable, in f32: activations keep the decoder's dtype.
     pub fn train_all(&mut self) -> Result<()> {
+        if self.is_quantized() {
+            let what = "full fine-tuning of a 4-bit model".to_string();
+            return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
+        }
         let trainable = |tensor: &mut Tensor| -> Result<()> {
             *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
             Ok(())
@@ -114,7 +118,9 @@ impl Decoder {
                 trainable(&mut norm.weight)?;
             }
             for linear in layer.linears_mut() {
-                trainable(&mut linear.weight)?;
+                if let Weight::Joined(weight) = &mut linear.weight {
+                    trainable(weight)?;
+                }
                 if let Some(bias) = &mut linear.bias {
                     trainable(bias)?;
                 }
@@ -143,7 +149,9 @@ impl Decoder {
                         linear.parts.iter().map(|part| format!("{}.{suffix}", part.name)).collect();
                     names.join("+")
                 };
-                add(joined("weight"), &linear.weight);
+                if let Weight::Joined(weight) = &linear.weight {
+                    add(joined("weight"), weight);
+                }
                 if let Some(bias) = &linear.bias {
                     add(joined("bias"), bias);
                 }
@@ -170,13 +178,20 @@ impl Decoder {
 
     /// Number of elements of all weights, LoRA apart; a tied head counts once.
     pub fn num_parameters(&self) -> i64 {
-        let mut total = 0;
-        let counted = self.each_weight(|_, tensor| {
-            total += tensor.numel() as i64;
-            Ok(())
-        });
-        debug_assert!(counted.is_ok());
-        total
+        let count = |tensor: &Tensor| tensor.numel() as i64;
+        let layers = self.layers.iter().flat_map(DecoderLayer::norms).map(|norm| count(&norm.weight)).chain(
+            self.linears().map(|linear| {
+                let rows: i64 = linear.parts.iter().map(|part| part.rows).sum();
+                rows * linear.in_features() + linear.bias.as_ref().map_or(0, count)
+            }),
+        );
+        let head = self.lm_head.as_ref().map_or(0, count);
+        layers.sum::<i64>() + count(&self.embed_tokens) + count(&self.norm.weight) + head
+    }
+
+    /// Whether any projection is in 4 bits.
+    pub fn is_quantized(&self) -> bool {
+        self.linears().any(Linear::is_quantized)
     }
 
     /// The name that `module` has in the model that transformers makes of the checkpoint, which is what peft sees: a
@@ -202,7 +217,8 @@ impl Decoder {
         self.trainable().into_iter().map(named).collect()
     }
 
-    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`.
+    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; those in 4 bits
+    /// dequantised to the decoder's dtype, one at a time.
     pub fn each_weight(&self, mut visit: impl FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
         visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
         for layer in &self.layers {
@@ -210,9 +226,16 @@ impl Decoder {
                 visit(&norm.name, &norm.weight)?;
             }
             for linear in layer.linears() {
-                for (row, part) in linear.rows() {
+                for (index, (row, part)) in linear.rows().enumerate() {
                     let rows = |tensor: &Tensor| tensor.f_narrow(0, row, part.rows);
-                    visit(&format!("{}.weight", part.name), &rows(&linear.weight)?)?;
+                    let weight = match &linear.weight {
+                        Weight::Joined(weight) => rows(weight)?,
+                        Weight::Parts(weights) => match &weights[index] {
+                            PartWeight::Dense(weight) => weight.shallow_clone(),
+                            PartWeight::Nf4(nf4) => nf4.dequantize(self.kind)?,
+                        },
+                    };
+                    visit(&format!("{}.weight", part.name), &weight)?;
                     if let Some(bias) = &linear.bias {
                         visit(&format!("{}.bias", part.name), &rows(bias)?)?;
                     }

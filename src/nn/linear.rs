@@ -3,9 +3,10 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::nf4::{quantize_stored, read_nf4};
 use crate::io::Weights;
 use crate::io::adapter::InitLoraWeights;
-use crate::ops::{Linear, Lora, Part, RmsNorm};
+use crate::ops::{Linear, Lora, Nf4, Part, PartWeight, RmsNorm, Weight};
 
 /// Where values come from.
 pub enum Init<'a> {
@@ -18,16 +19,29 @@ pub enum Init<'a> {
     },
 }
 
+/// What a model's tensors become.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Dtype of the activations, and of the weights that are not in 4 bits.
+    pub kind: Kind,
+    pub device: Device,
+    /// Quantise every projection to NF4. Without effect on a checkpoint that is quantised already: what it keeps in 16
+    /// bits was kept so on purpose.
+    pub load_in_4bit: bool,
+}
+
 /// Makes tensors of one dtype on one device.
 pub struct Loader<'a> {
     pub init: Init<'a>,
-    pub kind: Kind,
-    pub device: Device,
+    pub options: LoadOptions,
 }
 
 impl Loader<'_> {
     /// A matrix `[rows, in]`, such as an embedding.
     pub fn matrix(&self, name: &str, shape: [i64; 2]) -> Result<Tensor> {
+        if let Some(weights) = self.quantized(name)? {
+            return read_nf4(weights, name, shape, self.options.device)?.dequantize(self.options.kind);
+        }
         self.expect(name, &shape)?;
         let tensor = self.empty(&shape)?;
         self.fill(name, &tensor, 0.0)?;
@@ -38,14 +52,10 @@ impl Loader<'_> {
     /// `<name>.bias`.
     pub fn linear(&self, parts: &[(String, i64)], in_features: i64, bias: bool) -> Result<Linear> {
         let total: i64 = parts.iter().map(|(_, rows)| rows).sum();
-        for (name, rows) in parts {
-            self.expect(&format!("{name}.weight"), &[*rows, in_features])?;
-        }
-        let weight = self.empty(&[total, in_features])?;
+        let weight = self.weight(parts, in_features, total)?;
         let bias = if bias { Some(self.empty(&[total])?) } else { None };
         let mut row = 0;
         for (name, rows) in parts {
-            self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
             if let Some(bias) = &bias {
                 self.fill(&format!("{name}.bias"), &bias.f_narrow(0, row, *rows)?, 0.0)?;
             }
@@ -54,6 +64,61 @@ impl Loader<'_> {
         let parts =
             parts.iter().map(|(name, rows)| Part { name: name.clone(), rows: *rows, lora: None }).collect();
         Ok(Linear { weight, bias, parts })
+    }
+
+    fn weight(&self, parts: &[(String, i64)], in_features: i64, total: i64) -> Result<Weight> {
+        let quantizes = self.options.load_in_4bit
+            && match &self.init {
+                Init::Checkpoint(weights) => !weights.is_quantized(),
+                Init::Random { .. } => true,
+            };
+        let mut any_quantized = quantizes;
+        for (name, rows) in parts {
+            let name = format!("{name}.weight");
+            if self.quantized(&name)?.is_some() {
+                any_quantized = true;
+            } else {
+                self.expect(&name, &[*rows, in_features])?;
+            }
+        }
+        if !any_quantized {
+            let weight = self.empty(&[total, in_features])?;
+            let mut row = 0;
+            for (name, rows) in parts {
+                self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
+                row += rows;
+            }
+            return Ok(Weight::Joined(weight));
+        }
+        let part = |(name, rows): &(String, i64)| -> Result<PartWeight> {
+            let (name, shape, device) = (format!("{name}.weight"), [*rows, in_features], self.options.device);
+            if let Some(weights) = self.quantized(&name)? {
+                return Ok(PartWeight::Nf4(read_nf4(weights, &name, shape, device)?));
+            }
+            match &self.init {
+                Init::Checkpoint(weights) if quantizes => {
+                    Ok(PartWeight::Nf4(quantize_stored(weights, &name, shape, device)?))
+                }
+                _ => {
+                    let dense = self.empty(&shape)?;
+                    self.fill(&name, &dense, 0.0)?;
+                    Ok(if quantizes {
+                        PartWeight::Nf4(Nf4::quantize(&dense)?)
+                    } else {
+                        PartWeight::Dense(dense)
+                    })
+                }
+            }
+        };
+        Ok(Weight::Parts(parts.iter().map(part).collect::<Result<_>>()?))
+    }
+
+    /// The checkpoint, if it has the weight `name` in 4 bits.
+    fn quantized(&self, name: &str) -> Result<Option<&Weights>> {
+        match &self.init {
+            Init::Checkpoint(weights) => Ok(weights.quant_state(name)?.map(|_| *weights)),
+            Init::Random { .. } => Ok(None),
+        }
     }
 
     /// A norm stored as `name`, `[size]`.
@@ -73,7 +138,7 @@ impl Loader<'_> {
     }
 
     fn empty(&self, shape: &[i64]) -> Result<Tensor> {
-        Ok(Tensor::f_empty(shape, (self.kind, self.device))?)
+        Ok(Tensor::f_empty(shape, (self.options.kind, self.options.device))?)
     }
 
     /// `vector_start` is what the elements of a random vector start as; matrices are drawn.
@@ -84,7 +149,7 @@ impl Loader<'_> {
                 let mut destination = destination.shallow_clone();
                 if destination.dim() == 1 {
                     let _ = destination.f_fill_(vector_start)?;
-                } else if *generator == self.device && self.device.is_cuda() {
+                } else if *generator == self.options.device && generator.is_cuda() {
                     let _ = destination.f_normal_(0.0, *std)?;
                 } else {
                     let drawn = Tensor::f_randn(destination.size(), (Kind::Float, Device::Cpu))?;
@@ -99,7 +164,25 @@ impl Loader<'_> {
 impl Linear {
     /// Input width.
     pub fn in_features(&self) -> i64 {
-        self.weight.size()[1]
+        match &self.weight {
+            Weight::Joined(weight) => weight.size()[1],
+            Weight::Parts(weights) => match &weights[0] {
+                PartWeight::Dense(weight) => weight.size()[1],
+                PartWeight::Nf4(nf4) => nf4.shape[1],
+            },
+        }
+    }
+
+    /// The weights that are not in 4 bits.
+    pub fn dense_weights(&self) -> Vec<&Tensor> {
+        match &self.weight {
+            Weight::Joined(weight) => vec![weight],
+            Weight::Parts(weights) => weights.iter().filter_map(PartWeight::dense).collect(),
+        }
+    }
+
+    pub fn is_quantized(&self) -> bool {
+        matches!(&self.weight, Weight::Parts(_))
     }
 
     /// First row of each part.
@@ -109,6 +192,15 @@ impl Linear {
             *row += part.rows;
             Some((first, part))
         })
+    }
+}
+
+impl PartWeight {
+    fn dense(&self) -> Option<&Tensor> {
+        match self {
+            PartWeight::Dense(weight) => Some(weight),
+            PartWeight::Nf4(_) => None,
+        }
     }
 }
 

@@ -2,8 +2,10 @@
 
 mod kv_cache;
 mod linear;
+mod nf4;
 mod rope;
 
 pub use kv_cache::KvCache;
-pub use linear::{Init, Loader};
+pub use linear::{Init, LoadOptions, Loader};
+pub use nf4::quantize_stored;
 pub use rope::{Rope, RopeScaling};

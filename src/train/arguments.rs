@@ -62,6 +62,10 @@ pub struct TrainingArguments {
     /// Start from random weights: only config.json and the tokenizer are read (implies --full-finetuning)
     #[arg(long, help_heading = MODEL)]
     pub from_scratch: bool,
+    /// Quantise the weights of the layers to 4 bits (NF4) while they load, and train LoRA on them (QLoRA); a checkpoint in
+    /// 4 bits needs no flag
+    #[arg(long, help_heading = MODEL)]
+    pub load_in_4bit: bool,
     /// Type of weights and activations
     #[arg(long, help_heading = MODEL, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -375,6 +379,10 @@ impl TrainingArguments {
         refuse(
             self.text_column.is_some() && self.template.is_some(),
             "--text-column and --template: give one of them",
+        )?;
+        refuse(
+            self.load_in_4bit && self.trains_all_weights(),
+            "--load-in-4bit and --full-finetuning: 4-bit weights do not train; leave one of them out",
         )?;
         refuse(
             self.overwrite_output_dir && self.resume_from_checkpoint.is_some(),

@@ -1,0 +1,5 @@
+//! Models in the formats that other programs read.
+
+mod quantize;
+
+pub use quantize::{Quantized, quantize};
