@@ -15,6 +15,8 @@ fn main() {
     // One translation unit: libtorch's headers are nearly all of the compile time, 10 s a file.
     let stems = [
         "attention",
+        "attention_formula",
+        "attention_fused",
         "blocks",
         "cpu",
         "cross_entropy",
@@ -28,6 +30,7 @@ fn main() {
         "rms_norm",
         "rope",
         "row",
+        "segments",
         "swiglu",
     ];
     let unit = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("csrc.cpp");

@@ -1,9 +1,9 @@
 // Scaled dot-product attention, arXiv:1706.03762; grouped queries, arXiv:2305.13245.
-// Each segment is one call of ATen's fused kernel. Where that kernel lacks something (sliding window, softcap, queries
-// behind a cache), queries go in chunks against just the keys they can see, so memory is O(chunk * (window + chunk)).
+// f32 on the CPU has kernels of its own and 16 bits there ATen's; the GPU's are chosen in attention_fused.cpp; f64 is the
+// formula. Behind a cache, and where ATen's kernel lacks something, queries go in chunks against just the keys they can
+// see, so memory is O(chunk * (window + chunk)).
 #include "ferrotune/csrc/attention.h"
 
-#include <ATen/ops/_flash_attention_forward.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include "ferrotune/csrc/cpu.h"
@@ -82,11 +82,11 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Attention
 
 // f32 on the CPU, by kernels/cpu/attention.h: each segment and key/value head by itself, the scores of 32 queries at a time.
 struct CpuAttentionLoops {
-  static Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+  static Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                           const AttentionSpec& spec) {
     const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
     Tensor out = at::empty({n, heads * dim}, q.options()), lse = at::empty({heads, n}, q.options());
-    each(q, k, v, lse, cu_seqlens, spec,
+    each(q, k, v, lse, segments.cu_seqlens(), spec,
          [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
            kernels.attention_forward(part, out.mutable_data_ptr<float>() + (start * heads + head * part.group) * dim,
                                      heads * dim, scratch);
@@ -95,13 +95,13 @@ struct CpuAttentionLoops {
   }
 
   static void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
-                       const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
-                       const Tensor& dk, const Tensor& dv) {
+                       const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
+                       const Tensor& dv) {
     const int64_t heads = q.size(1), dim = q.size(2);
     const int64_t dq_stride = dq.stride(0), dk_stride = dk.stride(0), dv_stride = dv.stride(0);
     dk.zero_();
     dv.zero_();
-    each(q, k, v, attended.lse, cu_seqlens, spec,
+    each(q, k, v, attended.lse, segments.cu_seqlens(), spec,
          [&](const CpuKernels& kernels, const CpuAttention& part, int64_t start, int64_t head, float* scratch) {
            const int64_t at = (start * heads + head * part.group) * dim;
            kernels.attention_backward(part, attended.out.const_data_ptr<float>() + at, d_out.const_data_ptr<float>() + at,
@@ -156,69 +156,49 @@ bool by_cpu_loops(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 // By ATen's ops, which record themselves where autograd is on.
-Tensor attention_by_aten(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+Tensor attention_by_aten(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                          const AttentionSpec& spec) {
-  const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2);
-  const int64_t segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
-  int64_t longest = 0, shortest = n;
-  for (int64_t s = 0; s < segments; ++s) {
-    longest = std::max<int64_t>(longest, cu_seqlens[s + 1] - cu_seqlens[s]);
-    shortest = std::min<int64_t>(shortest, cu_seqlens[s + 1] - cu_seqlens[s]);
-  }
-  if (longest == shortest) {
+  const int64_t n = q.size(0), heads = q.size(1), dim = q.size(2), longest = segments.longest();
+  if (segments.equal()) {
     const auto batched = [&](const Tensor& x) {
-      return x.view({segments, longest, x.size(1), dim}).transpose(1, 2);
+      return x.view({segments.count(), longest, x.size(1), dim}).transpose(1, 2);
     };
     return attend(batched(q), batched(k), batched(v), spec).transpose(1, 2).reshape({n, heads * dim});
   }
-  const bool sixteen_bit = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
-  if (q.is_cuda() && sixteen_bit && spec.softcap == 0 && dim <= 256 && dim % 8 == 0) {
-    const Tensor cu = at::tensor(at::ArrayRef<int32_t>(cu_seqlens), at::kInt).to(q.device());
-    std::optional<int64_t> left, right;
-    if (spec.window > 0) {
-      left = spec.window - 1;
-      right = 0;
-    }
-    const auto result =
-        at::_flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, true, false, spec.scale, left, right);
-    return std::get<0>(result).reshape({n, heads * dim});
-  }
   // split_with_sizes and not narrow: its backward is one concatenation.
-  std::vector<int64_t> lengths;
-  for (int64_t s = 0; s < segments; ++s) lengths.push_back(cu_seqlens[s + 1] - cu_seqlens[s]);
+  const std::vector<int64_t> lengths = segments.lengths();
   const auto qs = q.split_with_sizes(lengths), ks = k.split_with_sizes(lengths), vs = v.split_with_sizes(lengths);
   TensorList rows;
-  for (int64_t s = 0; s < segments; ++s) {
+  for (size_t s = 0; s < lengths.size(); ++s) {
     const Tensor y = attend(heads_first(qs[s]), heads_first(ks[s]), heads_first(vs[s]), spec);
     rows.push_back(y.squeeze(0).transpose(0, 1).reshape({lengths[s], heads * dim}));
   }
   return at::cat(rows, 0);
 }
 
+bool by_aten(const Tensor& q) { return !q.is_cuda() && q.scalar_type() != at::kDouble; }
+
 }  // namespace
 
-Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                            const AttentionSpec& spec) {
-  const int64_t n = q.size(0), segments = static_cast<int64_t>(cu_seqlens.size()) - 1;
-  TORCH_CHECK(segments >= 1 && cu_seqlens.front() == 0 && cu_seqlens.back() == n,
-              "attention: cu_seqlens must run from 0 to the ", n, " rows of q");
-  for (int64_t s = 0; s < segments; ++s) {
-    TORCH_CHECK(cu_seqlens[s + 1] > cu_seqlens[s], "attention: segment ", s, " is empty");
-  }
-  if (by_cpu_loops(q, k, v)) return CpuAttentionLoops::forward(q, k, v, cu_seqlens, spec);
-  return {attention_by_aten(q, k, v, cu_seqlens, spec), Tensor()};
+  TORCH_CHECK(segments.rows() == q.size(0), "attention: cu_seqlens must run from 0 to the ", q.size(0), " rows of q");
+  if (by_cpu_loops(q, k, v)) return CpuAttentionLoops::forward(q, k, v, segments, spec);
+  if (by_aten(q)) return {attention_by_aten(q, k, v, segments, spec), Tensor()};
+  return attention_fused(q, k, v, segments, spec);
 }
 
 void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
-                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
-                        const Tensor& dk, const Tensor& dv) {
+                        const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
+                        const Tensor& dv) {
   if (by_cpu_loops(q, k, v)) {
-    return CpuAttentionLoops::backward(d_out.contiguous(), q, k, v, attended, cu_seqlens, spec, dq, dk, dv);
+    return CpuAttentionLoops::backward(d_out.contiguous(), q, k, v, attended, segments, spec, dq, dk, dv);
   }
+  if (!by_aten(q)) return attention_fused_backward(d_out, q, k, v, attended, segments, spec, dq, dk, dv);
   const at::AutoGradMode recording(true);
   const auto fresh = [](const Tensor& x) { return x.detach().set_requires_grad(true); };
   const variable_list inputs{fresh(q), fresh(k), fresh(v)};
-  const Tensor out = attention_by_aten(inputs[0], inputs[1], inputs[2], cu_seqlens, spec);
+  const Tensor out = attention_by_aten(inputs[0], inputs[1], inputs[2], segments, spec);
   const variable_list found = torch::autograd::grad({out}, inputs, {d_out});
   const at::NoGradGuard writing;
   dq.copy_(found[0]);
@@ -229,20 +209,22 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
 namespace {
 
 struct AttentionNode : Function<AttentionNode> {
+  using Where = std::pair<std::shared_ptr<Segments>, AttentionSpec>;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec) {
-    const Attended attended = attention_forward(q, k, v, cu_seqlens, spec);
+                        const std::shared_ptr<Segments>& segments, const AttentionSpec& spec) {
+    const Attended attended = attention_forward(q, k, v, *segments, spec);
     ctx->save_for_backward({q, k, v, attended.out, attended.lse});
-    ctx->saved_data["where"] = hold(std::make_pair(cu_seqlens, spec));
+    ctx->saved_data["where"] = hold(Where(segments, spec));
     return attended.out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto [cu_seqlens, spec] = held<std::pair<std::vector<int32_t>, AttentionSpec>>(ctx->saved_data["where"]);
+    const auto [segments, spec] = held<Where>(ctx->saved_data["where"]);
     variable_list result(5);
     for (int i = 0; i < 3; ++i) result[i] = at::empty(saved[i].sizes(), saved[i].options());
-    attention_backward(grads[0], saved[0], saved[1], saved[2], {saved[3], saved[4]}, cu_seqlens, spec, result[0], result[1],
+    attention_backward(grads[0], saved[0], saved[1], saved[2], {saved[3], saved[4]}, *segments, spec, result[0], result[1],
                        result[2]);
     return result;
   }
@@ -250,9 +232,9 @@ struct AttentionNode : Function<AttentionNode> {
 
 }  // namespace
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::shared_ptr<Segments>& segments,
                  const AttentionSpec& spec) {
-  return AttentionNode::apply(q, k, v, cu_seqlens, spec);
+  return AttentionNode::apply(q, k, v, segments, spec);
 }
 
 Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_v, const KvView& cache,
@@ -277,10 +259,9 @@ Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_
 }
 
 std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     rust::Slice<const std::int32_t> cu_seqlens, double scale, double softcap,
+                                     std::shared_ptr<Segments> segments, double scale, double softcap,
                                      std::int64_t window) {
-  return std::make_unique<Tensor>(attention(q, k, v, std::vector<int32_t>(cu_seqlens.begin(), cu_seqlens.end()),
-                                            AttentionSpec{scale, softcap, window}));
+  return std::make_unique<Tensor>(attention(q, k, v, segments, AttentionSpec{scale, softcap, window}));
 }
 
 }  // namespace ferrotune

@@ -1,7 +1,7 @@
 // Causal self-attention over flat batches and over a KV cache.
 #pragma once
 
-#include "ferrotune/csrc/ops.h"
+#include "ferrotune/csrc/segments.h"
 
 namespace ferrotune {
 
@@ -16,19 +16,31 @@ struct Attended {
   Tensor lse;  // log sum exp of the scores, in the shape of the path that made it; undefined where that keeps none
 };
 
-// q [N, H, D], k and v [N, K, D] -> [N, H*D]. Row i of segment s attends to rows cu_seqlens[s]..=i.
-// cu_seqlens starts at 0 and ends at N. No [N, N] mask is built. Takes part in autograd.
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+// q [N, H, D], k and v [N, K, D] -> [N, H*D]. A row attends to the rows of its own segment up to itself. No [N, N] mask is
+// built. Takes part in autograd.
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::shared_ptr<Segments>& segments,
                  const AttentionSpec& spec);
 
 // The same without autograd.
-Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int32_t>& cu_seqlens,
+Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                            const AttentionSpec& spec);
 
 // Writes dq, dk and dv, whose token strides are free.
 void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
-                        const std::vector<int32_t>& cu_seqlens, const AttentionSpec& spec, const Tensor& dq,
-                        const Tensor& dk, const Tensor& dv);
+                        const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
+                        const Tensor& dv);
+
+// ---- attention_formula.cpp and attention_fused.cpp: the same, by the formula and by a kernel of the GPU
+Attended attention_formula(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                           const AttentionSpec& spec);
+void attention_formula_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                const Attended& attended, const Segments& segments, const AttentionSpec& spec,
+                                const Tensor& dq, const Tensor& dk, const Tensor& dv);
+Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                         const AttentionSpec& spec);
+void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Attended& attended, const Segments& segments, const AttentionSpec& spec,
+                              const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
 // The keys and values of the first `past` positions of a sequence; [K, capacity, D] each.
 struct KvView {

@@ -48,7 +48,7 @@ struct AttentionBlock {
   KvView cache;
   int64_t heads, kv_heads, head_dim;
   AttentionSpec spec;
-  std::vector<int32_t> cu_seqlens;
+  std::shared_ptr<Segments> segments;
 
   struct Kept {
     Tensor rstd, normed, qkv_z;       // normed: the input of qkv
@@ -109,7 +109,7 @@ struct AttentionBlock {
     if (cache.k.defined()) {
       k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
     } else {
-      const Attended attended = attention_forward(q, key, value_rows(k.projected), cu_seqlens, spec);
+      const Attended attended = attention_forward(q, key, value_rows(k.projected), *segments, spec);
       k.attended = attended.out;
       k.lse = attended.lse;
     }
@@ -132,7 +132,7 @@ struct AttentionBlock {
     const bool normed = q_norm.weight.defined();
     const Tensor d_qk = normed ? at::empty(k.qk.sizes(), k.qk.options()) : query_key_rows(d_projected);
     const Tensor dq = d_qk.narrow(1, 0, heads), dk = d_qk.narrow(1, heads, kv_heads);
-    attention_backward(d_attended, q, key, value_rows(k.projected), {k.attended, k.lse}, cu_seqlens, spec, dq, dk,
+    attention_backward(d_attended, q, key, value_rows(k.projected), {k.attended, k.lse}, *segments, spec, dq, dk,
                        value_rows(d_projected));
     rotate_into(d_qk, d_qk, cos, sin, true);
     if (normed) {
@@ -266,7 +266,7 @@ std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, c
                        attention.num_kv_heads,
                        attention.head_dim,
                        AttentionSpec{attention.scale, attention.softcap, attention.window},
-                       std::vector<int32_t>(attention.cu_seqlens.begin(), attention.cu_seqlens.end())};
+                       attention.segments};
   return std::make_unique<Tensor>(run(std::move(block), x, policy));
 }
 

@@ -37,6 +37,8 @@ struct AdamWStep;
 enum class Activation : std::uint8_t;
 enum class Policy : std::uint8_t;
 
+class Segments;
+
 using TensorList = std::vector<Tensor>;
 std::unique_ptr<TensorList> tensor_list();
 void push(TensorList& list, const Tensor& tensor);
@@ -72,7 +74,7 @@ std::unique_ptr<Tensor> op_rope(const Tensor& x, const Tensor& cos, const Tensor
 std::unique_ptr<Tensor> op_swiglu(const Tensor& gate_up, Activation activation);
 std::unique_ptr<Tensor> op_linear(const Tensor& x, const LinearView& linear);
 std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     rust::Slice<const std::int32_t> cu_seqlens, double scale, double softcap,
+                                     std::shared_ptr<Segments> segments, double scale, double softcap,
                                      std::int64_t window);
 
 // ---- cross_entropy.cpp

@@ -2,17 +2,20 @@
 // [N, V] f32, z = cap(s), cap(s) = c tanh(s / c) or s, y the label,
 //   loss = logsumexp(z) - z_y      ds = (softmax(z) - onehot(y)) (1 - (z / c)^2)
 // Fuses the cap, log-softmax, gather, exponential, one-hot and the rounding to the dtype of the products, some ten
-// kernels over [N, V] in plain libtorch. Moves: read s twice, 8 N V bytes (the second time from the L2 cache where a
-// row stays there), write ds once, N V elements of the products' dtype. Between a product that writes s and one that
-// reads ds of 4 C N V operations together, that is a few percent of the time.
+// kernels over [N, V] in plain libtorch. Moves: read s, 4 N V bytes, write ds, N V elements of the products' dtype. A row
+// is read twice, but little of it from memory: its start is kept in shared memory, its end is still in the L2 cache when
+// the second reading, from the end to the start, comes to it.
 //
 // A confident row loses nothing: with lse' the logsumexp of all words but y and d = lse' - z_y,
 //   loss = log(1 + e^d)      p_y - 1 = -1 / (1 + e^-d)
 // so that neither is the difference of two large numbers.
 //
-// ds [N, V] lies in the rows of s, 4 V bytes apart, from each row's start. A tile of a row is in registers before any
-// thread writes: 16-bit elements [a, b) cover the f32 elements [a/2, b/2), which belong to this tile or to earlier ones.
+// ds [N, V] lies in the rows of s, 4 V bytes apart, up to each row's end, so that nothing is overwritten before it was
+// read: the second reading goes backwards by tiles, a tile is in registers before any thread writes, and 16-bit elements
+// [a, b) cover the f32 elements [(V + a) / 2, (V + b) / 2), which belong to this tile or to later ones.
 #include <math_constants.h>
+
+#include <algorithm>
 
 #include "vector.cuh"
 
@@ -52,6 +55,21 @@ __device__ inline Sum block_merge(Sum sum) {
   return sum;
 }
 
+// Adds kWidth values.
+template <int kWidth>
+__device__ inline void add(Sum& sum, const float (&z)[kWidth]) {
+  float m = sum.m;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) m = fmaxf(m, z[i]);
+  if (m > sum.m) {
+    sum.s *= expf(sum.m - m);
+    sum.m = m;
+  }
+  if (m == -CUDART_INF_F) return;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sum.s += expf(z[i] - m);
+}
+
 template <bool kCapped>
 __device__ inline float cap(float s, float softcap) {
   return kCapped ? softcap * tanhf(s / softcap) : s;
@@ -60,15 +78,36 @@ __device__ inline float cap(float s, float softcap) {
 // log(1 + e^d), for large d without overflow.
 __device__ inline float softplus(float d) { return fmaxf(d, 0.0f) + log1pf(expf(-fabsf(d))); }
 
+// What the sum over all words but the label, and the label's z, make of a row.
+struct Outcome {
+  float loss, m, inverse, at_label;  // p = e^(z - m) inverse, but p - 1 at the label
+
+  __device__ Outcome(Sum others, float target) {
+    const float d = others.m - target + logf(others.s);
+    loss = softplus(d);
+    m = fmaxf(others.m, target);
+    inverse = 1.0f / (others.s * expf(others.m - m) + expf(target - m));
+    at_label = -1.0f / (1.0f + expf(-d));
+  }
+
+  template <bool kCapped>
+  __device__ float ds(float z, bool label, float softcap) const {
+    const float dz = label ? at_label : expf(z - m) * inverse;
+    return kCapped ? dz * (1.0f - (z / softcap) * (z / softcap)) : dz;
+  }
+};
+
 template <typename T, int kWidth, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1)
     cross_entropy_kernel(float* __restrict__ logits, const int64_t* __restrict__ labels, float* __restrict__ losses,
-                         int64_t N, int64_t V, float softcap, bool gradient) {
-  constexpr int kTile = kThreads * kPieces;  // vectors
+                         int64_t N, int64_t V, float softcap, bool gradient, int64_t kept) {
+  extern __shared__ __align__(16) char shared[];
+  auto* start = reinterpret_cast<Vector<float, kWidth>*>(shared);  // the first `kept` vectors of the row
+  constexpr int kTile = kThreads * kPieces;                        // vectors
   const int64_t vectors = V / kWidth;
   for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
     float* s = logits + row * V;
-    T* ds = reinterpret_cast<T*>(s);
+    T* ds = reinterpret_cast<T*>(s + V) - V;
     const int64_t label = labels[row];
     if (label < 0) {
       // No target: no loss, no gradient.
@@ -88,37 +127,26 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int p = 0; p < kPieces; ++p) {
         const int64_t vector = first + p * kThreads;
         if (vector >= vectors) continue;
-        float z[kWidth], m = sum.m;
+        if (vector < kept) start[vector] = piece[p];
+        float z[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           z[i] = vector * kWidth + i == label ? -CUDART_INF_F : cap<kCapped>(piece[p].v[i], softcap);
-          m = fmaxf(m, z[i]);
         }
-        if (m > sum.m) {
-          sum.s *= expf(sum.m - m);
-          sum.m = m;
-        }
-        if (m == -CUDART_INF_F) continue;
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum.s += expf(z[i] - m);
+        add(sum, z);
       }
     }
     const float target = cap<kCapped>(s[label], softcap);
     sum = block_merge(sum);
-    const float d = sum.m - target + logf(sum.s);
-    if (threadIdx.x == 0) losses[row] = softplus(d);
+    const Outcome outcome(sum, target);
+    if (threadIdx.x == 0) losses[row] = outcome.loss;
     if (!gradient) continue;
-
-    // p = e^(z - m) / total, the total with the label's own term.
-    const float m = fmaxf(sum.m, target);
-    const float inverse = 1.0f / (sum.s * expf(sum.m - m) + expf(target - m));
-    const float at_label = -1.0f / (1.0f + expf(-d));
-    for (int64_t base = 0; base < vectors; base += kTile) {
+    for (int64_t base = (vectors - 1) / kTile * kTile; base >= 0; base -= kTile) {
       Vector<float, kWidth> piece[kPieces];
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
         const int64_t vector = base + threadIdx.x + p * kThreads;
-        if (vector < vectors) piece[p] = load<kWidth>(s, vector);
+        if (vector < vectors) piece[p] = vector < kept ? start[vector] : load<kWidth>(s, vector);
       }
       __syncthreads();
 #pragma unroll
@@ -129,14 +157,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const float z = cap<kCapped>(piece[p].v[i], softcap);
-          float g = vector * kWidth + i == label ? at_label : expf(z - m) * inverse;
-          if (kCapped) g *= 1.0f - (z / softcap) * (z / softcap);
-          out.v[i] = from_float<T>(g);
+          out.v[i] = from_float<T>(outcome.ds<kCapped>(z, vector * kWidth + i == label, softcap));
         }
         store<kWidth>(ds, vector, out);
       }
     }
   }
+}
+
+// ---- launchers
+
+// Of the shared memory that a block may have, less what block_merge takes.
+int kept_bytes() {
+  int device = 0, limit = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return std::max(limit - 1024, 0);
 }
 
 }  // namespace
@@ -150,14 +186,19 @@ extern "C" int cross_entropy(float* logits, const int64_t* labels, float* losses
   return with_type(dtype, [&](auto t) -> int {
     using T = decltype(t);
     const auto launch = [&](auto width, auto capped) -> int {
-      cross_entropy_kernel<T, decltype(width)::value, decltype(capped)::value != 0>
-          <<<grid_x(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, labels, losses, N, V, softcap,
-                                                                          gradient != 0);
+      constexpr int kWidth = decltype(width)::value;
+      const auto kernel = cross_entropy_kernel<T, kWidth, decltype(capped)::value != 0>;
+      const int64_t fitting = std::min<int64_t>(gradient ? kept_bytes() / (4 * kWidth) : 0, V / kWidth);
+      const auto bytes = static_cast<int>(fitting * 4 * kWidth);
+      const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error != cudaSuccess) return error;
+      kernel<<<grid_x(N), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(logits, labels, losses, N, V, softcap,
+                                                                               gradient != 0, fitting);
       return cudaGetLastError();
     };
     const auto with_width = [&](auto width) -> int {
       return softcap > 0 ? launch(width, Width<1>{}) : launch(width, Width<0>{});
     };
-    return V % 4 == 0 && aligned16(logits) ? with_width(Width<4>{}) : with_width(Width<1>{});
+    return V % 8 == 0 && aligned16(logits) ? with_width(Width<4>{}) : with_width(Width<1>{});
   });
 }

@@ -59,7 +59,7 @@ pub(crate) mod bridge {
         k_norm: NormView<'a>,
         cos: &'a Tensor,
         sin: &'a Tensor,
-        cu_seqlens: &'a [i32],
+        segments: SharedPtr<Segments>,
         cache_k: &'a Tensor,
         cache_v: &'a Tensor,
         past: i64,
@@ -143,6 +143,7 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/ops.h");
         include!("ferrotune/csrc/device.h");
         include!("ferrotune/csrc/kernels.h");
+        include!("ferrotune/csrc/segments.h");
         include!("ferrotune/csrc/cuda_library.h");
         include!("ferrotune/csrc/profile.h");
 
@@ -177,6 +178,8 @@ pub(crate) mod bridge {
 
         type Tensor;
         type TensorList;
+        type Segments;
+        fn segments(cu_seqlens: &[i32], starts: &Tensor) -> Result<SharedPtr<Segments>>;
 
         fn tensor_list() -> UniquePtr<TensorList>;
         fn push(list: Pin<&mut TensorList>, tensor: &Tensor);
@@ -208,7 +211,7 @@ pub(crate) mod bridge {
             q: &Tensor,
             k: &Tensor,
             v: &Tensor,
-            cu_seqlens: &[i32],
+            segments: SharedPtr<Segments>,
             scale: f64,
             softcap: f64,
             window: i64,

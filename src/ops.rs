@@ -5,6 +5,7 @@
 //! names them. On the CPU each op is its plain ATen formula in any float dtype, f64 included.
 
 use anyhow::{Result, anyhow};
+use cxx::SharedPtr;
 use tch::Tensor;
 
 pub use crate::ffi::bridge::{Activation, Policy};
@@ -96,13 +97,29 @@ pub struct LayerCache<'a> {
     pub past: i64,
 }
 
+/// The samples of a flat batch; rows attend only to rows of their own. Made once a batch: what kernels read of it stays on
+/// the device.
+pub struct Segments(SharedPtr<bridge::Segments>);
+
+impl Segments {
+    /// `cu_seqlens` are the rows where the samples start, then N.
+    pub fn new(cu_seqlens: &[i32], device: tch::Device) -> Result<Segments> {
+        let mut starts: Vec<i64> = cu_seqlens.iter().map(|&row| i64::from(row)).collect();
+        // Kernels are built for powers of two of samples.
+        let count = cu_seqlens.len().saturating_sub(1).next_power_of_two();
+        starts.resize(count + 1, starts.last().copied().unwrap_or(0));
+        let starts = crate::device::upload(&starts, device)?;
+        bridge::segments(cu_seqlens, ffi::borrow(&starts)).map(Segments).map_err(op_error)
+    }
+}
+
 /// Where the rows of a batch stand.
 pub struct Rows<'a> {
     /// `[N, R/2]`, f32 (f64 in an f64 model).
     pub cos: &'a Tensor,
     pub sin: &'a Tensor,
-    /// Starts of the segments, then N. Rows see only their own segment. Not used with a cache.
-    pub cu_seqlens: &'a [i32],
+    /// Not used with a cache.
+    pub segments: &'a Segments,
 }
 
 /// Names one draw of dropout masks; with the module's number it is the key of the counter-based generator.
@@ -178,14 +195,14 @@ pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    cu_seqlens: &[i32],
+    segments: &Segments,
     spec: &AttentionSpec,
 ) -> Result<Tensor> {
     checked(bridge::op_attention(
         ffi::borrow(q),
         ffi::borrow(k),
         ffi::borrow(v),
-        cu_seqlens,
+        segments.0.clone(),
         spec.scale,
         spec.softcap.unwrap_or(0.0),
         spec.sliding_window.unwrap_or(0),
@@ -230,7 +247,7 @@ pub fn attention_block(
         k_norm: norm_view(block.k_norm, &absent),
         cos: ffi::borrow(rows.cos),
         sin: ffi::borrow(rows.sin),
-        cu_seqlens: rows.cu_seqlens,
+        segments: rows.segments.0.clone(),
         cache_k: ffi::borrow(cache_k),
         cache_v: ffi::borrow(cache_v),
         past,

@@ -1,8 +1,9 @@
 //! The f32 kernels of the CPU (kernels/cpu) against the f64 formulas, at shapes around the borders of their tiles.
 
-use ferrotune::ops::{self, AttentionSpec, DropoutKey, Linear, Lora, Part, Pass, Targets, Weight};
+use ferrotune::ops::{self, AttentionSpec, DropoutKey, Linear, Lora, Part, Pass, Segments, Targets, Weight};
 use tch::{Device, Kind, Tensor};
 
+use crate::attention::plain_attention;
 use crate::ops::{Op, check};
 
 fn random(shape: &[i64]) -> Tensor {
@@ -13,27 +14,6 @@ fn check_cpu(op: &Op) {
     for kind in [Kind::Double, Kind::Float] {
         check(op, kind, Device::Cpu);
     }
-}
-
-/// Attention inside segments by its definition.
-pub fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -> Tensor {
-    let rows = cu_seqlens.windows(2).map(|segment| {
-        let (start, length) = (i64::from(segment[0]), i64::from(segment[1] - segment[0]));
-        let heads_first = |x: &Tensor| x.narrow(0, start, length).transpose(0, 1);
-        let group = spec.num_heads / spec.num_kv_heads;
-        let repeat = |x: &Tensor| heads_first(x).repeat_interleave_self_int(group, 0, None);
-        let mut scores = heads_first(&t[0]).matmul(&repeat(&t[1]).transpose(1, 2)) * spec.scale;
-        if let Some(softcap) = spec.softcap {
-            scores = (scores / softcap).tanh() * softcap;
-        }
-        let ones = Tensor::ones([length, length], (Kind::Bool, scores.device()));
-        let window = spec.sliding_window.unwrap_or(length);
-        let visible = ones.tril(0).logical_and(&ones.triu(1 - window));
-        let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
-        let y = scores.softmax(-1, scores.kind()).matmul(&repeat(&t[2]));
-        y.transpose(0, 1).reshape([length, -1])
-    });
-    Tensor::cat(&rows.collect::<Vec<_>>(), 0)
 }
 
 #[test]
@@ -63,7 +43,9 @@ fn attention_agrees_with_its_definition() {
                 ),
                 inputs: vec![rows(num_heads), rows(num_kv_heads), rows(num_kv_heads)],
                 trained: 3,
-                ours: Box::new(move |t| ops::attention(&t[0], &t[1], &t[2], &cu, &spec).unwrap()),
+                ours: Box::new(move |t| {
+                    ops::attention(&t[0], &t[1], &t[2], &Segments::new(&cu, Device::Cpu).unwrap(), &spec).unwrap()
+                }),
                 plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
             });
         }

@@ -7,12 +7,12 @@ use std::process::Command;
 use std::time::Instant;
 
 use ferrotune::device::{self, Choice};
-use ferrotune::ops::{self, Activation, AttentionSpec, Policy};
+use ferrotune::ops::{self, Activation, AttentionSpec, Policy, Segments, Targets};
 use tch::{Device, Kind, Tensor};
 
-use crate::cpu::plain_attention;
+use crate::attention::{attentions, check_one_row};
 use crate::golden::{self, Flat, checkpoints, load_on, logits, root};
-use crate::ops::{Op, check, check_empty, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
+use crate::ops::{check, check_empty, check_log_probs, norm, ops, plain_rms_norm, plain_rope, plain_swiglu};
 use crate::parity::{cases, gradients_of};
 use crate::tolerance::{What, assert_close, f64_on_cpu};
 
@@ -86,6 +86,9 @@ fn torch_before_init() {
 fn kernels_agree_with_formulas() {
     let Some(device) = gpu("kernels against formulas") else { return };
     check_empty(device);
+    for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
+        check_log_probs(kind, device);
+    }
     for op in ops() {
         for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
             check(&op, kind, device);
@@ -96,34 +99,11 @@ fn kernels_agree_with_formulas() {
 #[test]
 fn attention_agrees_with_its_definition() {
     let Some(device) = gpu("attention") else { return };
-    for (cu_seqlens, softcap, sliding_window) in [
-        (vec![0, 64, 128], None, None),
-        (vec![0, 3, 300, 301, 333], None, None),
-        (vec![0, 300, 333], None, Some(40)),
-        (vec![0, 300, 600], None, Some(40)),
-        (vec![0, 280, 333], Some(30.0), Some(40)),
-        (vec![0, 280, 333], Some(30.0), None),
-    ] {
-        let n = i64::from(*cu_seqlens.last().unwrap());
-        let spec = AttentionSpec {
-            num_heads: 8,
-            num_kv_heads: 2,
-            head_dim: 64,
-            scale: 0.125,
-            softcap,
-            sliding_window,
-        };
-        let random = |heads| Tensor::randn([n, heads, 64], (Kind::Double, Device::Cpu));
-        let (cu, cu_plain, spec_plain) = (cu_seqlens.clone(), cu_seqlens.clone(), spec.clone());
-        let op = Op {
-            label: format!("attention {cu_seqlens:?}, softcap {softcap:?}, window {sliding_window:?}"),
-            inputs: vec![random(8), random(2), random(2)],
-            trained: 3,
-            ours: Box::new(move |t| ops::attention(&t[0], &t[1], &t[2], &cu, &spec).unwrap()),
-            plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
-        };
-        check(&op, Kind::Double, Device::Cpu);
-        for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+    for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
+        check_one_row(kind, device);
+    }
+    for op in attentions() {
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
             check(&op, kind, device);
         }
     }
@@ -405,5 +385,123 @@ fn fused_ops_beat_plain_libtorch() {
         );
         let wins = ours_forward < plain_forward && ours_time < plain_time && ours_peak <= plain_peak;
         assert!(wins, "{} does not beat plain libtorch", row.label);
+    }
+}
+
+/// Causal attention of libtorch over samples of one length, by the kernel it chooses: q `[N, H, D]`, k and v `[N, K, D]`.
+fn torch_attention(q: &Tensor, k: &Tensor, v: &Tensor, length: i64) -> Tensor {
+    let by_head = |x: &Tensor| x.view([-1, length, x.size()[1], x.size()[2]]).transpose(1, 2);
+    let y = Tensor::scaled_dot_product_attention::<Tensor>(
+        &by_head(q),
+        &by_head(k),
+        &by_head(v),
+        None,
+        0.0,
+        true,
+        None,
+        true,
+    );
+    y.transpose(1, 2).reshape([q.size()[0], -1])
+}
+
+/// TFLOP/s of attention, counting the pairs that are seen: 4 H D operations a pair forward, 10 backward.
+#[test]
+fn attention_speed() {
+    let Some(device) = gpu("speed of attention") else { return };
+    println!("{}; bf16, 32 heads of 128 on 8 unless said", device::describe(device));
+    println!(
+        "                                             forward  fwd+bwd   libtorch: forward  fwd+bwd  TFLOP/s"
+    );
+    let ragged = |n: i32| vec![0, n / 2, n * 45 / 64, n * 55 / 64, n * 61 / 64, n];
+    for (label, cu_seqlens, heads, kv_heads, head_dim, softcap, sliding_window) in [
+        ("2 x 2048", vec![0, 2048, 4096], 32, 8, 128, None, None),
+        ("4096 as 2000, 2096", vec![0, 2000, 4096], 32, 8, 128, None, None),
+        ("4096 packed", ragged(4096), 32, 8, 128, None, None),
+        ("1 x 16384", vec![0, 16384], 32, 8, 128, None, None),
+        ("16384 packed", ragged(16384), 32, 8, 128, None, None),
+        ("1 x 16384, window 4096", vec![0, 16384], 32, 8, 128, None, Some(4096)),
+        ("2 x 4096, 16 of 256, softcap", vec![0, 4096, 8192], 16, 8, 256, Some(50.0), None),
+        ("8192 packed, 16 of 256, softcap", ragged(8192), 16, 8, 256, Some(50.0), None),
+        ("1 x 16384, 16 of 256, softcap, window 4096", vec![0, 16384], 16, 8, 256, Some(50.0), Some(4096)),
+    ] {
+        let n = i64::from(*cu_seqlens.last().unwrap());
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let (num_heads, num_kv_heads) = (heads, kv_heads);
+        let spec = AttentionSpec { num_heads, num_kv_heads, head_dim, scale, softcap, sliding_window };
+        let random = |heads| Tensor::randn([n, heads, head_dim], (Kind::BFloat16, device));
+        let inputs = [heads, kv_heads, kv_heads].map(|heads| random(heads).set_requires_grad(true));
+        let dy = random(heads).view([n, -1]);
+        let pairs: f64 = (cu_seqlens.windows(2))
+            .map(|segment| {
+                let length = f64::from(segment[1] - segment[0]);
+                let window = sliding_window.map_or(length, |window: i64| length.min(window as f64));
+                window * (window + 1.0) / 2.0 + (length - window) * window
+            })
+            .sum();
+        let operations = 4.0 * (heads * head_dim) as f64 * pairs / 1e12;
+        let rates = |f: &dyn Fn() -> Tensor| {
+            let forward = tch::no_grad(|| seconds(device, &mut |_| drop(f())));
+            let both = seconds(device, &mut |_| {
+                let loss = (f() * &dy).sum(Kind::BFloat16);
+                drop(Tensor::run_backward(&[loss], &inputs, false, false));
+            });
+            [operations / forward, 3.5 * operations / both]
+        };
+        let segments = Segments::new(&cu_seqlens, device).unwrap();
+        let [q, k, v] = &inputs;
+        let [forward, both] = rates(&|| ops::attention(q, k, v, &segments, &spec).unwrap());
+        let length = i64::from(cu_seqlens[1]);
+        let torch =
+            if softcap.is_none() && sliding_window.is_none() && n % length == 0 && cu_seqlens.len() < 4 {
+                let [forward, both] = rates(&|| torch_attention(q, k, v, length));
+                format!("{forward:18.0} {both:8.0}")
+            } else {
+                String::new()
+            };
+        println!("{label:44} {forward:7.0} {both:8.0} {torch}");
+    }
+}
+
+/// The loss over Llama-3's vocabulary: effective TFLOP/s of forward and backward (two products of 2 N C V), and memory
+/// beyond the hidden states and their gradient.
+#[test]
+fn loss_speed_and_memory() {
+    let Some(device) = gpu("speed of the loss") else { return };
+    const C: i64 = 4096;
+    const V: i64 = 128_256;
+    let needed = (3 * V * C * 2 + 2 * 65_536 * C * 2) as u64;
+    let free = device::memory(device).unwrap().free;
+    if free < needed {
+        println!("skipped: the loss: {needed} bytes are needed, {free} are free");
+        return;
+    }
+    let weight = Tensor::randn([V, C], (Kind::BFloat16, device)) * 0.02;
+    for (n, kept) in [(4096, 1), (65_536, 1), (65_536, 2)] {
+        let hidden = Tensor::randn([n, C], (Kind::BFloat16, device)).set_requires_grad(true);
+        let labels: Vec<i64> = (0..n).map(|i| if i % kept == 0 { i * 31 % V } else { -100 }).collect();
+        let targets = Targets::new(&labels, device).unwrap();
+        device::synchronize(device).unwrap();
+        device::reset_peak_memory(device).unwrap();
+        let before = device::memory(device).unwrap().allocated;
+        let run = || {
+            let loss = ops::linear_cross_entropy(&hidden, &weight, &targets, None).unwrap();
+            Tensor::run_backward(&[loss], &[&hidden], false, false)
+        };
+        drop(run());
+        device::synchronize(device).unwrap();
+        let calls = (65_536 / n).max(3);
+        let start = Instant::now();
+        (0..calls).for_each(|_| drop(run()));
+        device::synchronize(device).unwrap();
+        let time = start.elapsed().as_secs_f64() / calls as f64;
+        let rate = 4.0 * ((n / kept) * C * V) as f64 / time / 1e12;
+        let peak = device::memory(device).unwrap().peak_allocated - before - (n * C * 2) as u64;
+        let gib = peak as f64 / f64::from(1 << 30);
+        println!(
+            "loss of {} targets in {n} rows: {:.2} ms, {rate:.0} TFLOP/s, {gib:.2} GiB beyond hidden states",
+            n / kept,
+            1e3 * time
+        );
+        assert!(gib < 1.0, "the loss takes {gib:.2} GiB");
     }
 }

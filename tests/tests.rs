@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapter_config;
+mod attention;
 mod bad_input;
 mod bench;
 mod checkpoint_io;

@@ -8,7 +8,7 @@
 #include <memory>
 
 // Raised with every change of this file; csrc refuses a library of another number.
-#define FERROTUNE_CUDA_ABI 1
+#define FERROTUNE_CUDA_ABI 2
 
 namespace ferrotune {
 
@@ -25,9 +25,33 @@ class CudaGraph {
   virtual void replay() = 0;
 };
 
+// Rows of a packed batch, x [N, heads, D] or [N, heads], and where each segment starts: offsets [segments + 1] int64, in
+// elements from x's first.
+struct PackedRows {
+  at::Tensor x, offsets;
+};
+
+// What the operands of a packed batch share. A graph is built for each value of segments, longest and tokens, so those
+// are rounded up: a segment may be empty, and no buffer of `tokens` rows is needed.
+struct PackedShape {
+  at::Tensor lengths;  // [segments] int32
+  int64_t longest;     // at least any of lengths
+  int64_t tokens;      // at least their sum; or 0: the backward's workspace then pads every segment to the longest
+  double scale;        // of q k^T
+};
+
 struct CudaLibrary {
   // A graph that holds nothing yet.
   std::unique_ptr<CudaGraph> (*graph)();
+  // Causal attention inside each segment by cuDNN, sm_90 or newer, 16-bit: q [N, H, D], k and v [N, K, D] -> out
+  // [N, H, D] and its log-sum-exp lse [N, H] f32, both written.
+  void (*packed_attention_forward)(const PackedShape& shape, const PackedRows& q, const PackedRows& k,
+                                   const PackedRows& v, const PackedRows& out, const PackedRows& lse);
+  // dq, dk and dv are written; where tokens is not 0, the token strides of dq and dk must be those of q and k.
+  void (*packed_attention_backward)(const PackedShape& shape, const PackedRows& dout, const PackedRows& q,
+                                    const PackedRows& k, const PackedRows& v, const PackedRows& out,
+                                    const PackedRows& lse, const PackedRows& dq, const PackedRows& dk,
+                                    const PackedRows& dv);
 };
 
 }  // namespace ferrotune

@@ -8,4 +8,11 @@ namespace ferrotune {
 // ---- graph.cpp
 std::unique_ptr<CudaGraph> graph();
 
+// ---- cudnn_attention.cpp
+void packed_attention_forward(const PackedShape& shape, const PackedRows& q, const PackedRows& k, const PackedRows& v,
+                              const PackedRows& out, const PackedRows& lse);
+void packed_attention_backward(const PackedShape& shape, const PackedRows& dout, const PackedRows& q,
+                               const PackedRows& k, const PackedRows& v, const PackedRows& out, const PackedRows& lse,
+                               const PackedRows& dq, const PackedRows& dk, const PackedRows& dv);
+
 }  // namespace ferrotune

@@ -155,7 +155,7 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
             let (cos, sin) = &input.angles[self.config.layers[index].rope];
-            let rows = Rows { cos, sin, cu_seqlens: &input.cu_seqlens };
+            let rows = Rows { cos, sin, segments: &input.segments };
             let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
             let attention = AttentionBlock {
                 layer: index,

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::decoder::{Decoder, Input, rope_angles, shift_labels};
 use crate::device;
-use crate::ops::Targets;
+use crate::ops::{Segments, Targets};
 
 /// An [`Input`] on the decoder's device.
 pub struct DeviceInput {
@@ -14,6 +14,7 @@ pub struct DeviceInput {
     /// cos and sin of each of the config's ropes, f32 `[N, R/2]`.
     pub(super) angles: Vec<(Tensor, Tensor)>,
     pub(super) cu_seqlens: Vec<i32>,
+    pub(super) segments: Segments,
 }
 
 /// A batch to train on.
@@ -40,6 +41,7 @@ impl Decoder {
             input_ids: device::upload(input.input_ids, self.device)?,
             angles: angles.collect::<Result<_>>()?,
             cu_seqlens: input.cu_seqlens.to_vec(),
+            segments: Segments::new(input.cu_seqlens, self.device)?,
         })
     }
 

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::device;
 use crate::models::Config;
-use crate::ops::{self, AttentionSpec};
+use crate::ops::{self, AttentionSpec, Segments};
 
 /// The floor of one forward and backward pass.
 #[derive(Debug, Clone, Serialize)]
@@ -154,8 +154,9 @@ fn attention(work: &Work, spec: &AttentionSpec, n: i64) -> Result<f64> {
     };
     let (q, k, v) = (random(spec.num_heads)?, random(spec.num_kv_heads)?, random(spec.num_kv_heads)?);
     let dy = Tensor::f_randn([n, spec.num_heads * spec.head_dim], (work.kind, work.device))?;
+    let segments = Segments::new(work.cu_seqlens, work.device)?;
     time(work.device, &mut || {
-        let y = ops::attention(&q, &k, &v, work.cu_seqlens, spec)?;
+        let y = ops::attention(&q, &k, &v, &segments, spec)?;
         ops::backward(&y, &dy, [&q, &k, &v])
     })
 }

@@ -1,0 +1,321 @@
+// Which kernel attends, forward and backward. In order of preference:
+//   softcap        own kernels (kernels/attention_softcap.cu)   16-bit, D = 64, 128, 256, sm_80
+//   cuDNN          ATen's, one graph a shape                     16-bit, sm_90, no window, segments of one length
+//   packed cuDNN   csrc/cuda, one graph a bucket of shapes       16-bit, sm_90, no window
+//   flash          FlashAttention-2 (arXiv:2307.08691) in ATen   16-bit, sm_80
+//   efficient      memory-efficient attention in ATen            f32, and f16 on sm_75
+//   formula        what is left: f64, softcap in f32, other head sizes
+// No copy is made on the way in: all take heads side by side in wider rows, but `efficient`, which knows no groups.
+#include <ATen/Context.h>
+#include <ATen/ops/_efficient_attention_backward.h>
+#include <ATen/ops/_efficient_attention_forward.h>
+#include <ATen/ops/_flash_attention_backward.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
+#include <dlfcn.h>
+
+#include "ferrotune/csrc/attention.h"
+#include "ferrotune/csrc/cuda_library.h"
+#include "ferrotune/csrc/kernels.h"
+
+namespace ferrotune {
+
+namespace {
+
+enum class Path { Softcap, Cudnn, PackedCudnn, Flash, Efficient, Formula };
+
+// 10 major + minor. libtorch_cpu has loaded the CUDA run time.
+int compute_capability(const Tensor& x) {
+  // cudaDeviceAttr: cudaDevAttrComputeCapabilityMajor and Minor.
+  constexpr int kMajorAttribute = 75, kMinorAttribute = 76;
+  static const auto attribute =
+      reinterpret_cast<int (*)(int*, int, int)>(dlsym(RTLD_DEFAULT, "cudaDeviceGetAttribute"));
+  int major = 0, minor = 0;
+  TORCH_CHECK(attribute && attribute(&major, kMajorAttribute, x.get_device()) == 0 &&
+                  attribute(&minor, kMinorAttribute, x.get_device()) == 0,
+              "attention: the compute capability of ", x.device(), " is unknown");
+  return 10 * major + minor;
+}
+
+// ATen builds a cuDNN graph for each length it meets, forward and backward: only for lengths that come again.
+constexpr int64_t kDenseMultiple = 256;
+
+Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spec) {
+  if (!q.is_cuda() || q.scalar_type() == at::kDouble) return Path::Formula;
+  const int64_t dim = q.size(2), longest = segments.longest();
+  const int capability = compute_capability(q);
+  const bool sixteen_bit = q.scalar_type() != at::kFloat;
+  if (spec.softcap > 0) {
+    const bool fits = sixteen_bit && capability >= 80 && (dim == 64 || dim == 128 || dim == 256);
+    return fits && kernels_for(q) ? Path::Softcap : Path::Formula;
+  }
+  if (dim % 8 != 0) return Path::Formula;
+  if (!sixteen_bit || capability < 80) return Path::Efficient;
+  const bool windowed = spec.window > 0 && spec.window < longest;
+  // cuDNN's backward adds in no fixed order; that of flash attention has a fixed one where it is asked for.
+  const bool cudnn = capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
+                     !at::globalContext().deterministicAlgorithms();
+  if (cudnn && segments.equal() && longest % kDenseMultiple == 0) return Path::Cudnn;
+  if (cudnn && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
+  return dim <= 256 ? Path::Flash : Path::Formula;
+}
+
+// dq, dk and dv, where they are wanted or as a kernel made them.
+struct Gradients {
+  Tensor dq, dk, dv;
+};
+
+// [N, heads, D] as [B, T, heads, D].
+Tensor by_segment(const Tensor& x, const Segments& segments) {
+  return x.unflatten(0, {segments.count(), segments.longest()});
+}
+// [N, heads, D] as [B, heads, T, D].
+Tensor by_head(const Tensor& x, const Segments& segments) { return by_segment(x, segments).transpose(1, 2); }
+Tensor from_heads(const Tensor& x) { return x.transpose(1, 2).flatten(0, 1); }
+
+// ---- softcap
+
+KernelAttention softcap_operands(const TokenRows& q, const TokenRows& k, const TokenRows& v, const Tensor& cu_seqlens,
+                                 const Segments& segments, const AttentionSpec& spec) {
+  KernelAttention operands{};
+  operands.q = q.x.const_data_ptr();
+  operands.k = k.x.const_data_ptr();
+  operands.v = v.x.const_data_ptr();
+  operands.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+  operands.N = q.x.size(0);
+  operands.H = q.x.size(1);
+  operands.K = k.x.size(1);
+  operands.D = q.x.size(2);
+  operands.q_stride = q.stride;
+  operands.k_stride = k.stride;
+  operands.v_stride = v.stride;
+  operands.segments = segments.count();
+  operands.longest = segments.longest();
+  operands.window = spec.window;
+  operands.scale = static_cast<float>(spec.scale);
+  operands.softcap = static_cast<float>(spec.softcap);
+  operands.dtype = kernel_dtype(q.x);
+  return operands;
+}
+
+Attended softcap_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                                const AttentionSpec& spec) {
+  const Launch launch(q);
+  const TokenRows rows_q(q), rows_k(k), rows_v(v);
+  const Tensor cu = segments.device_cu_seqlens();
+  Attended result{at::empty(q.sizes(), q.options()),
+                         at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat))};
+  const KernelAttention operands = softcap_operands(rows_q, rows_k, rows_v, cu, segments, spec);
+  check_launch(kernels_for(q)->attention_softcap_forward(&operands, result.out.mutable_data_ptr(),
+                                                         result.lse.mutable_data_ptr<float>(), launch.stream()),
+               "attention_softcap_forward");
+  return result;
+}
+
+void softcap_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Attended& attended, const Segments& segments, const AttentionSpec& spec,
+                      const Gradients& to) {
+  const Launch launch(q);
+  const TokenRows rows_q(q), rows_k(k), rows_v(v);
+  const Tensor cu = segments.device_cu_seqlens();
+  const Tensor delta = at::empty_like(attended.lse);
+  const KernelAttention operands = softcap_operands(rows_q, rows_k, rows_v, cu, segments, spec);
+  check_launch(kernels_for(q)->attention_softcap_backward(
+                   &operands, dout.const_data_ptr(), attended.out.const_data_ptr(),
+                   attended.lse.const_data_ptr<float>(), delta.mutable_data_ptr<float>(), to.dq.mutable_data_ptr(),
+                   to.dk.mutable_data_ptr(), to.dv.mutable_data_ptr(), to.dq.stride(0), to.dk.stride(0),
+                   to.dv.stride(0), launch.stream()),
+               "attention_softcap_backward");
+}
+
+// ---- packed cuDNN
+
+// cuDNN 9.19 adds up dq, and dk before the groups are summed, in a workspace: of segments padded to the longest, or of
+// rows packed as in dq. The second is wrong where the rows of dq and dk are not as far apart as those of q and k, so it is
+// only for batches whose padding is much.
+bool padding_is_little(const Segments& segments) {
+  return segments.bucket_count() * segments.bucket_longest() <= 4 * segments.rows();
+}
+
+PackedShape packed_shape(const Segments& segments, const AttentionSpec& spec) {
+  const int64_t tokens = padding_is_little(segments) ? 0 : segments.bucket_rows();
+  return PackedShape{segments.device_lengths(), segments.bucket_longest(), tokens, spec.scale};
+}
+
+Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                               const AttentionSpec& spec) {
+  Attended result{at::empty(q.sizes(), q.options()),
+                         at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
+  const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
+  cuda_library()->packed_attention_forward(packed_shape(segments, spec), rows(q), rows(k), rows(v),
+                                           rows(result.out), rows(result.lse));
+  return result;
+}
+
+void packed_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                     const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
+  const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
+  const auto written = [&](const Tensor& wanted, const Tensor& x) {
+    if (padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
+    return at::empty_strided(x.sizes(), x.strides(), x.options());
+  };
+  const Tensor dq = written(to.dq, q), dk = written(to.dk, k);
+  cuda_library()->packed_attention_backward(packed_shape(segments, spec), rows(dout), rows(q), rows(k), rows(v),
+                                            rows(attended.out), rows(attended.lse), rows(dq), rows(dk), rows(to.dv));
+  if (!dq.is_same(to.dq)) to.dq.copy_(dq);
+  if (!dk.is_same(to.dk)) to.dk.copy_(dk);
+}
+
+// ---- ATen's kernels
+
+std::optional<c10::SymInt> left_of(const AttentionSpec& spec) {
+  return spec.window > 0 ? std::optional<c10::SymInt>(spec.window - 1) : std::nullopt;
+}
+std::optional<c10::SymInt> right_of(const AttentionSpec& spec) {
+  return spec.window > 0 ? std::optional<c10::SymInt>(0) : std::nullopt;
+}
+
+// State of a dropout that does not happen.
+Tensor no_philox(const Tensor& q) { return at::empty({2}, q.options().dtype(at::kLong)); }
+
+Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                              const AttentionSpec& spec) {
+  const auto result = at::_scaled_dot_product_cudnn_attention(by_head(q, segments), by_head(k, segments),
+                                                              by_head(v, segments), {}, true, 0.0, true, false,
+                                                              spec.scale);
+  return {from_heads(std::get<0>(result)), std::get<1>(result)};
+}
+
+Gradients cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Attended& attended, const Segments& segments,
+                                  const AttentionSpec& spec) {
+  const auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+      by_head(dout, segments), by_head(q, segments), by_head(k, segments), by_head(v, segments),
+      by_head(attended.out, segments), attended.lse, no_philox(q), no_philox(q), Tensor(), Tensor(), Tensor(),
+      segments.longest(), segments.longest(), 0.0, true, spec.scale);
+  return {from_heads(dq), from_heads(dk), from_heads(dv)};
+}
+
+Attended flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                              const AttentionSpec& spec) {
+  const int64_t longest = segments.longest();
+  if (segments.equal()) {
+    const auto result = at::_flash_attention_forward_symint(
+        by_segment(q, segments), by_segment(k, segments), by_segment(v, segments), {}, {}, longest, longest, 0.0, true,
+        false, spec.scale, left_of(spec), right_of(spec));
+    return {std::get<0>(result).flatten(0, 1), std::get<1>(result)};
+  }
+  const Tensor cu = segments.device_cu_seqlens();
+  const auto result = at::_flash_attention_forward_symint(q, k, v, cu, cu, longest, longest, 0.0, true, false,
+                                                          spec.scale, left_of(spec), right_of(spec));
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+Gradients flash_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Attended& attended, const Segments& segments,
+                                  const AttentionSpec& spec) {
+  const int64_t longest = segments.longest();
+  const bool equal = segments.equal();
+  const Tensor cu = equal ? Tensor() : segments.device_cu_seqlens();
+  const auto rows = [&](const Tensor& x) { return equal ? by_segment(x, segments) : x; };
+  const auto [dq, dk, dv] = at::_flash_attention_backward_symint(
+      rows(dout), rows(q), rows(k), rows(v), rows(attended.out), attended.lse, cu, cu, longest, longest, 0.0, true,
+      no_philox(q), no_philox(q), spec.scale, left_of(spec), right_of(spec));
+  if (!equal) return {dq, dk, dv};
+  return {dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)};
+}
+
+// 1 is the causal mask from the top left.
+constexpr int64_t kCausal = 1;
+
+std::optional<int64_t> window_of(const AttentionSpec& spec) {
+  return spec.window > 0 ? std::optional<int64_t>(spec.window) : std::nullopt;
+}
+
+// [N, K, D] -> [N, H, D]: each key/value head beside itself once for each query head it serves.
+Tensor every_head(const Tensor& kv, int64_t heads) {
+  if (kv.size(1) == heads) return kv;
+  return kv.unsqueeze(2).expand({-1, -1, heads / kv.size(1), -1}).flatten(1, 2);
+}
+
+// Packed batches as one row of segments, [1, N, H, D].
+Attended efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                                  const AttentionSpec& spec) {
+  const Tensor cu = segments.device_cu_seqlens();
+  const auto result = at::_efficient_attention_forward(
+      q.unsqueeze(0), every_head(k, q.size(1)).unsqueeze(0), every_head(v, q.size(1)).unsqueeze(0), {}, cu, cu,
+      segments.longest(), segments.longest(), 0.0, kCausal, true, spec.scale, {}, window_of(spec));
+  return {std::get<0>(result).squeeze(0), std::get<1>(result)};
+}
+
+Gradients efficient_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Attended& attended, const Segments& segments,
+                                      const AttentionSpec& spec) {
+  const Tensor cu = segments.device_cu_seqlens();
+  const auto [dq, dk, dv, dbias] = at::_efficient_attention_backward(
+      dout.unsqueeze(0), q.unsqueeze(0), every_head(k, q.size(1)).unsqueeze(0), every_head(v, q.size(1)).unsqueeze(0),
+      {}, attended.out.unsqueeze(0), cu, cu, segments.longest(), segments.longest(), attended.lse, 0.0, no_philox(q),
+      no_philox(q), kCausal, false, spec.scale, {}, window_of(spec));
+  const auto by_group = [&](const Tensor& x) {
+    const Tensor all = x.squeeze(0);
+    if (k.size(1) == q.size(1)) return all;
+    return all.unflatten(1, {k.size(1), q.size(1) / k.size(1)}).sum(2);
+  };
+  return {dq.squeeze(0), by_group(dk), by_group(dv)};
+}
+
+// Writes what ATen allocated to where it is wanted.
+void give(const Gradients& made, const Gradients& to) {
+  to.dq.copy_(made.dq);
+  to.dk.copy_(made.dk);
+  to.dv.copy_(made.dv);
+}
+
+Attended joined(const Attended& attended) { return {attended.out.flatten(1, 2), attended.lse}; }
+
+}  // namespace
+
+Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                         const AttentionSpec& spec) {
+  switch (path_of(q, segments, spec)) {
+    case Path::Softcap:
+      return joined(softcap_forward(q, k, v, segments, spec));
+    case Path::Cudnn:
+      return joined(cudnn_forward(q, k, v, segments, spec));
+    case Path::PackedCudnn:
+      return joined(packed_forward(q, k, v, segments, spec));
+    case Path::Flash:
+      return joined(flash_forward(q, k, v, segments, spec));
+    case Path::Efficient:
+      return joined(efficient_forward(q, k, v, segments, spec));
+    case Path::Formula:
+      break;
+  }
+  return attention_formula(q, k, v, segments, spec);
+}
+
+void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Attended& attended, const Segments& segments, const AttentionSpec& spec,
+                              const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const Tensor dout = d_out.contiguous().view(q.sizes());
+  const Attended apart{attended.out.view(q.sizes()), attended.lse};
+  const Gradients to{dq, dk, dv};
+  switch (path_of(q, segments, spec)) {
+    case Path::Softcap:
+      return softcap_backward(dout, q, k, v, apart, segments, spec, to);
+    case Path::Cudnn:
+      return give(cudnn_backward(dout, q, k, v, apart, segments, spec), to);
+    case Path::PackedCudnn:
+      return packed_backward(dout, q, k, v, apart, segments, spec, to);
+    case Path::Flash:
+      return give(flash_backward(dout, q, k, v, apart, segments, spec), to);
+    case Path::Efficient:
+      return give(efficient_backward(dout, q, k, v, apart, segments, spec), to);
+    case Path::Formula:
+      break;
+  }
+  attention_formula_backward(dout, q, k, v, attended, segments, spec, dq, dk, dv);
+}
+
+}  // namespace ferrotune
