@@ -66,10 +66,7 @@ Chunk chunk_kernel(const Kernels& kernels, const Tensor& scores, const Tensor& l
                                      chunk.losses.mutable_data_ptr<float>(), n, vocab, static_cast<float>(softcap),
                                      gradient, kernel_dtype(hidden), launch.stream()),
                "cross_entropy");
-  if (gradient) {
-    const Tensor memory = scores.view(hidden.scalar_type());
-    chunk.ds = memory.narrow(1, memory.size(1) - vocab, vocab);
-  }
+  if (gradient) chunk.ds = scores.view(hidden.scalar_type()).narrow(1, 0, vocab);
   return chunk;
 }
 

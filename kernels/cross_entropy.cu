@@ -2,20 +2,17 @@
 // [N, V] f32, z = cap(s), cap(s) = c tanh(s / c) or s, y the label,
 //   loss = logsumexp(z) - z_y      ds = (softmax(z) - onehot(y)) (1 - (z / c)^2)
 // Fuses the cap, log-softmax, gather, exponential, one-hot and the rounding to the dtype of the products, some ten
-// kernels over [N, V] in plain libtorch. Moves: read s, 4 N V bytes, write ds, N V elements of the products' dtype. A row
-// is read twice, but little of it from memory: its start is kept in shared memory, its end is still in the L2 cache when
-// the second reading, from the end to the start, comes to it.
+// kernels over [N, V] in plain libtorch. Moves: read s twice, 8 N V bytes, write ds once, N V elements of the products'
+// dtype. Tried without gain on an H200: a cluster of eight blocks that holds the row in its shared memory and reads it
+// once (1.2 times the time), a part of the row in shared memory and the second reading backwards (the same time).
 //
 // A confident row loses nothing: with lse' the logsumexp of all words but y and d = lse' - z_y,
 //   loss = log(1 + e^d)      p_y - 1 = -1 / (1 + e^-d)
 // so that neither is the difference of two large numbers.
 //
-// ds [N, V] lies in the rows of s, 4 V bytes apart, up to each row's end, so that nothing is overwritten before it was
-// read: the second reading goes backwards by tiles, a tile is in registers before any thread writes, and 16-bit elements
-// [a, b) cover the f32 elements [(V + a) / 2, (V + b) / 2), which belong to this tile or to later ones.
+// ds [N, V] lies in the rows of s, 4 V bytes apart, from each row's start. A tile of a row is in registers before any
+// thread writes: 16-bit elements [a, b) cover the f32 elements [a/2, b/2), which belong to this tile or to earlier ones.
 #include <math_constants.h>
-
-#include <algorithm>
 
 #include "vector.cuh"
 
@@ -100,14 +97,12 @@ struct Outcome {
 template <typename T, int kWidth, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1)
     cross_entropy_kernel(float* __restrict__ logits, const int64_t* __restrict__ labels, float* __restrict__ losses,
-                         int64_t N, int64_t V, float softcap, bool gradient, int64_t kept) {
-  extern __shared__ __align__(16) char shared[];
-  auto* start = reinterpret_cast<Vector<float, kWidth>*>(shared);  // the first `kept` vectors of the row
-  constexpr int kTile = kThreads * kPieces;                        // vectors
+                         int64_t N, int64_t V, float softcap, bool gradient) {
+  constexpr int kTile = kThreads * kPieces;  // vectors
   const int64_t vectors = V / kWidth;
   for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
     float* s = logits + row * V;
-    T* ds = reinterpret_cast<T*>(s + V) - V;
+    T* ds = reinterpret_cast<T*>(s);
     const int64_t label = labels[row];
     if (label < 0) {
       // No target: no loss, no gradient.
@@ -127,7 +122,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int p = 0; p < kPieces; ++p) {
         const int64_t vector = first + p * kThreads;
         if (vector >= vectors) continue;
-        if (vector < kept) start[vector] = piece[p];
         float z[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
@@ -141,12 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Outcome outcome(sum, target);
     if (threadIdx.x == 0) losses[row] = outcome.loss;
     if (!gradient) continue;
-    for (int64_t base = (vectors - 1) / kTile * kTile; base >= 0; base -= kTile) {
+    for (int64_t base = 0; base < vectors; base += kTile) {
       Vector<float, kWidth> piece[kPieces];
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
         const int64_t vector = base + threadIdx.x + p * kThreads;
-        if (vector < vectors) piece[p] = vector < kept ? start[vector] : load<kWidth>(s, vector);
+        if (vector < vectors) piece[p] = load<kWidth>(s, vector);
       }
       __syncthreads();
 #pragma unroll
@@ -165,16 +159,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// ---- launchers
-
-// Of the shared memory that a block may have, less what block_merge takes.
-int kept_bytes() {
-  int device = 0, limit = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return std::max(limit - 1024, 0);
-}
-
 }  // namespace
 }  // namespace ferrotune
 
@@ -186,19 +170,14 @@ extern "C" int cross_entropy(float* logits, const int64_t* labels, float* losses
   return with_type(dtype, [&](auto t) -> int {
     using T = decltype(t);
     const auto launch = [&](auto width, auto capped) -> int {
-      constexpr int kWidth = decltype(width)::value;
-      const auto kernel = cross_entropy_kernel<T, kWidth, decltype(capped)::value != 0>;
-      const int64_t fitting = std::min<int64_t>(gradient ? kept_bytes() / (4 * kWidth) : 0, V / kWidth);
-      const auto bytes = static_cast<int>(fitting * 4 * kWidth);
-      const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error != cudaSuccess) return error;
-      kernel<<<grid_x(N), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(logits, labels, losses, N, V, softcap,
-                                                                               gradient != 0, fitting);
+      cross_entropy_kernel<T, decltype(width)::value, decltype(capped)::value != 0>
+          <<<grid_x(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, labels, losses, N, V, softcap,
+                                                                          gradient != 0);
       return cudaGetLastError();
     };
     const auto with_width = [&](auto width) -> int {
       return softcap > 0 ? launch(width, Width<1>{}) : launch(width, Width<0>{});
     };
-    return V % 8 == 0 && aligned16(logits) ? with_width(Width<4>{}) : with_width(Width<1>{});
+    return V % 4 == 0 && aligned16(logits) ? with_width(Width<4>{}) : with_width(Width<1>{});
   });
 }

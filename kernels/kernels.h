@@ -82,7 +82,7 @@ int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t
                     int dtype, void* stream);
 
 // logits [N, V] f32, labels [N] (negative for none), losses [N] f32. With gradient != 0 the memory of logits then holds
-// the gradient of the sum of losses in dtype, each row up to where it ended. softcap 0 for none.
+// the gradient of the sum of losses in dtype, each row from where it started. softcap 0 for none.
 int cross_entropy(float* logits, const int64_t* labels, float* losses, int64_t N, int64_t V, float softcap,
                   int gradient, int dtype, void* stream);
 

@@ -4,6 +4,7 @@ use ferrotune::ops::{self, AttentionSpec, Segments};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{Op, check};
+use crate::tolerance::{What, floor, rel};
 
 /// Attention inside segments by its definition.
 pub fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -> Tensor {
@@ -27,7 +28,7 @@ pub fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -
 }
 
 /// Segments of equal and of other lengths, of one row, across tiles and chunks; groups of heads, head sizes with a kernel
-/// and without, windows, caps. q, k and v are columns of one joined projection.
+/// and without, windows, caps. q, k and v for themselves and as columns of one joined projection.
 pub fn attentions() -> Vec<Op> {
     let mixed = || vec![0, 3, 300, 301, 333];
     let mut ops = Vec::new();
@@ -59,21 +60,28 @@ pub fn attentions() -> Vec<Op> {
         let scale = 1.0 / (head_dim as f64).sqrt();
         let (num_heads, num_kv_heads) = (heads, kv_heads);
         let spec = AttentionSpec { num_heads, num_kv_heads, head_dim, scale, softcap, sliding_window };
-        let columns = (heads + 2 * kv_heads) * head_dim;
-        let joined = Tensor::randn([n, columns], (Kind::Double, Device::Cpu)).view([n, -1, head_dim]);
-        let (cu, cu_plain, spec_plain) = (cu_seqlens.clone(), cu_seqlens.clone(), spec.clone());
-        ops.push(Op {
-            label: format!(
-                "attention {cu_seqlens:?}, {heads} heads of {head_dim} on {kv_heads}, softcap {softcap:?}, window \
-                 {sliding_window:?}"
-            ),
-            inputs: joined.split_with_sizes([heads, kv_heads, kv_heads], 1),
-            trained: 3,
-            ours: Box::new(move |t| {
-                ops::attention(&t[0], &t[1], &t[2], &Segments::new(&cu).unwrap(), &spec).unwrap()
-            }),
-            plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
-        });
+        let random = |heads| Tensor::randn([n, heads, head_dim], (Kind::Double, Device::Cpu));
+        for joined in [true, false] {
+            let (cu, cu_plain) = (cu_seqlens.clone(), cu_seqlens.clone());
+            let (spec, spec_plain) = (spec.clone(), spec.clone());
+            ops.push(Op {
+                label: format!(
+                    "attention {cu_seqlens:?}, {heads} heads of {head_dim} on {kv_heads}, softcap {softcap:?}, window \
+                     {sliding_window:?}, joined {joined}"
+                ),
+                inputs: [heads, kv_heads, kv_heads].map(random).into(),
+                trained: 3,
+                ours: Box::new(move |t| {
+                    let segments = Segments::new(&cu).unwrap();
+                    if !joined {
+                        return ops::attention(&t[0], &t[1], &t[2], &segments, &spec).unwrap();
+                    }
+                    let parts = Tensor::cat(t, 1).split_with_sizes([heads, kv_heads, kv_heads], 1);
+                    ops::attention(&parts[0], &parts[1], &parts[2], &segments, &spec).unwrap()
+                }),
+                plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
+            });
+        }
     }
     ops
 }
@@ -101,11 +109,12 @@ pub fn check_one_row(kind: Kind, device: Device) {
     };
     for softcap in [None, Some(30.0)] {
         let y = ops::attention(&q, &k, &v, &Segments::new(&[0, 1]).unwrap(), &spec(softcap)).unwrap();
-        assert!(y.equal(&v.repeat_interleave_self_int(2, 1, None).view([1, -1])));
+        let near = |found: &Tensor, expected: &Tensor| rel(found, expected)[1] <= floor(kind, What::Value);
+        assert!(near(&y, &v.repeat_interleave_self_int(2, 1, None).view([1, -1])), "{softcap:?}");
         let gradients = Tensor::run_backward(&[y.sum(kind)], &[&q, &k, &v], false, false);
         let largest = |t: &Tensor| t.abs().max().to_kind(Kind::Double).double_value(&[]);
         assert!(largest(&gradients[0]).max(largest(&gradients[1])) < 0.1, "{softcap:?}");
-        assert!(gradients[2].equal(&Tensor::full([1, 2, 64], 2, (kind, device))));
+        assert!(near(&gradients[2], &Tensor::full([1, 2, 64], 2, (kind, device))), "{softcap:?}");
     }
 }
 
