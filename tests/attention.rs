@@ -72,7 +72,7 @@ pub fn attentions() -> Vec<Op> {
                 inputs: [heads, kv_heads, kv_heads].map(random).into(),
                 trained: 3,
                 ours: Box::new(move |t| {
-                    let segments = Segments::new(&cu).unwrap();
+                    let segments = Segments::new(&cu, t[0].device()).unwrap();
                     if !joined {
                         return ops::attention(&t[0], &t[1], &t[2], &segments, &spec).unwrap();
                     }
@@ -108,7 +108,7 @@ pub fn check_one_row(kind: Kind, device: Device) {
         sliding_window: None,
     };
     for softcap in [None, Some(30.0)] {
-        let y = ops::attention(&q, &k, &v, &Segments::new(&[0, 1]).unwrap(), &spec(softcap)).unwrap();
+        let y = ops::attention(&q, &k, &v, &Segments::new(&[0, 1], device).unwrap(), &spec(softcap)).unwrap();
         let near = |found: &Tensor, expected: &Tensor| rel(found, expected)[1] <= floor(kind, What::Value);
         assert!(near(&y, &v.repeat_interleave_self_int(2, 1, None).view([1, -1])), "{softcap:?}");
         let gradients = Tensor::run_backward(&[y.sum(kind)], &[&q, &k, &v], false, false);

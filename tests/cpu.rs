@@ -44,7 +44,8 @@ fn attention_agrees_with_its_definition() {
                 inputs: vec![rows(num_heads), rows(num_kv_heads), rows(num_kv_heads)],
                 trained: 3,
                 ours: Box::new(move |t| {
-                    ops::attention(&t[0], &t[1], &t[2], &Segments::new(&cu, Device::Cpu).unwrap(), &spec).unwrap()
+                    ops::attention(&t[0], &t[1], &t[2], &Segments::new(&cu, Device::Cpu).unwrap(), &spec)
+                        .unwrap()
                 }),
                 plain: Box::new(move |t| plain_attention(t, &cu_plain, &spec_plain)),
             });
