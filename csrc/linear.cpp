@@ -11,9 +11,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias) {
+Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a_cast(view.a_cast) {
   for (const PartView& part : view.parts) {
-    parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key});
+    parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key,
+                     part.b_cast});
   }
   if (weight.defined()) return;
   part_weights = c10::make_intrusive<PartWeights>();
@@ -102,7 +103,9 @@ struct LoraParts {
       }
       row += part.rows;
     }
-    if (!as.empty()) a = (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
+    if (as.empty()) return;
+    const bool made = l.a_cast.defined() && l.a_cast.scalar_type() == dtype;
+    a = made ? l.a_cast : (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
   }
 };
 
@@ -167,7 +170,7 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   if (cpu_kernels_for(x) != nullptr && l.bias.defined()) y.add_(l.bias);
   for (const auto& [part, row, column, rank] : lora.places) {
     if (merges) break;
-    product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b.to(dtype).t(), part->scale, true);
+    product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b_in(dtype).t(), part->scale, true);
   }
   if (z_out != nullptr) *z_out = z;
   return y;
@@ -188,7 +191,7 @@ Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, co
   if (!lora.places.empty()) g = at::empty({dy.size(0), lora.rank}, dy.options());
   for (const auto& [part, row, column, rank] : lora.places) {
     const Tensor dy_p = dy.narrow(1, row, part->rows);
-    product_into(g.narrow(1, column, rank), dy_p, part->b.to(dtype), part->scale, false);
+    product_into(g.narrow(1, column, rank), dy_p, part->b_in(dtype), part->scale, false);
     if (part->b.requires_grad()) {
       lora_grads[2 * (part - l.parts.data()) + 1] =
           weight_gradient(dy_p.t(), z.narrow(1, column, rank), part->scale, part->b.scalar_type());

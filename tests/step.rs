@@ -7,7 +7,8 @@ use ferrotune::data::Batch;
 use ferrotune::io::adapter::InitLoraWeights;
 use ferrotune::models::{Config, FastLanguageModel};
 use ferrotune::nn::LoadOptions;
-use ferrotune::train::{Sft, StepOutcome, Stepper, TrainingArguments};
+use ferrotune::ops::{Pass, Policy};
+use ferrotune::train::{Objective, Sft, StepOutcome, Stepper, TrainingArguments, objective};
 use tch::{Device, Kind, Tensor};
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -162,6 +163,26 @@ pub fn check_resumed_steps(device: Device) {
     }
     let found = distance(&weights(&second), &weights(&first));
     assert!(found <= if device.is_cuda() { 1e-4 } else { 0.0 }, "{found}");
+}
+
+/// LoRA cast once for the step, and at each product.
+#[test]
+fn casts_change_nothing() {
+    let arguments = arguments();
+    let model = model(&arguments, Kind::BFloat16, Device::Cpu);
+    let decoder = &model.decoder;
+    let batch = objective::upload(decoder, &batches(0)[0]).unwrap();
+    let casts = decoder.lora_casts().unwrap().unwrap();
+    casts.refresh().unwrap();
+    let gradients = |casts, policy| {
+        let pass = Pass { casts, policy, ..Pass::INFERENCE };
+        let loss = Sft.loss_sum(decoder, &batch, pass).unwrap();
+        let weights: Vec<Tensor> = decoder.trainable().into_iter().map(|p| p.tensor).collect();
+        Tensor::run_backward(&[loss], &weights, false, false)
+    };
+    for policy in [Policy::Keep, Policy::Recompute] {
+        assert!(equal(&gradients(Some(&casts), policy), &gradients(None, policy)));
+    }
 }
 
 #[test]
