@@ -11,9 +11,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias) {
+Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a_cast(view.a_cast) {
   for (const PartView& part : view.parts) {
-    parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key});
+    parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key,
+                     part.b_cast});
   }
   if (weight.defined()) return;
   part_weights = c10::make_intrusive<PartWeights>();
@@ -102,7 +103,9 @@ struct LoraParts {
       }
       row += part.rows;
     }
-    if (!as.empty()) a = (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
+    if (as.empty()) return;
+    const bool made = l.a_cast.defined() && l.a_cast.scalar_type() == dtype;
+    a = made ? l.a_cast : (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
   }
 };
 
@@ -137,6 +140,20 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
   return sum;
 }
 
+// alpha a b as the gradient of a weight of type `type`. On a GPU the f32 sums of 16-bit operands are stored as they are: no
+// rounding, and no kernel for the scale and none for the cast.
+Tensor weight_gradient(const Tensor& a, const Tensor& b, double alpha, at::ScalarType type) {
+  const auto dtype = a.scalar_type();
+  const bool wide = a.is_cuda() && type == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
+  Tensor out = at::empty({a.size(0), b.size(1)}, a.options().dtype(wide ? type : dtype));
+  if (wide) {
+    at::addmm_out(out, out, a, b, type, 0, alpha);
+    return out;
+  }
+  product_into(out, a, b, alpha, false);
+  return out.to(type);
+}
+
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
@@ -153,7 +170,7 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   if (cpu_kernels_for(x) != nullptr && l.bias.defined()) y.add_(l.bias);
   for (const auto& [part, row, column, rank] : lora.places) {
     if (merges) break;
-    product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b.to(dtype).t(), part->scale, true);
+    product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b_in(dtype).t(), part->scale, true);
   }
   if (z_out != nullptr) *z_out = z;
   return y;
@@ -174,21 +191,21 @@ Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, co
   if (!lora.places.empty()) g = at::empty({dy.size(0), lora.rank}, dy.options());
   for (const auto& [part, row, column, rank] : lora.places) {
     const Tensor dy_p = dy.narrow(1, row, part->rows);
-    product_into(g.narrow(1, column, rank), dy_p, part->b.to(dtype), part->scale, false);
+    product_into(g.narrow(1, column, rank), dy_p, part->b_in(dtype), part->scale, false);
     if (part->b.requires_grad()) {
-      const Tensor db = at::empty(part->b.sizes(), dy.options());
-      product_into(db, dy_p.t(), z.narrow(1, column, rank), part->scale, false);
-      lora_grads[2 * (part - l.parts.data()) + 1] = db.to(part->b.scalar_type());
+      lora_grads[2 * (part - l.parts.data()) + 1] =
+          weight_gradient(dy_p.t(), z.narrow(1, column, rank), part->scale, part->b.scalar_type());
     }
   }
   Tensor da;
-  if (!lora.places.empty() && !lora.drops) da = product(g.t(), x);
+  if (!lora.places.empty() && !lora.drops) da = weight_gradient(g.t(), x, 1, lora.places[0].lora->a.scalar_type());
   for (const auto& [part, row, column, rank] : lora.places) {
     if (!part->a.requires_grad()) continue;
-    const Tensor da_p = lora.drops ? product(g.narrow(1, column, rank).t(), dropped(x, *part)) : da.narrow(0, column, rank);
-    lora_grads[2 * (part - l.parts.data())] = da_p.to(part->a.scalar_type());
+    lora_grads[2 * (part - l.parts.data())] =
+        lora.drops ? weight_gradient(g.narrow(1, column, rank).t(), dropped(x, *part), 1, part->a.scalar_type())
+                   : da.narrow(0, column, rank);
   }
-  if (l.weight.defined() && l.weight.requires_grad()) grads[0] = product(dy.t(), x).to(l.weight.scalar_type());
+  if (l.weight.defined() && l.weight.requires_grad()) grads[0] = weight_gradient(dy.t(), x, 1, l.weight.scalar_type());
   if (l.bias.defined() && l.bias.requires_grad()) grads[1] = dy.sum(0).to(l.bias.scalar_type());
   if (!need_dx) return {};
 

@@ -13,6 +13,11 @@ struct Lora {
   double scale;   // lora_alpha / R, or lora_alpha / sqrt(R)
   double dropout; // probability that an input element is dropped
   uint64_t key;   // of the counter-based mask: seed, step, micro-batch, layer, module
+  Tensor b_cast;  // b in the dtype of the products, if someone made it
+
+  Tensor b_in(at::ScalarType dtype) const {
+    return b_cast.defined() && b_cast.scalar_type() == dtype ? b_cast : b.to(dtype);
+  }
 };
 
 // A frozen weight that is not one matrix: each part as the checkpoint has it, quantised or not.
@@ -28,6 +33,7 @@ struct Linear {
   Tensor weight;  // [rows, in], or undefined:
   c10::intrusive_ptr<PartWeights> part_weights;
   Tensor bias;  // [rows] or undefined
+  Tensor a_cast;  // all A_p below each other in the dtype of the products, if someone made it
   std::vector<Lora> parts;
 
   explicit Linear(const LinearView& view);

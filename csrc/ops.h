@@ -100,6 +100,7 @@ void nf4_dequantize(const Nf4View& weight, const Tensor& destination);
 void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);
 std::unique_ptr<Tensor> grad_norm(const TensorList& params);
 void zero_grads(const TensorList& params);
+void copy_all(const TensorList& to, const TensorList& from);
 void drop_grads(const TensorList& params);
 void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
                 const AdamWStep& step);

@@ -42,6 +42,11 @@ void zero_grads(const TensorList& params) {
   if (!grads.empty()) at::_foreach_zero_(grads);
 }
 
+void copy_all(const TensorList& to, const TensorList& from) {
+  at::NoGradGuard no_grad;
+  at::_foreach_copy_(to, from);
+}
+
 void drop_grads(const TensorList& params) {
   for (const Tensor& param : params) param.mutable_grad() = Tensor();
 }

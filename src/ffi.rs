@@ -30,6 +30,8 @@ pub(crate) mod bridge {
         nf4: Nf4View<'a>,
         lora_a: &'a Tensor,
         lora_b: &'a Tensor,
+        /// lora_b in the dtype of the products, or undefined.
+        b_cast: &'a Tensor,
         scale: f64,
         dropout: f64,
         dropout_key: u64,
@@ -39,6 +41,8 @@ pub(crate) mod bridge {
         /// Of all parts, or undefined where each part has its own.
         weight: &'a Tensor,
         bias: &'a Tensor,
+        /// All lora_a below each other in the dtype of the products, or undefined.
+        a_cast: &'a Tensor,
         parts: &'a [PartView<'a>],
     }
 
@@ -233,6 +237,7 @@ pub(crate) mod bridge {
         fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
         fn zero_grads(params: &TensorList) -> Result<()>;
+        fn copy_all(to: &TensorList, from: &TensorList) -> Result<()>;
         fn drop_grads(params: &TensorList) -> Result<()>;
         fn nf4_quant_map() -> Result<UniquePtr<Tensor>>;
         fn nf4_nested_quant_map() -> Result<UniquePtr<Tensor>>;

@@ -11,8 +11,11 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, Policy};
 use crate::ffi::{self, bridge};
 
+mod lora_casts;
 mod nf4;
 
+use lora_casts::LinearCast;
+pub use lora_casts::LoraCasts;
 pub use nf4::{Nested, Nf4, Nf4Quantizer};
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
@@ -147,30 +150,41 @@ fn mix(mut x: u64) -> u64 {
 
 /// How a block runs in this pass.
 #[derive(Debug, Clone, Copy)]
-pub struct Pass {
+pub struct Pass<'a> {
     pub policy: Policy,
     /// `Some` in training: LoRA dropout is on, with this key.
     pub dropout: Option<DropoutKey>,
     /// LoRA is left out: the base model, for instance as reference in preference training.
     pub without_lora: bool,
+    /// LoRA in the dtype of the products, of this decoder; else each product makes its own.
+    pub casts: Option<&'a LoraCasts>,
 }
 
-impl Pass {
+impl Pass<'_> {
     /// Inference: LoRA on, no dropout.
-    pub const INFERENCE: Pass = Pass { policy: Policy::Keep, dropout: None, without_lora: false };
+    pub const INFERENCE: Pass<'static> =
+        Pass { policy: Policy::Keep, dropout: None, without_lora: false, casts: None };
+}
+
+impl<'a> Pass<'a> {
+    /// Of the linear `index` (qkv, o, gate_up, down) of a layer.
+    fn cast(&self, layer: usize, index: usize) -> Option<&'a LinearCast> {
+        self.casts.filter(|_| !self.without_lora).map(|casts| casts.linear(layer, index))
+    }
 }
 
 /// `y = x W^T + bias + LoRA`: x `[N, in]` -> `[N, rows]`.
 pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
-    let parts = part_views(linear, &absent, pass, 0, 0);
-    checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts)))
+    let parts = part_views(linear, &absent, pass, None, 0, 0);
+    checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts, None)))
 }
 
 /// `x W^T`: x `[N, C]`, weight `[V, C]` -> `[N, V]`.
 pub fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let absent = Tensor::new();
-    let view = bridge::LinearView { weight: ffi::borrow(weight), bias: ffi::borrow(&absent), parts: &[] };
+    let none = ffi::borrow(&absent);
+    let view = bridge::LinearView { weight: ffi::borrow(weight), bias: none, a_cast: none, parts: &[] };
     checked(bridge::op_linear(ffi::borrow(x), &view))
 }
 
@@ -232,8 +246,9 @@ pub fn attention_block(
     pass: Pass,
 ) -> Result<Tensor> {
     let absent = Tensor::new();
-    let qkv = part_views(block.qkv, &absent, pass, block.layer, 0);
-    let o = part_views(block.o, &absent, pass, block.layer, qkv.len());
+    let (qkv_cast, o_cast) = (pass.cast(block.layer, 0), pass.cast(block.layer, 1));
+    let qkv = part_views(block.qkv, &absent, pass, qkv_cast, block.layer, 0);
+    let o = part_views(block.o, &absent, pass, o_cast, block.layer, qkv.len());
     let (cache_k, cache_v, past) =
         cache.as_ref().map_or((&absent, &absent, 0), |cache| (cache.k, cache.v, cache.past));
     let attention = bridge::AttentionView {
@@ -255,8 +270,8 @@ pub fn attention_block(
     checked(bridge::attention_block(
         ffi::borrow(x),
         &norm_view(Some(block.norm), &absent),
-        &linear_view(block.qkv, &absent, &qkv),
-        &linear_view(block.o, &absent, &o),
+        &linear_view(block.qkv, &absent, &qkv, qkv_cast),
+        &linear_view(block.o, &absent, &o, o_cast),
         &norm_view(block.post_norm, &absent),
         &attention,
         pass.policy,
@@ -278,13 +293,14 @@ pub struct MlpBlock<'a> {
 pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
     // Module numbers after those of the attention block, so that no two modules share a dropout mask.
-    let gate_up = part_views(block.gate_up, &absent, pass, block.layer, 8);
-    let down = part_views(block.down, &absent, pass, block.layer, 8 + gate_up.len());
+    let (gate_up_cast, down_cast) = (pass.cast(block.layer, 2), pass.cast(block.layer, 3));
+    let gate_up = part_views(block.gate_up, &absent, pass, gate_up_cast, block.layer, 8);
+    let down = part_views(block.down, &absent, pass, down_cast, block.layer, 8 + gate_up.len());
     checked(bridge::mlp_block(
         ffi::borrow(x),
         &norm_view(Some(block.norm), &absent),
-        &linear_view(block.gate_up, &absent, &gate_up),
-        &linear_view(block.down, &absent, &down),
+        &linear_view(block.gate_up, &absent, &gate_up, gate_up_cast),
+        &linear_view(block.down, &absent, &down, down_cast),
         &norm_view(block.post_norm, &absent),
         block.activation,
         pass.policy,
@@ -420,6 +436,7 @@ fn part_views<'a>(
     linear: &'a Linear,
     absent: &'a Tensor,
     pass: Pass,
+    cast: Option<&'a LinearCast>,
     layer: usize,
     first_module: usize,
 ) -> Vec<bridge::PartView<'a>> {
@@ -438,6 +455,7 @@ fn part_views<'a>(
             nf4: nf4::view(nf4, absent),
             lora_a: ffi::borrow(lora.map_or(absent, |lora| &lora.a)),
             lora_b: ffi::borrow(lora.map_or(absent, |lora| &lora.b)),
+            b_cast: ffi::borrow(cast.map_or(absent, |cast| &cast.b[module])),
             scale: lora.map_or(0.0, |lora| lora.scale),
             dropout: pass.dropout.and(lora).map_or(0.0, |lora| lora.dropout),
             dropout_key: pass.dropout.map_or(0, |key| key.module(layer, first_module + module)),
@@ -450,6 +468,7 @@ fn linear_view<'a>(
     linear: &'a Linear,
     absent: &'a Tensor,
     parts: &'a [bridge::PartView<'a>],
+    cast: Option<&'a LinearCast>,
 ) -> bridge::LinearView<'a> {
     bridge::LinearView {
         weight: ffi::borrow(match &linear.weight {
@@ -457,6 +476,7 @@ fn linear_view<'a>(
             Weight::Parts(_) => absent,
         }),
         bias: ffi::borrow(linear.bias.as_ref().unwrap_or(absent)),
+        a_cast: ffi::borrow(cast.map_or(absent, |cast| &cast.a)),
         parts,
     }
 }

@@ -7,7 +7,8 @@ use ferrotune::data::Batch;
 use ferrotune::io::adapter::InitLoraWeights;
 use ferrotune::models::{Config, FastLanguageModel};
 use ferrotune::nn::LoadOptions;
-use ferrotune::train::{Sft, StepOutcome, Stepper, TrainingArguments};
+use ferrotune::ops::{Pass, Policy};
+use ferrotune::train::{Objective, Sft, StepOutcome, Stepper, TrainingArguments, objective};
 use tch::{Device, Kind, Tensor};
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -15,14 +16,9 @@ const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediat
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
     "hidden_act": "silu", "initializer_range": 0.05}"#;
 
-/// The same model each time. In f32 libtorch has no kernel for grouped heads: it repeats them with a copy from the host,
-/// which cannot be recorded.
+/// The same model each time.
 fn model(arguments: &TrainingArguments, kind: Kind, device: Device) -> FastLanguageModel {
-    let config = match kind {
-        Kind::Float => CONFIG.replace(r#""num_key_value_heads": 2"#, r#""num_key_value_heads": 4"#),
-        _ => CONFIG.into(),
-    };
-    let config = Config::from_json(&config).unwrap();
+    let config = Config::from_json(CONFIG).unwrap();
     tch::manual_seed(1);
     let mut model =
         FastLanguageModel::untrained(config, LoadOptions { kind, device, load_in_4bit: false }).unwrap();
@@ -167,6 +163,26 @@ pub fn check_resumed_steps(device: Device) {
     }
     let found = distance(&weights(&second), &weights(&first));
     assert!(found <= if device.is_cuda() { 1e-4 } else { 0.0 }, "{found}");
+}
+
+/// LoRA cast once for the step, and at each product.
+#[test]
+fn casts_change_nothing() {
+    let arguments = arguments();
+    let model = model(&arguments, Kind::BFloat16, Device::Cpu);
+    let decoder = &model.decoder;
+    let batch = objective::upload(decoder, &batches(0)[0]).unwrap();
+    let casts = decoder.lora_casts().unwrap().unwrap();
+    casts.refresh().unwrap();
+    let gradients = |casts, policy| {
+        let pass = Pass { casts, policy, ..Pass::INFERENCE };
+        let loss = Sft.loss_sum(decoder, &batch, pass).unwrap();
+        let weights: Vec<Tensor> = decoder.trainable().into_iter().map(|p| p.tensor).collect();
+        Tensor::run_backward(&[loss], &weights, false, false)
+    };
+    for policy in [Policy::Keep, Policy::Recompute] {
+        assert!(equal(&gradients(Some(&casts), policy), &gradients(None, policy)));
+    }
 }
 
 #[test]

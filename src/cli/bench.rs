@@ -227,7 +227,13 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let (graphs, not_recorded) = (stepper.graphs(), stepper.not_recorded().map(str::to_string));
     drop(stepper);
     let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
-    let work = Work { config: &decoder.config, cu_seqlens: &batch.cu_seqlens, kind, device };
+    let work = Work {
+        config: &decoder.config,
+        cu_seqlens: &batch.cu_seqlens,
+        load_in_4bit: args.load_in_4bit,
+        kind,
+        device,
+    };
     let mut floor =
         floor::measure(&work, &mut |term| bar.set_message(format!("floor of this machine: {term}")))?;
     floor.scale(args.gradient_accumulation_steps);

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
-use crate::ops::{Linear, Lora, PartWeight, RmsNorm, Weight};
+use crate::ops::{Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +168,11 @@ impl Decoder {
             add("lm_head.weight".into(), head);
         }
         parameters
+    }
+
+    /// Room for LoRA in the decoder's dtype; none where LoRA has it already.
+    pub fn lora_casts(&self) -> Result<Option<LoraCasts>> {
+        LoraCasts::new(self.linears(), self.kind)
     }
 
     /// Whether some LoRA drops inputs in training.

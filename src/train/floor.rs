@@ -45,6 +45,8 @@ impl Floor {
 pub struct Work<'a> {
     pub config: &'a Config,
     pub cu_seqlens: &'a [i32],
+    /// The projections of the layers are in NF4.
+    pub load_in_4bit: bool,
     pub kind: Kind,
     pub device: Device,
 }
@@ -90,9 +92,18 @@ pub fn measure(work: &Work, progress: &mut dyn FnMut(&str)) -> Result<Floor> {
     }
     progress("copies");
     let bytes_per_ms = copy_bytes_per_ms(work)?;
+    let element = work.kind.elt_size_in_bytes() as f64;
     for (name, shape, calls, elements) in moved(work.config, n) {
-        let bytes = calls as f64 * elements as f64 * work.kind.elt_size_in_bytes() as f64;
+        let bytes = calls as f64 * elements as f64 * element;
         terms.push(Term { name: name.into(), shape, calls, ms: bytes / bytes_per_ms });
+    }
+    if work.load_in_4bit {
+        let head = work.config.hidden_size * work.config.vocab_size;
+        let all: i64 =
+            products(work.config).iter().map(|p| p.in_features * p.rows * p.calls as i64).sum::<i64>() - head;
+        // 4.127 bits with double quantisation, read and made dense once forward and once backward.
+        let ms = 2.0 * all as f64 * (4.127 / 8.0 + element) / bytes_per_ms;
+        terms.push(Term { name: "nf4".into(), shape: format!("{all} weights"), calls: 2, ms });
     }
     let ms = terms.iter().map(|term| term.ms).sum();
     Ok(Floor { ms, copy_gb_per_s: bytes_per_ms / 1e6, terms })

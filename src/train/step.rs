@@ -15,7 +15,7 @@ use super::optim::AdamW;
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
-use crate::ops::{DropoutKey, Pass, Policy};
+use crate::ops::{DropoutKey, LoraCasts, Pass, Policy};
 
 /// Runs the steps of one model, one after another.
 pub struct Stepper<'a> {
@@ -26,6 +26,7 @@ pub struct Stepper<'a> {
     loss: Tensor,
     /// and what the sums of its micro-batches are divided by.
     targets: Tensor,
+    casts: Option<LoraCasts>,
     graphs: Graphs,
 }
 
@@ -62,7 +63,8 @@ impl<'a> Stepper<'a> {
         let (loss, targets) = (scalar()?, scalar()?);
         // A mask is a function of the step's number, which a recorded step would repeat.
         let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
-        Ok(Stepper { objective, arguments, optimizer, loss, targets, graphs })
+        let casts = decoder.lora_casts()?;
+        Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, graphs })
     }
 
     /// The same, launching every kernel by itself: to compare with.
@@ -95,12 +97,15 @@ impl<'a> Stepper<'a> {
         // All uploads before the first forward pass: none stands between two of them.
         let uploaded = batches.iter().map(|batch| upload(decoder, batch)).collect::<Result<Vec<_>>>()?;
         self.optimizer.set_learning_rate(learning_rate)?;
+        if let Some(casts) = &self.casts {
+            casts.refresh()?;
+        }
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
         let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
         for (micro_batch, batch) in uploaded.into_iter().enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
-            let pass = Pass { policy, dropout, without_lora: false };
+            let pass = Pass { policy, dropout, ..Pass::INFERENCE };
             self.micro_batch(decoder, batch, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
@@ -110,7 +115,13 @@ impl<'a> Stepper<'a> {
         Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1] })
     }
 
-    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass, first: bool) -> Result<()> {
+    fn micro_batch(
+        &mut self,
+        decoder: &Decoder,
+        batch: DeviceBatch,
+        pass: Pass<'static>,
+        first: bool,
+    ) -> Result<()> {
         let shape = batch.shape();
         if first {
             if let Some(recorded) =
@@ -158,7 +169,8 @@ impl<'a> Stepper<'a> {
     }
 
     /// Adds the gradients of the micro-batch's part of the mean loss, and that part to `self.loss`.
-    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<()> {
+    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass<'static>) -> Result<()> {
+        let pass = Pass { casts: self.casts.as_ref(), ..pass };
         let loss = self.objective.loss_sum(decoder, batch, pass)?.f_div(&self.targets)?;
         loss.f_backward()?;
         let _ = self.loss.shallow_clone().f_add_(&loss.detach())?;
