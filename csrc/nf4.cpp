@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -208,9 +209,17 @@ void dequantize_run(const Nf4& w, int64_t begin, int64_t end, T* out) {
   const Absmax absmax(w);
   for (int64_t i = begin; i < end;) {
     const int64_t block = i / w.blocksize, stop = std::min(end, (block + 1) * w.blocksize);
+    const float scale = absmax(block);
+    if constexpr (std::is_same_v<T, float>) {
+      if (const CpuKernels* kernels = cpu_kernels(); kernels != nullptr && i % 2 == 0 && stop % 2 == 0) {
+        kernels->nf4_block(packed + i / 2, (stop - i) / 2, map, scale, out);
+        out += stop - i;
+        i = stop;
+        continue;
+      }
+    }
     // A block has only 16 different values.
     T values[16];
-    const float scale = absmax(block);
     for (int v = 0; v < 16; ++v) values[v] = static_cast<T>(map[v] * scale);
     if (i % 2 == 1) *out++ = values[packed[i++ / 2] & 15];
     for (; i + 1 < stop; i += 2) {

@@ -57,6 +57,8 @@ struct CpuKernels {
   void (*attention_backward)(const CpuAttention& attention, const float* o, const float* d_o, int64_t o_stride, float* dq,
                              int64_t dq_stride, float* dk, int64_t dk_stride, float* dv, int64_t dv_stride,
                              float* scratch);
+  // out = map[index] scale of 2 * bytes elements of one NF4 block, the high nibble first.
+  void (*nf4_block)(const uint8_t* packed, int64_t bytes, const float* map, float scale, float* out);
   // Logits z in place to softmax(z) - onehot(label) (times the softcap's slope), and the rows' losses.
   void (*cross_entropy)(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap, float* losses);
 };

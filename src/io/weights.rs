@@ -165,8 +165,7 @@ impl Weights {
                 };
                 let mut to = piece(destination)?;
                 to.f_copy_(&piece(stored)?)?;
-                // A sum is finite only if every element is.
-                if !to.f_sum(Kind::Double)?.double_value(&[]).is_finite() {
+                if !is_finite(&to)? {
                     let reason = format!("tensor {name} holds NaN or infinite values");
                     return Err(Error::Corrupt { file: file.path.display().to_string(), reason }.into());
                 }
@@ -229,6 +228,21 @@ impl Weights {
         let file = &self.files[*self.place.get(name).ok_or_else(missing)?];
         Ok((file, file.metadata.info(name).ok_or_else(missing)?))
     }
+}
+
+/// Whether every element is, without a copy of the tensor.
+fn is_finite(tensor: &Tensor) -> Result<bool> {
+    if tensor.numel() == 0 || !tensor.is_floating_point() {
+        return Ok(true);
+    }
+    if tensor.device() == Device::Cpu {
+        // A sum is finite only if every element is.
+        return Ok(tensor.f_sum(Kind::Double)?.double_value(&[]).is_finite());
+    }
+    // There a sum in f64 converts the whole tensor first. A NaN is both the smallest and the largest; zero times
+    // infinity is one.
+    let (least, most) = tensor.f_aminmax(None, false)?;
+    Ok(least.f_mul_scalar(0.0)?.f_add(&most.f_mul_scalar(0.0)?)?.double_value(&[]) == 0.0)
 }
 
 impl Mapped {

@@ -67,6 +67,8 @@ impl Decoder {
         let decoder = Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), options })?;
         // The reading threads worked on a stream of their own.
         crate::device::synchronize(options.device)?;
+        // What they freed only they could use again.
+        crate::device::empty_cache(options.device)?;
         Ok(decoder)
     }
 
