@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 # In eval mode bitsandbytes computes in bf16 on processors that have AVX512-BF16, whatever compute_dtype says.
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-# Widths are multiples of 64: bitsandbytes 0.50.2 with AVX-512 reads the blocks of narrower matrices wrongly.
+# Widths are multiples of 64: bitsandbytes 0.50.2 with AVX-512 reads rows of 16, 32, 96, .. elements wrongly.
 BASE = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
             vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 CASES = [("llama", {}, torch.bfloat16, "1GB"), ("llama", dict(tie_word_embeddings=True), torch.float16, "150KB"),

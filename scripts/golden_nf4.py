@@ -6,7 +6,7 @@ Needs what make_golden.py needs, and bitsandbytes (the version stands in the met
 nf4/matrices.safetensors     <case>.weight before, and quant_state's tensors after: <case>.packed, .absmax, ..
    dequantized.safetensors   <case>.<dtype>: what bitsandbytes reads back
    source/                   a random llama in bf16. Its rows are multiples of 64: bitsandbytes 0.50.2 on a processor with
-                             AVX-512 reads the blocks of narrower matrices wrongly
+                             AVX-512 reads rows of 16, 32, 96, .. elements wrongly
    <model>/                  source as transformers + bitsandbytes save it, with logits computed in f32
 adapters/llama_nf4           a LoRA adapter on nf4/nested, its logits and 30 steps of AdamW, as adapters/ has them
 

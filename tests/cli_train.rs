@@ -207,6 +207,28 @@ fn ctrl_c_saves_and_the_written_configuration_reruns_the_run() {
 }
 
 #[test]
+fn qlora_by_flag_by_configuration_and_by_checkpoint_is_one_run() {
+    let place = Workplace::with_model();
+    let flags = ["--r", "4", "--lora-dropout", "0.1", "--max-steps", "6", "--use-gradient-checkpointing"];
+    let stdout = place.train("model", "flag", &[&flags[..], &["--load-in-4bit"]].concat());
+    assert!(stdout.contains("LoRA r 4, lora_alpha 16 on 4-bit weights"), "{stdout}");
+    place.train("model", "dense", &flags);
+    assert!(place.adapter("flag") != place.adapter("dense"), "nothing was quantised");
+
+    let ferrotune = || Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    let mut rerun = ferrotune();
+    rerun.args(["train", "--config"]).arg(place.path("flag/run.yaml"));
+    succeeded(rerun.arg("--output-dir").arg(place.path("again")).output().unwrap());
+    assert!(place.adapter("again") == place.adapter("flag"), "the adapters differ");
+
+    let mut quantize = ferrotune();
+    quantize.args(["quantize", "--device", "cpu", "--model"]).arg(place.path("model"));
+    succeeded(quantize.arg("--output-dir").arg(place.path("nf4")).output().unwrap());
+    place.train("nf4", "stored", &flags);
+    assert!(place.adapter("stored") == place.adapter("flag"), "the adapters differ");
+}
+
+#[test]
 fn full_finetuning_evaluates_stops_early_and_resumes() {
     let place = Workplace::new();
     let flags = [

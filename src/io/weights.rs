@@ -185,6 +185,14 @@ impl Weights {
         file.map.with_tensor(file.data_start + start..file.data_start + end, &self.shape(name)?, kind, read)
     }
 
+    /// Lends the bytes of tensor `name` to `read` as uint8, flat, whatever its dtype, without a copy.
+    pub fn with_stored_bytes<T>(&self, name: &str, read: impl FnOnce(&Tensor) -> Result<T>) -> Result<T> {
+        let (file, info) = self.find(name)?;
+        let (start, end) = info.data_offsets;
+        let range = file.data_start + start..file.data_start + end;
+        file.map.with_tensor(range, &[(end - start) as i64], Kind::Uint8, read)
+    }
+
     /// Lends the bytes of tensor `name` to `read`, whatever its dtype.
     pub fn with_bytes<T>(&self, name: &str, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         let (file, info) = self.find(name)?;

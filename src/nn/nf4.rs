@@ -34,12 +34,15 @@ pub(super) fn read_nf4(weights: &Weights, name: &str, shape: [i64; 2], device: D
         Ok(tensor)
     };
     // quant_storage may call the bytes bf16, f16 or f32.
-    let packed = weights.with_bytes(name, |bytes| -> Result<Tensor> {
-        if bytes.len() as i64 != ceil_div(n, 2) {
-            let what = format!("holds {} bytes, expected {} for {shape:?}", bytes.len(), ceil_div(n, 2));
+    let packed = weights.with_stored_bytes(name, |bytes| {
+        let expected = ceil_div(n, 2);
+        if bytes.numel() as i64 != expected {
+            let what = format!("holds {} bytes, expected {expected} for {shape:?}", bytes.numel());
             return Err(weights.corrupt(name, &what).into());
         }
-        Ok(Tensor::f_from_slice(bytes)?.f_to_device(device)?)
+        let mut packed = Tensor::f_empty([expected], (Kind::Uint8, device))?;
+        packed.f_copy_(bytes)?;
+        Ok(packed)
     })?;
     let nested = match (weights.contains(&keys.nested_absmax), state.nested_blocksize, state.nested_offset) {
         (true, Some(blocksize), Some(offset)) => Some(Nested {
