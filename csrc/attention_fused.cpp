@@ -1,7 +1,7 @@
 // Which kernel attends, forward and backward. In order of preference:
 //   softcap        own kernels (kernels/attention_softcap.cu)   16-bit, D = 64, 128, 256, sm_80
 //   cuDNN          ATen's, one graph a shape                     16-bit, sm_90, no window, segments of one length
-//   packed cuDNN   csrc/cuda, one graph a bucket of shapes       16-bit, sm_90, no window
+//   packed cuDNN   csrc/cuda, one graph a bucket of shapes       16-bit, sm_90 (Hopper), no window
 //   flash          FlashAttention-2 (arXiv:2307.08691) in ATen   16-bit, sm_80
 //   efficient      memory-efficient attention in ATen            f32, and f16 on sm_75
 //   formula        what is left: f64, softcap in f32, other head sizes
@@ -57,7 +57,7 @@ Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spe
   const bool cudnn = capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
                      !at::globalContext().deterministicAlgorithms();
   if (cudnn && segments.equal() && longest % kDenseMultiple == 0) return Path::Cudnn;
-  if (cudnn && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
+  if (cudnn && capability == 90 && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
   return dim <= 256 ? Path::Flash : Path::Formula;
 }
 
@@ -145,8 +145,8 @@ PackedShape packed_shape(const Segments& segments, const AttentionSpec& spec) {
 
 Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                                const AttentionSpec& spec) {
-  Attended result{at::empty(q.sizes(), q.options()),
-                         at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
+  const c10::DeviceGuard guard(q.device());
+  Attended result{at::empty(q.sizes(), q.options()), at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
   const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
   cuda_library()->packed_attention_forward(packed_shape(segments, spec), rows(q), rows(k), rows(v),
                                            rows(result.out), rows(result.lse));
@@ -155,6 +155,7 @@ Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 void packed_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
                      const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
+  const c10::DeviceGuard guard(q.device());
   const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
   const auto written = [&](const Tensor& wanted, const Tensor& x) {
     if (padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
