@@ -281,13 +281,11 @@ void give(const Gradients& made, const Gradients& to) {
   to.dv.copy_(made.dv);
 }
 
-Attended joined(const Attended& attended) { return {attended.out.flatten(1, 2), attended.lse}; }
-                
-                }  // namespace
-                
-                Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                const AttentionSpec& spec) {
-  switch (path_of(q, segments, spec)) {
+Attended by_path(Path path, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+                 const Segments& segments, const AttentionSpec& spec) {
+  const Tensor q = aligned(given_q), k = aligned(given_k), v = aligned(given_v);
+  const auto joined = [](const Attended& attended) { return Attended{attended.out.flatten(1, 2), attended.lse}; };
+  switch (path) {
     case Path::Softcap:
       return joined(softcap_forward(q, k, v, segments, spec));
     case Path::Cudnn:
@@ -302,6 +300,22 @@ Attended joined(const Attended& attended) { return {attended.out.flatten(1, 2), 
       break;
   }
   return attention_formula(q, k, v, segments, spec);
+}
+
+}  // namespace
+
+Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                         const AttentionSpec& spec) {
+  return by_path(path_of(q, segments, spec), q, k, v, segments, spec);
+}
+
+Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const int64_t n = q.size(0);
+  const Segments whole({0, static_cast<int32_t>(n)}, at::tensor({int64_t{0}, n}, at::kLong).to(q.device()));
+  const Path path = path_of(q, whole, spec);
+  // Prompts have any length, and a cuDNN graph of a new one takes longer to build than the prompt to read.
+  const bool graph = path == Path::Cudnn || path == Path::PackedCudnn;
+  return by_path(graph ? Path::Flash : path, q, k, v, whole, spec).out;
 }
 
 void attention_fused_backward(const Tensor& d_out, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
