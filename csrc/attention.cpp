@@ -244,6 +244,7 @@ Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_
   const int64_t keys = cache.past + queries;
   cache.k.narrow(1, cache.past, queries).copy_(new_k.transpose(0, 1));
   cache.v.narrow(1, cache.past, queries).copy_(new_v.transpose(0, 1));
+  if (queries > 1 && cache.past == 0 && q.is_cuda()) return attention_prompt(q, new_k, new_v, spec);
   const Tensor k = cache.k.narrow(1, 0, keys), v = cache.v.narrow(1, 0, keys);
   if (queries > 1) {
     return attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec).squeeze(0).transpose(0, 1).reshape(

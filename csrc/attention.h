@@ -42,6 +42,9 @@ void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor
                               const Attended& attended, const Segments& segments, const AttentionSpec& spec,
                               const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
+// Without a backward, for one sequence from its start, on a GPU: [T, H*D].
+Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
+
 // The keys and values of the first `past` positions of a sequence; [K, capacity, D] each.
 struct KvView {
   Tensor k, v;  // undefined where there is no cache

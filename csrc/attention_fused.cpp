@@ -1,7 +1,7 @@
 // Which kernel attends, forward and backward. In order of preference:
 //   softcap        own kernels (kernels/attention_softcap.cu)   16-bit, D = 64, 128, 256, sm_80
 //   cuDNN          ATen's, one graph a shape                     16-bit, sm_90, no window, segments of one length
-//   packed cuDNN   csrc/cuda, one graph a bucket of shapes       16-bit, sm_90, no window
+//   packed cuDNN   csrc/cuda, one graph a bucket of shapes       16-bit, sm_90 (Hopper), no window
 //   flash          FlashAttention-2 (arXiv:2307.08691) in ATen   16-bit, sm_80
 //   efficient      memory-efficient attention in ATen            f32, and f16 on sm_75
 //   formula        what is left: f64, softcap in f32, other head sizes
@@ -57,7 +57,7 @@ Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spe
   const bool cudnn = capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
                      !at::globalContext().deterministicAlgorithms();
   if (cudnn && segments.equal() && longest % kDenseMultiple == 0) return Path::Cudnn;
-  if (cudnn && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
+  if (cudnn && capability == 90 && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
   return dim <= 256 ? Path::Flash : Path::Formula;
 }
 
@@ -65,6 +65,14 @@ Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spe
 struct Gradients {
   Tensor dq, dk, dv;
 };
+
+// Kernels read 16 bytes at a time. Rows of a projection lie so; others are copied.
+Tensor aligned(const Tensor& x) {
+  const int64_t elements = 16 / x.element_size();
+  const bool fits = x.stride(2) == 1 && x.stride(1) % elements == 0 && x.stride(0) % elements == 0 &&
+                    reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return fits || x.size(2) % elements != 0 ? x : x.contiguous();
+}
 
 // [N, heads, D] as [B, T, heads, D].
 Tensor by_segment(const Tensor& x, const Segments& segments) {
@@ -100,12 +108,12 @@ KernelAttention softcap_operands(const TokenRows& q, const TokenRows& k, const T
 }
 
 Attended softcap_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                                const AttentionSpec& spec) {
+                         const AttentionSpec& spec) {
   const Launch launch(q);
   const TokenRows rows_q(q), rows_k(k), rows_v(v);
   const Tensor cu = segments.device_cu_seqlens();
   Attended result{at::empty(q.sizes(), q.options()),
-                         at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat))};
+                  at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat))};
   const KernelAttention operands = softcap_operands(rows_q, rows_k, rows_v, cu, segments, spec);
   check_launch(kernels_for(q)->attention_softcap_forward(&operands, result.out.mutable_data_ptr(),
                                                          result.lse.mutable_data_ptr<float>(), launch.stream()),
@@ -144,9 +152,9 @@ PackedShape packed_shape(const Segments& segments, const AttentionSpec& spec) {
 }
 
 Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                               const AttentionSpec& spec) {
-  Attended result{at::empty(q.sizes(), q.options()),
-                         at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
+                        const AttentionSpec& spec) {
+  const c10::DeviceGuard guard(q.device());
+  Attended result{at::empty(q.sizes(), q.options()), at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
   const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
   cuda_library()->packed_attention_forward(packed_shape(segments, spec), rows(q), rows(k), rows(v),
                                            rows(result.out), rows(result.lse));
@@ -155,6 +163,7 @@ Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 void packed_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
                      const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
+  const c10::DeviceGuard guard(q.device());
   const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
   const auto written = [&](const Tensor& wanted, const Tensor& x) {
     if (padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
@@ -180,7 +189,7 @@ std::optional<c10::SymInt> right_of(const AttentionSpec& spec) {
 Tensor no_philox(const Tensor& q) { return at::empty({2}, q.options().dtype(at::kLong)); }
 
 Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                              const AttentionSpec& spec) {
+                       const AttentionSpec& spec) {
   const auto result = at::_scaled_dot_product_cudnn_attention(by_head(q, segments), by_head(k, segments),
                                                               by_head(v, segments), {}, true, 0.0, true, false,
                                                               spec.scale);
@@ -188,8 +197,8 @@ Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
 }
 
 Gradients cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Attended& attended, const Segments& segments,
-                                  const AttentionSpec& spec) {
+                         const Attended& attended, const Segments& segments,
+                         const AttentionSpec& spec) {
   const auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
       by_head(dout, segments), by_head(q, segments), by_head(k, segments), by_head(v, segments),
       by_head(attended.out, segments), attended.lse, no_philox(q), no_philox(q), Tensor(), Tensor(), Tensor(),
@@ -198,7 +207,7 @@ Gradients cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, c
 }
 
 Attended flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                              const AttentionSpec& spec) {
+                       const AttentionSpec& spec) {
   const int64_t longest = segments.longest();
   if (segments.equal()) {
     const auto result = at::_flash_attention_forward_symint(
@@ -213,8 +222,8 @@ Attended flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
 }
 
 Gradients flash_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Attended& attended, const Segments& segments,
-                                  const AttentionSpec& spec) {
+                         const Attended& attended, const Segments& segments,
+                         const AttentionSpec& spec) {
   const int64_t longest = segments.longest();
   const bool equal = segments.equal();
   const Tensor cu = equal ? Tensor() : segments.device_cu_seqlens();
@@ -241,7 +250,7 @@ Tensor every_head(const Tensor& kv, int64_t heads) {
 
 // Packed batches as one row of segments, [1, N, H, D].
 Attended efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                                  const AttentionSpec& spec) {
+                           const AttentionSpec& spec) {
   const Tensor cu = segments.device_cu_seqlens();
   const auto result = at::_efficient_attention_forward(
       q.unsqueeze(0), every_head(k, q.size(1)).unsqueeze(0), every_head(v, q.size(1)).unsqueeze(0), {}, cu, cu,
@@ -250,8 +259,8 @@ Attended efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, co
 }
 
 Gradients efficient_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                      const Attended& attended, const Segments& segments,
-                                      const AttentionSpec& spec) {
+                             const Attended& attended, const Segments& segments,
+                             const AttentionSpec& spec) {
   const Tensor cu = segments.device_cu_seqlens();
   const auto [dq, dk, dv, dbias] = at::_efficient_attention_backward(
       dout.unsqueeze(0), q.unsqueeze(0), every_head(k, q.size(1)).unsqueeze(0), every_head(v, q.size(1)).unsqueeze(0),
@@ -272,13 +281,11 @@ void give(const Gradients& made, const Gradients& to) {
   to.dv.copy_(made.dv);
 }
 
-Attended joined(const Attended& attended) { return {attended.out.flatten(1, 2), attended.lse}; }
-
-}  // namespace
-
-Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                         const AttentionSpec& spec) {
-  switch (path_of(q, segments, spec)) {
+Attended by_path(Path path, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+                 const Segments& segments, const AttentionSpec& spec) {
+  const Tensor q = aligned(given_q), k = aligned(given_k), v = aligned(given_v);
+  const auto joined = [](const Attended& attended) { return Attended{attended.out.flatten(1, 2), attended.lse}; };
+  switch (path) {
     case Path::Softcap:
       return joined(softcap_forward(q, k, v, segments, spec));
     case Path::Cudnn:
@@ -295,9 +302,26 @@ Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return attention_formula(q, k, v, segments, spec);
 }
 
-void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+}  // namespace
+
+Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                         const AttentionSpec& spec) {
+  return by_path(path_of(q, segments, spec), q, k, v, segments, spec);
+}
+
+Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const int64_t n = q.size(0);
+  const Segments whole({0, static_cast<int32_t>(n)}, at::tensor({int64_t{0}, n}, at::kLong).to(q.device()));
+  const Path path = path_of(q, whole, spec);
+  // Prompts have any length, and a cuDNN graph of a new one takes longer to build than the prompt to read.
+  const bool graph = path == Path::Cudnn || path == Path::PackedCudnn;
+  return by_path(graph ? Path::Flash : path, q, k, v, whole, spec).out;
+}
+
+void attention_fused_backward(const Tensor& d_out, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
                               const Attended& attended, const Segments& segments, const AttentionSpec& spec,
                               const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const Tensor q = aligned(given_q), k = aligned(given_k), v = aligned(given_v);
   const Tensor dout = d_out.contiguous().view(q.sizes());
   const Attended apart{attended.out.view(q.sizes()), attended.lse};
   const Gradients to{dq, dk, dv};

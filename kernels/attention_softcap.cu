@@ -16,8 +16,8 @@ namespace {
 
 // ---- device
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kInfinity = __builtin_huge_valf();
+[[maybe_unused]] constexpr float kLog2e = 1.4426950408889634f;
+[[maybe_unused]] constexpr float kInfinity = __builtin_huge_valf();
 
 __device__ inline float exp2_fast(float x) {
   float y;
@@ -44,7 +44,7 @@ struct Place {
   }
 };
 
-__device__ inline bool visible(int64_t query, int64_t key, int64_t length, int64_t window) {
+[[maybe_unused]] __device__ inline bool visible(int64_t query, int64_t key, int64_t length, int64_t window) {
   return query < length && key <= query && (window == 0 || query - key < window);
 }
 

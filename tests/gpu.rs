@@ -124,6 +124,24 @@ fn decoders_on_the_gpu_match_transformers() {
     golden::assert_close(1e-5, distances);
 }
 
+/// A prompt into an empty cache, a second one behind it, and single tokens.
+#[test]
+fn cached_decoders_on_the_gpu_match_the_cpu() {
+    let Some(device) = gpu("decoders with a cache") else { return };
+    let ids: Vec<i64> = (0..40).map(|i| (i * i + 7) % 50).collect();
+    let mut distances = Vec::new();
+    for name in checkpoints() {
+        let logits = |device| {
+            let decoder = load_on(&root().join(&name), Kind::Float, device);
+            let mut cache = decoder.kv_cache(ids.len()).unwrap();
+            let read = |fed: usize| decoder.extend(&ids[..fed], &mut cache).unwrap().to_device(Device::Cpu);
+            Tensor::stack(&[30, 38, 39, 40].map(read), 0)
+        };
+        distances.push((name.clone(), golden::rel(&logits(device), &logits(Device::Cpu))));
+    }
+    golden::assert_close(1e-5, distances);
+}
+
 /// Losses and gradients of packed samples: the GPU in f32 and bf16 beside the CPU in the same type, against f64.
 #[test]
 fn gradients_on_the_gpu_match_the_cpu() {
