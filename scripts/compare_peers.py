@@ -101,7 +101,7 @@ def compare_gpu(options):
     common = ["--batch", options.batch, "--seq", options.seq, "--steps", options.steps]
     flags = [flag for flag, given in (("--use-gradient-checkpointing", options.use_gradient_checkpointing),
                                       ("--load-in-4bit", options.load_in_4bit)) if given]
-    command = [options.ferrotune.resolve(), "bench", "train", "--shape", options.gpu, *common, *flags, "--json"]
+    command = [options.ferrotune.resolve(), "bench", "train", "--shape", options.gpu, *common, *flags, "--device", "cuda", "--json"]
     ours = json.loads("".join(line for _, line in run([str(part) for part in command], options.threads)[0]))
     rows = [("ferrotune", ours["ms_per_step"], ours["peak_allocated"])]
     print(f"{options.gpu}, {options.batch} x {options.seq} tokens, {' '.join(flags) or '16-bit'}, {ours['device']}; "
