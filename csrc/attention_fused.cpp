@@ -23,7 +23,7 @@ namespace ferrotune {
 
 namespace {
 
-enum class Path { Softcap, Cudnn, PackedCudnn, Flash, Efficient, Formula };
+enum class Path { Softcap, Cudnn, Flash, Efficient, Formula };
 
 // 10 major + minor. libtorch_cpu has loaded the CUDA run time.
 int compute_capability(const Tensor& x) {
@@ -38,8 +38,10 @@ int compute_capability(const Tensor& x) {
   return 10 * major + minor;
 }
 
-// ATen builds a cuDNN graph for each length it meets, forward and backward: only for lengths that come again.
+// A cuDNN graph is built for each length, forward and backward: only for lengths that come again.
 constexpr int64_t kDenseMultiple = 256;
+
+bool dense(const Segments& segments) { return segments.equal() && segments.longest() % kDenseMultiple == 0; }
 
 Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spec) {
   if (!q.is_cuda() || q.scalar_type() == at::kDouble) return Path::Formula;
@@ -54,10 +56,9 @@ Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spe
   if (!sixteen_bit || capability < 80) return Path::Efficient;
   const bool windowed = spec.window > 0 && spec.window < longest;
   // cuDNN's backward adds in no fixed order; that of flash attention has a fixed one where it is asked for.
-  const bool cudnn = capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
+  const bool cudnn = cuda_library() != nullptr && capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
                      !at::globalContext().deterministicAlgorithms();
-  if (cudnn && segments.equal() && longest % kDenseMultiple == 0) return Path::Cudnn;
-  if (cudnn && capability == 90 && dim % 16 == 0 && cuda_library()) return Path::PackedCudnn;
+  if (cudnn && (dense(segments) || (capability == 90 && dim % 16 == 0))) return Path::Cudnn;
   return dim <= 256 ? Path::Flash : Path::Formula;
 }
 
@@ -78,9 +79,6 @@ Tensor aligned(const Tensor& x) {
 Tensor by_segment(const Tensor& x, const Segments& segments) {
   return x.unflatten(0, {segments.count(), segments.longest()});
 }
-// [N, heads, D] as [B, heads, T, D].
-Tensor by_head(const Tensor& x, const Segments& segments) { return by_segment(x, segments).transpose(1, 2); }
-Tensor from_heads(const Tensor& x) { return x.transpose(1, 2).flatten(0, 1); }
 
 // ---- softcap
 
@@ -137,7 +135,7 @@ void softcap_backward(const Tensor& dout, const Tensor& q, const Tensor& k, cons
                "attention_softcap_backward");
 }
 
-// ---- packed cuDNN
+// ---- cuDNN
 
 // cuDNN 9.19 adds up dq, and dk before the groups are summed, in a workspace: of segments padded to the longest, or of
 // rows packed as in dq. The second is wrong where the rows of dq and dk are not as far apart as those of q and k, so it is
@@ -147,26 +145,32 @@ bool padding_is_little(const Segments& segments) {
 }
 
 PackedShape packed_shape(const Segments& segments, const AttentionSpec& spec) {
+  if (dense(segments)) return PackedShape{segments.count(), Tensor(), segments.longest(), 0, spec.scale};
   const int64_t tokens = padding_is_little(segments) ? 0 : segments.bucket_rows();
-  return PackedShape{segments.device_lengths(), segments.bucket_longest(), tokens, spec.scale};
+  return PackedShape{segments.bucket_count(), segments.device_lengths(), segments.bucket_longest(), tokens, spec.scale};
 }
 
-Attended packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+// The rows of x, with what a packed batch says of them.
+PackedRows packed_rows(const Tensor& x, const Segments& segments) {
+  return {x, dense(segments) ? Tensor() : segments.device_offsets(x.stride(0))};
+}
+
+Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                         const AttentionSpec& spec) {
   const c10::DeviceGuard guard(q.device());
   Attended result{at::empty(q.sizes(), q.options()), at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
-  const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
+  const auto rows = [&](const Tensor& x) { return packed_rows(x, segments); };
   cuda_library()->packed_attention_forward(packed_shape(segments, spec), rows(q), rows(k), rows(v),
                                            rows(result.out), rows(result.lse));
   return result;
 }
 
-void packed_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+void cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
                      const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
   const c10::DeviceGuard guard(q.device());
-  const auto rows = [&](const Tensor& x) { return PackedRows{x, segments.device_offsets(x.stride(0))}; };
+  const auto rows = [&](const Tensor& x) { return packed_rows(x, segments); };
   const auto written = [&](const Tensor& wanted, const Tensor& x) {
-    if (padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
+    if (dense(segments) || padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
     return at::empty_strided(x.sizes(), x.strides(), x.options());
   };
   const Tensor dq = written(to.dq, q), dk = written(to.dk, k);
@@ -187,24 +191,6 @@ std::optional<c10::SymInt> right_of(const AttentionSpec& spec) {
 
 // State of a dropout that does not happen.
 Tensor no_philox(const Tensor& q) { return at::empty({2}, q.options().dtype(at::kLong)); }
-
-Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                       const AttentionSpec& spec) {
-  const auto result = at::_scaled_dot_product_cudnn_attention(by_head(q, segments), by_head(k, segments),
-                                                              by_head(v, segments), {}, true, 0.0, true, false,
-                                                              spec.scale);
-  return {from_heads(std::get<0>(result)), std::get<1>(result)};
-}
-
-Gradients cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                         const Attended& attended, const Segments& segments,
-                         const AttentionSpec& spec) {
-  const auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
-      by_head(dout, segments), by_head(q, segments), by_head(k, segments), by_head(v, segments),
-      by_head(attended.out, segments), attended.lse, no_philox(q), no_philox(q), Tensor(), Tensor(), Tensor(),
-      segments.longest(), segments.longest(), 0.0, true, spec.scale);
-  return {from_heads(dq), from_heads(dk), from_heads(dv)};
-}
 
 Attended flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
                        const AttentionSpec& spec) {
@@ -290,8 +276,6 @@ Attended by_path(Path path, const Tensor& given_q, const Tensor& given_k, const 
       return joined(softcap_forward(q, k, v, segments, spec));
     case Path::Cudnn:
       return joined(cudnn_forward(q, k, v, segments, spec));
-    case Path::PackedCudnn:
-      return joined(packed_forward(q, k, v, segments, spec));
     case Path::Flash:
       return joined(flash_forward(q, k, v, segments, spec));
     case Path::Efficient:
@@ -314,8 +298,7 @@ Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const
   const Segments whole({0, static_cast<int32_t>(n)}, at::tensor({int64_t{0}, n}, at::kLong).to(q.device()));
   const Path path = path_of(q, whole, spec);
   // Prompts have any length, and a cuDNN graph of a new one takes longer to build than the prompt to read.
-  const bool graph = path == Path::Cudnn || path == Path::PackedCudnn;
-  return by_path(graph ? Path::Flash : path, q, k, v, whole, spec).out;
+  return by_path(path == Path::Cudnn ? Path::Flash : path, q, k, v, whole, spec).out;
 }
 
 void attention_fused_backward(const Tensor& d_out, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
@@ -329,9 +312,7 @@ void attention_fused_backward(const Tensor& d_out, const Tensor& given_q, const 
     case Path::Softcap:
       return softcap_backward(dout, q, k, v, apart, segments, spec, to);
     case Path::Cudnn:
-      return give(cudnn_backward(dout, q, k, v, apart, segments, spec), to);
-    case Path::PackedCudnn:
-      return packed_backward(dout, q, k, v, apart, segments, spec, to);
+      return cudnn_backward(dout, q, k, v, apart, segments, spec, to);
     case Path::Flash:
       return give(flash_backward(dout, q, k, v, apart, segments, spec), to);
     case Path::Efficient:

@@ -24,18 +24,19 @@ struct Norm {
 
   explicit Norm(const NormView& view) : weight(view.weight), eps(view.eps), offset(view.offset) {}
 
-  // rstd is null where no backward will follow.
-  Tensor forward(const Tensor& x, Tensor* rstd) const {
+  // rstd is null where no backward will follow. `tail`: see linear_tail.
+  Tensor forward(const Tensor& x, Tensor* rstd, int64_t tail = 0) const {
     if (!weight.defined()) return x;
-    if (rstd == nullptr) return rms_norm(x, weight, eps, offset);
-    Tensor y;
-    std::tie(y, *rstd) = rms_norm_forward(x, weight, eps, offset);
+    if (rstd == nullptr && tail == 0) return rms_norm(x, weight, eps, offset);
+    const auto [y, r] = rms_norm_forward(x, weight, eps, offset, tail);
+    if (rstd != nullptr) *rstd = r;
     return y;
   }
 
-  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight) const {
-    if (!weight.defined()) return dy;
-    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset);
+  // Plus `residual`, the gradient that reaches x around the norm, if there is one.
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight, const Tensor& residual = {}) const {
+    if (!weight.defined()) return residual.defined() ? dy + residual : dy;
+    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual);
     dweight = dw;
     return dx;
   }
@@ -142,7 +143,7 @@ struct AttentionBlock {
     const bool need_normed = need_dx || norm.weight.requires_grad();
     const Tensor d_normed = linear_backward(d_projected, k.normed, k.qkv_z, qkv, need_normed, qkv_grads);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0]).add_(dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
   }
 };
 
@@ -173,8 +174,11 @@ struct MlpBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr);
-    k.gated = linear_forward(k.normed, gate_up, keeps ? &k.gate_up_z : nullptr);
+    const int64_t tail = norm.weight.defined() ? linear_tail(x, gate_up) : 0;
+    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr, tail);
+    Tensor* const z = keeps ? &k.gate_up_z : nullptr;
+    k.gated = tail > 0 ? linear_with_tail(k.normed, gate_up, z) : linear_forward(k.normed, gate_up, z);
+    if (tail > 0) k.normed = k.normed.narrow(1, 0, x.size(1));
     if (!gate_up.needs_input()) k.normed = Tensor();
     k.product = keeps ? swiglu_forward(k.gated, activation) : swiglu(k.gated, activation);
     if (!whole && !post_norm.weight.defined()) {
@@ -196,7 +200,7 @@ struct MlpBlock {
     const bool need_normed = need_dx || norm.weight.requires_grad();
     const Tensor d_normed = linear_backward(d_gated, k.normed, k.gate_up_z, gate_up, need_normed, gate_up_grads);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0]).add_(dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
   }
 };
 

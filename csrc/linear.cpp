@@ -30,10 +30,10 @@ Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a
   }
 }
 
-Tensor PartWeights::joined(at::ScalarType dtype) const {
+Tensor PartWeights::joined(at::ScalarType dtype, int64_t tail) const {
   const Nf4* first = std::get_if<Nf4>(&parts[0]);
   const Tensor& any = first ? first->packed : std::get<Tensor>(parts[0]);
-  Tensor whole = at::empty({rows, in}, any.options().dtype(dtype));
+  const Tensor wide = at::empty({rows, in + tail}, any.options().dtype(dtype)), whole = wide.narrow(1, 0, in);
   int64_t row = 0;
   for (const auto& part : parts) {
     if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
@@ -45,7 +45,7 @@ Tensor PartWeights::joined(at::ScalarType dtype) const {
       row += dense.size(0);
     }
   }
-  return whole;
+  return wide;
 }
 
 void Linear::visit(std::vector<Tensor*>& tensors) {
@@ -174,6 +174,38 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   }
   if (z_out != nullptr) *z_out = z;
   return y;
+}
+
+int64_t linear_tail(const Tensor& x, const Linear& l) {
+  constexpr int64_t kMultiple = 64;  // what the kernels of cuBLAS take of the inner dimension at once
+  if (kernels_for(x) == nullptr || x.scalar_type() == at::kFloat) return 0;
+  int64_t rank = 0;
+  for (const Lora& part : l.parts) {
+    if (part.dropout > 0) return 0;
+    if (part.a.defined()) rank += part.a.size(0);
+  }
+  const int64_t tail = (rank + kMultiple - 1) / kMultiple * kMultiple;
+  const bool room = l.part_weights || (!l.weight.requires_grad() && l.weight.scalar_type() == x.scalar_type() &&
+                                       l.weight.stride(0) >= l.in() + tail);
+  return room ? tail : 0;
+}
+
+Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out) {
+  const auto dtype = x.scalar_type();
+  const int64_t in = l.in(), tail = x.size(1) - in;
+  const LoraParts lora(l, dtype);
+  const Tensor z = x.narrow(1, in, lora.rank);
+  product_into(z, x.narrow(1, 0, in), lora.a.t(), 1, false);
+  x.narrow(1, in + lora.rank, tail - lora.rank).zero_();
+  const Tensor w = l.part_weights ? l.part_weights->joined(dtype, tail)
+                                  : l.weight.as_strided({l.rows(), in + tail}, {l.weight.stride(0), 1});
+  const Tensor behind = w.narrow(1, in, tail).zero_();
+  for (const auto& [part, row, column, rank] : lora.places) {
+    Tensor block = behind.narrow(0, row, part->rows).narrow(1, column, rank);
+    at::mul_out(block, part->b, at::scalar_tensor(part->scale));
+  }
+  if (z_out != nullptr) *z_out = z;
+  return l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : at::mm(x, w.t());
 }
 
 Tensor linear_z(const Tensor& x, const Linear& l) { return lora_z(x, LoraParts(l, x.scalar_type())); }

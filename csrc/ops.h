@@ -57,11 +57,12 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin);
 Tensor swiglu(const Tensor& gate_up, Activation activation);
 
 // ---- the same without autograd, for nodes that differentiate a whole block
-// y and rstd.
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset);
-// dx, and dweight where it trains.
+// y and rstd. The kernel leaves `tail` columns of y's rows for the caller to write: [N, C + tail].
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
+                                            int64_t tail = 0);
+// dx, plus `residual` where it is defined, and dweight where it trains.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset);
+                                             double offset, const Tensor& residual = {});
 // By the opposite angles where `inverse`, which is the backward. y may have a token stride of its own, or be x.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);

@@ -34,29 +34,30 @@ Tensor rms_kernel_weight(const Tensor& weight, const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tensor& x, const Tensor& weight, double eps,
-                                              double offset) {
+                                              double offset, int64_t tail) {
   const Launch launch(x);
   const TokenRows rows(rms_heads(x));
   const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
   const Tensor w = rms_kernel_weight(weight, x);
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = tail > 0 ? at::empty({n, c + tail}, x.options()) : at::empty(x.sizes(), x.options());
   Tensor rstd = at::empty({n, h, 1}, x.options().dtype(at::kFloat));
   check_launch(kernels.rms_norm_forward(rows.x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(),
-                                        rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, static_cast<float>(eps),
-                                        static_cast<float>(offset), kernel_dtype(x), kernel_dtype(w), launch.stream()),
+                                        rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, h * c + tail,
+                                        static_cast<float>(eps), static_cast<float>(offset), kernel_dtype(x),
+                                        kernel_dtype(w), launch.stream()),
                "rms_norm_forward");
   return {y, rstd};
 }
 
 Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& weight,
-                           const Tensor& rstd, double offset) {
+                           const Tensor& rstd, double offset, const Tensor& residual) {
   const Launch launch(x);
   const TokenRows rows(rms_heads(x));
   const Tensor w = rms_kernel_weight(weight, x);
   Tensor dx = at::empty(x.sizes(), x.options());
   check_launch(kernels.rms_norm_backward(dy.const_data_ptr(), rows.x.const_data_ptr(), w.const_data_ptr(),
-                                         rstd.const_data_ptr<float>(), dx.mutable_data_ptr(), rows.x.size(0),
-                                         rows.x.size(1), rows.x.size(2), rows.stride, static_cast<float>(offset),
+                                         rstd.const_data_ptr<float>(), residual.defined() ? residual.const_data_ptr() : nullptr,
+                                         dx.mutable_data_ptr(), rows.x.size(0), rows.x.size(1), rows.x.size(2), rows.stride, static_cast<float>(offset),
                                          kernel_dtype(x), kernel_dtype(w), launch.stream()),
                "rms_norm_backward");
   return dx;
@@ -118,15 +119,17 @@ std::tuple<Tensor, Tensor> rms_backward_cpu(const CpuKernels& kernels, const Ten
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset) {
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
+                                            int64_t tail) {
   TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
               ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
               " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
-  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset);
+  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset, tail);
   if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
     return rms_forward_cpu(*kernels, x, weight, eps, offset);
   }
+  TORCH_CHECK(tail == 0, "rms_norm: only the kernel leaves room in its rows");
   const auto acc = rms_accumulate_type(x);
   const Tensor xa = x.to(acc);
   const Tensor rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
@@ -135,22 +138,25 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset) {
+                                             double offset, const Tensor& residual) {
   const bool need_dw = weight.requires_grad();
   Tensor dx, dw;
   if (const Kernels* kernels = kernels_for(x)) {
     const Tensor dy = grad.contiguous();
-    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset);
+    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, residual.defined() ? residual.contiguous() : residual);
     if (need_dw) dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
     return {dx, dw};
   }
   if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
-    return rms_backward_cpu(*kernels, grad, x, weight, rstd, offset, need_dw);
+    std::tie(dx, dw) = rms_backward_cpu(*kernels, grad, x, weight, rstd, offset, need_dw);
+    if (residual.defined()) dx.add_(residual);
+    return {dx, dw};
   }
   const auto acc = rms_accumulate_type(x);
   const Tensor dy = grad.to(acc), xh = x.to(acc) * rstd;
   const Tensor g = dy * (offset == 0 ? weight.to(acc) : weight.to(acc).add(offset));
   dx = at::addcmul(g, xh, (g * xh).mean(-1, true).neg_()).mul_(rstd).to(x.scalar_type());
+  if (residual.defined()) dx.add_(residual);
   if (need_dw) dw = (dy * xh).reshape({-1, weight.size(0)}).sum(0).to(weight.scalar_type());
   return {dx, dw};
 }

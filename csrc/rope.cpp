@@ -62,8 +62,10 @@ void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tens
   const int64_t half = cos.size(1), rest = x.size(2) - 2 * half;
   const Tensor c = cos.to(x.scalar_type()).unsqueeze(1), s = sin.to(x.scalar_type()).unsqueeze(1);
   const Tensor x1 = x.narrow(2, 0, half), x2 = x.narrow(2, half, half);
-  y.narrow(2, 0, half).copy_(at::mul(x1, c).addcmul_(x2, s, -sign));
-  y.narrow(2, half, half).copy_(at::mul(x2, c).addcmul_(x1, s, sign));
+  // Both before either is written: y may be x.
+  const Tensor y1 = at::mul(x1, c).addcmul_(x2, s, -sign), y2 = at::mul(x2, c).addcmul_(x1, s, sign);
+  y.narrow(2, 0, half).copy_(y1);
+  y.narrow(2, half, half).copy_(y2);
   if (rest > 0) y.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
 }
 

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 4
+#define FERROTUNE_KERNELS_ABI 5
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -59,11 +59,13 @@ int nf4_quantize(const void* x, uint8_t* packed, float* absmax, int64_t n, int d
 // x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C], rstd [N, H] f32.
 // weight has dtype weight_dtype: that of x, or f32.
 int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H, int64_t C,
-                     int64_t x_stride, float eps, float offset, int dtype, int weight_dtype, void* stream);
+                     int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype, int weight_dtype,
+                     void* stream);
 
-// dy [N, H, C], x and weight as above, rstd [N, H] from the forward, dx [N, H, C].
-int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, void* dx, int64_t N,
-                      int64_t H, int64_t C, int64_t x_stride, float offset, int dtype, int weight_dtype, void* stream);
+// dy [N, H, C], x and weight as above, rstd [N, H] from the forward, residual [N, H, C] or null: added to dx [N, H, C].
+int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, const void* residual,
+                      void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, float offset, int dtype,
+                      int weight_dtype, void* stream);
 
 // partial [chunks, C] f32: sums of dweight over `chunks` runs of rows, for the caller to add up.
 int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, float* partial, int64_t N, int64_t H,

@@ -3,7 +3,8 @@
 // Fuses the square, the mean, the root and both products, which plain libtorch runs as 5 kernels with f32 temporaries.
 // A row stays in registers between its statistics and its output, so each tensor crosses device memory once:
 //   forward          read x, write y              2 N C elements (+ 4 N bytes of r)
-//   backward, dx     read dy and x, write dx      3 N C elements
+//   backward, dx     read dy and x, write dx      3 N C elements; one more where the gradient that goes around the norm is
+//                                                added in the same pass (plain libtorch: 3 more)
 //   backward, dw     read dy and x                2 N C elements, only where the weight trains
 //
 // Backward. With g = dy (w + offset) and xh = x r:
@@ -51,7 +52,7 @@ template <typename T, typename W, int kWidth>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
     rms_norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* __restrict__ y,
                                         float* __restrict__ rstd, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
-                                        float eps, float offset) {
+                                        int64_t y_stride, float eps, float offset) {
   const int vectors = static_cast<int>(C / kWidth);
   const auto square = [](const Vector<T, kWidth>& a) {
     float sum = 0;
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
     const float r = rsqrtf(row_sum(sum) / static_cast<float>(C) + eps);
     if (!active) continue;
     if (threadIdx.x == 0) rstd[row] = r;
-    T* y_row = y + row * C;
+    T* y_row = y + row_start(row, H, C, y_stride);
     const auto write = [&](int c, const Vector<T, kWidth>& a) {
       float w[kWidth];
       load_float<kWidth>(weight, c, w);
@@ -107,7 +108,7 @@ template <typename T, typename W, int kWidth>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
     rms_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x,
                                          const W* __restrict__ weight, const float* __restrict__ rstd,
-                                         T* __restrict__ dx, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
+                                         const T* __restrict__ residual, T* __restrict__ dx, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
                                          float offset) {
   const int vectors = static_cast<int>(C / kWidth);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
@@ -149,14 +150,21 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
     if (!active) continue;
     T* dx_row = dx + row * C;
     const auto write = [&](int c, const Vector<T, kWidth>& a, const Vector<T, kWidth>& d) {
-      float w[kWidth];
+      float w[kWidth], sums[kWidth];
       load_float<kWidth>(weight, c, w);
       Vector<T, kWidth> out;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const float g = to_float(d.v[i]) * (w[i] + offset);
-        out.v[i] = from_float<T>(r * (g - to_float(a.v[i]) * r * mean));
+        sums[i] = r * (g - to_float(a.v[i]) * r * mean);
       }
+      if (residual != nullptr) {
+        const Vector<T, kWidth> around = load<kWidth>(residual + row * C, c);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) sums[i] += to_float(around.v[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) out.v[i] = from_float<T>(sums[i]);
       store<kWidth>(dx_row, c, out);
     };
 #pragma unroll
@@ -240,8 +248,8 @@ int with_types(int dtype, int weight_dtype, Body&& body) {
 using namespace ferrotune;
 
 extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H,
-                                int64_t C, int64_t x_stride, float eps, float offset, int dtype, int weight_dtype,
-                                void* stream) {
+                                int64_t C, int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype,
+                                int weight_dtype, void* stream) {
   const int64_t rows = N * H;
   if (rows == 0 || C == 0) return cudaSuccess;
   return with_types(dtype, weight_dtype, [&](auto t, auto w) -> int {
@@ -253,16 +261,16 @@ extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, floa
       rms_norm_forward_kernel<T, W, kWidth>
           <<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(x), static_cast<const W*>(weight), static_cast<T*>(y), rstd, rows, H, C, x_stride,
-              eps, offset);
+              y_stride, eps, offset);
       return cudaGetLastError();
     };
-    if (vectorises<T>(C, x_stride, {x, weight, y})) return launch(Width<16 / sizeof(T)>{});
+    if (vectorises<T>(C, x_stride, {x, weight, y}) && y_stride % (16 / sizeof(T)) == 0) return launch(Width<16 / sizeof(T)>{});
     return launch(Width<1>{});
   });
 }
 
-extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, void* dx,
-                                 int64_t N, int64_t H, int64_t C, int64_t x_stride, float offset, int dtype,
+extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd,
+                                 const void* residual, void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, float offset, int dtype,
                                  int weight_dtype, void* stream) {
   const int64_t rows = N * H;
   if (rows == 0 || C == 0) return cudaSuccess;
@@ -275,10 +283,10 @@ extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weig
       rms_norm_backward_kernel<T, W, kWidth>
           <<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const W*>(weight), rstd,
-              static_cast<T*>(dx), rows, H, C, x_stride, offset);
+              static_cast<const T*>(residual), static_cast<T*>(dx), rows, H, C, x_stride, offset);
       return cudaGetLastError();
     };
-    if (vectorises<T>(C, x_stride, {dy, x, weight, dx})) return launch(Width<16 / sizeof(T)>{});
+    if (vectorises<T>(C, x_stride, {dy, x, weight, residual, dx})) return launch(Width<16 / sizeof(T)>{});
     return launch(Width<1>{});
   });
 }

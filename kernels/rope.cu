@@ -17,10 +17,11 @@ namespace {
 // 3.98, 4 heads unpacked early 3.56 (123 registers). Blocks of 256 threads are as fast, but slower where R < D.
 constexpr int kHeads = 4, kThreads = 128;
 
-// A work item is (vector of dims, group of kHeads heads) of one token; the last vectors are those that pass through.
+// A work item is (vector of dims, group of kHeads heads) of one token; the last vectors are those that pass through. y may be
+// x: so neither is __restrict__, which would let the compiler read x again after a store to y.
 template <typename T, int kWidth>
-__global__ void rope_kernel(const T* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
-                            T* __restrict__ y, int64_t N, int H, int D, int half, int64_t x_stride, int64_t y_stride,
+__global__ void rope_kernel(const T* x, const float* __restrict__ cos, const float* __restrict__ sin,
+                            T* y, int64_t N, int H, int D, int half, int64_t x_stride, int64_t y_stride,
                             float sign) {
   const int turned = half / kWidth, vectors = turned + (D - 2 * half) / kWidth;
   const int items = vectors * ((H + kHeads - 1) / kHeads);

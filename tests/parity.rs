@@ -163,8 +163,11 @@ fn gradients_of_every_architecture() {
         }
         let golden = tensors(&dir.join("gradients.safetensors"));
         let sequence = ids(&golden["input_ids"]);
-        for policy in [Policy::Keep, Policy::Recompute] {
-            let (loss, found) = gradients(&dir, Kind::Float, &[&sequence], policy);
+        // f32 runs the kernels, f64 the formulas.
+        let ways =
+            [(Kind::Float, Policy::Keep), (Kind::Float, Policy::Recompute), (Kind::Double, Policy::Keep)];
+        for (kind, policy) in ways {
+            let (loss, found) = gradients(&dir, kind, &[&sequence], policy);
             let expected = golden["loss"].double_value(&[]);
             distances.push((format!("{name} loss"), (loss - expected).abs() / expected));
             distances.extend(compare(&name, &found, &golden));

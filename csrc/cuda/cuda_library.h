@@ -8,7 +8,7 @@
 #include <memory>
 
 // Raised with every change of this file; csrc refuses a library of another number.
-#define FERROTUNE_CUDA_ABI 2
+#define FERROTUNE_CUDA_ABI 3
 
 namespace ferrotune {
 
@@ -25,16 +25,17 @@ class CudaGraph {
   virtual void replay() = 0;
 };
 
-// Rows of a packed batch, x [N, heads, D] or [N, heads], and where each segment starts: offsets [segments + 1] int64, in
-// elements from x's first.
+// Rows of a batch, x [N, heads, D] or [N, heads], and, where it is packed, where each segment starts: offsets
+// [segments + 1] int64, in elements from x's first.
 struct PackedRows {
   at::Tensor x, offsets;
 };
 
-// What the operands of a packed batch share. A graph is built for each value of segments, longest and tokens, so those
-// are rounded up: a segment may be empty, and no buffer of `tokens` rows is needed.
+// What the operands of a batch share. A graph is built for each value of segments, longest and tokens, so those of packed
+// batches are rounded up: a segment may be empty, and no buffer of `tokens` rows is needed.
 struct PackedShape {
-  at::Tensor lengths;  // [segments] int32
+  int64_t segments;
+  at::Tensor lengths;  // [segments] int32; undefined: each is `longest`, no offsets are read, and lse is [segments, H, longest]
   int64_t longest;     // at least any of lengths
   int64_t tokens;      // at least their sum; or 0: the backward's workspace then pads every segment to the longest
   double scale;        // of q k^T

@@ -1,7 +1,7 @@
-// Attention of packed batches by cuDNN's frontend: segments of any lengths in one call, forward and backward.
+// Attention by cuDNN's frontend, forward and backward: segments of one length, or of any lengths (packed) in one call.
 // ATen's own way to cuDNN builds the graph anew for every packed batch and gives wrong gradients (2.11). Here a graph is
 // built once for each bucket of shapes and kept: the lengths and the places of the segments are device tensors, so any
-// batch of the bucket runs through it.
+// batch of the bucket runs through it. Operands are read and written where they lie: ATen allocates dq, dk and dv apart.
 #include <ATen/cudnn/Handle.h>
 #include <cudnn_frontend.h>
 
@@ -44,6 +44,8 @@ struct Call {
   at::ScalarType dtype;
   std::vector<Operand> operands;
 
+  bool packed() const { return shape.lengths.defined(); }
+
   // Where segments start depends on the row stride alone.
   int64_t offsets_uid(const Operand& operand) const {
     for (const Operand& first : operands) {
@@ -57,7 +59,7 @@ struct Call {
     int64_t scale;
     static_assert(sizeof scale == sizeof shape.scale);
     std::memcpy(&scale, &shape.scale, sizeof scale);
-    Key key{backward, half, shape.lengths.get_device(), shape.lengths.size(0), shape.longest, shape.tokens,
+    Key key{backward, half,     operands[0].rows->x.get_device(), packed(), shape.segments, shape.longest, shape.tokens,
             heads,    kv_heads, head_dim, scale};
     for (const Operand& operand : operands) key.push_back(operand.rows->x.stride(0));
     return key;
@@ -69,8 +71,16 @@ struct Call {
 void describe(graph::Tensor_attributes& tensor, const Call& call, const Operand& operand,
               std::map<int64_t, std::shared_ptr<graph::Tensor_attributes>>& offsets, graph::Graph& g) {
   const at::Tensor& x = operand.rows->x;
-  const int64_t segments = call.shape.lengths.size(0), longest = call.shape.longest, row = x.stride(0);
+  const int64_t segments = call.shape.segments, longest = call.shape.longest, row = x.stride(0);
   const bool lse = x.dim() == 2;
+  tensor.set_uid(operand.uid).set_dim({segments, x.size(1), longest, lse ? 1 : x.size(2)});
+  if (lse) tensor.set_data_type(fe::DataType_t::FLOAT);
+  if (!call.packed() && lse) {
+    tensor.set_stride({x.size(1) * longest, longest, 1, 1});
+    return;
+  }
+  tensor.set_stride({longest * row, x.stride(1), row, 1});
+  if (!call.packed()) return;
   auto& starts = offsets[call.offsets_uid(operand)];
   if (!starts) {
     starts = g.tensor(graph::Tensor_attributes()
@@ -79,11 +89,7 @@ void describe(graph::Tensor_attributes& tensor, const Call& call, const Operand&
                           .set_stride({1, 1, 1, 1})
                           .set_data_type(fe::DataType_t::INT64));
   }
-  tensor.set_uid(operand.uid)
-      .set_dim({segments, x.size(1), longest, lse ? 1 : x.size(2)})
-      .set_stride({longest * row, x.stride(1), row, 1})
-      .set_ragged_offset(starts);
-  if (lse) tensor.set_data_type(fe::DataType_t::FLOAT);
+  tensor.set_ragged_offset(starts);
 }
 
 std::shared_ptr<Plan> build(const Call& call, bool backward) {
@@ -92,11 +98,16 @@ std::shared_ptr<Plan> build(const Call& call, bool backward) {
   g.set_io_data_type(call.dtype == at::kHalf ? fe::DataType_t::HALF : fe::DataType_t::BFLOAT16)
       .set_intermediate_data_type(fe::DataType_t::FLOAT)
       .set_compute_data_type(fe::DataType_t::FLOAT);
-  const auto lengths = g.tensor(graph::Tensor_attributes()
-                                    .set_uid(kLengths)
-                                    .set_dim({call.shape.lengths.size(0), 1, 1, 1})
-                                    .set_stride({1, 1, 1, 1})
-                                    .set_data_type(fe::DataType_t::INT32));
+  // Of the forward's attributes and the backward's alike.
+  const auto padded = [&](auto& attributes) {
+    if (!call.packed()) return;
+    const auto lengths = g.tensor(graph::Tensor_attributes()
+                                      .set_uid(kLengths)
+                                      .set_dim({call.shape.segments, 1, 1, 1})
+                                      .set_stride({1, 1, 1, 1})
+                                      .set_data_type(fe::DataType_t::INT32));
+    attributes.set_padding_mask(true).set_seq_len_q(lengths).set_seq_len_kv(lengths);
+  };
   std::map<int64_t, std::shared_ptr<graph::Tensor_attributes>> offsets;
   const auto input = [&](size_t i) {
     graph::Tensor_attributes tensor;
@@ -108,22 +119,14 @@ std::shared_ptr<Plan> build(const Call& call, bool backward) {
   };
   const auto scale = static_cast<float>(call.shape.scale);
   if (!backward) {
-    auto [out, lse] = g.sdpa(input(0), input(1), input(2), graph::SDPA_attributes()
-                                                               .set_generate_stats(true)
-                                                               .set_causal_mask(true)
-                                                               .set_padding_mask(true)
-                                                               .set_seq_len_q(lengths)
-                                                               .set_seq_len_kv(lengths)
-                                                               .set_attn_scale(scale));
+    auto attributes = graph::SDPA_attributes().set_generate_stats(true).set_causal_mask(true).set_attn_scale(scale);
+    padded(attributes);
+    auto [out, lse] = g.sdpa(input(0), input(1), input(2), attributes);
     output(out, 3);
     output(lse, 4);
   } else {
-    auto attributes = graph::SDPA_backward_attributes()
-                          .set_causal_mask(true)
-                          .set_padding_mask(true)
-                          .set_seq_len_q(lengths)
-                          .set_seq_len_kv(lengths)
-                          .set_attn_scale(scale);
+    auto attributes = graph::SDPA_backward_attributes().set_causal_mask(true).set_attn_scale(scale);
+    padded(attributes);
     if (call.shape.tokens > 0) {
       attributes.set_max_total_seq_len_q(call.shape.tokens).set_max_total_seq_len_kv(call.shape.tokens);
     }
@@ -154,12 +157,13 @@ std::shared_ptr<Plan> plan_for(const Call& call, bool backward) {
 
 void run(const Call& call, bool backward) {
   const auto plan = plan_for(call, backward);
-  std::unordered_map<int64_t, void*> pointers{{kLengths, call.shape.lengths.data_ptr()}};
+  std::unordered_map<int64_t, void*> pointers;
+  if (call.packed()) pointers[kLengths] = call.shape.lengths.data_ptr();
   for (const Operand& operand : call.operands) {
     pointers[operand.uid] = operand.rows->x.data_ptr();
-    pointers[call.offsets_uid(operand)] = operand.rows->offsets.data_ptr();
+    if (call.packed()) pointers[call.offsets_uid(operand)] = operand.rows->offsets.data_ptr();
   }
-  const at::Tensor workspace = at::empty({plan->workspace}, call.shape.lengths.options().dtype(at::kByte));
+  const at::Tensor workspace = at::empty({plan->workspace}, call.operands[0].rows->x.options().dtype(at::kByte));
   check(plan->graph.execute(at::native::getCudnnHandle(), pointers, workspace.data_ptr()), "the run");
 }
 

@@ -82,7 +82,7 @@ impl Loader<'_> {
             }
         }
         if !any_quantized {
-            let weight = self.empty(&[total, in_features])?;
+            let weight = self.projection(total, in_features)?;
             let mut row = 0;
             for (name, rows) in parts {
                 self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
@@ -111,6 +111,18 @@ impl Loader<'_> {
             }
         };
         Ok(Weight::Parts(parts.iter().map(part).collect::<Result<_>>()?))
+    }
+
+    /// Room for a matrix `[rows, in]`. In 16 bits on a GPU, where it widens, its rows are 64 columns apart, into which LoRA's
+    /// B goes (csrc/linear.h: linear_tail).
+    fn projection(&self, rows: i64, in_features: i64) -> Result<Tensor> {
+        const TAIL: i64 = 64;
+        let folds =
+            self.options.device.is_cuda() && self.options.kind != Kind::Float && rows >= 2 * in_features;
+        if !folds {
+            return self.empty(&[rows, in_features]);
+        }
+        Ok(self.empty(&[rows, in_features + TAIL])?.f_narrow(1, 0, in_features)?)
     }
 
     /// The checkpoint, if it has the weight `name` in 4 bits.
