@@ -164,6 +164,7 @@ pub(crate) mod bridge {
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;
+        fn use_deterministic_algorithms();
         fn serial_ops();
         fn keep_freed_memory();
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;

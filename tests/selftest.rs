@@ -5,7 +5,7 @@ use std::process::Command;
 #[test]
 fn every_op_passes() {
     let output = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
-        .args(["selftest", "--device", "cpu", "--json"])
+        .args(["selftest", "--device", "cpu", "--threads", "1", "--json"])
         .output()
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -60,6 +60,8 @@ pub struct BenchTrainArgs {
     pub use_gradient_checkpointing: bool,
     #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
     pub without_graphs: bool,
+    #[arg(long, help = "The kernels that repeat a run bit for bit")]
+    pub deterministic: bool,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
@@ -88,6 +90,7 @@ struct Report {
     sample_lengths: Vec<usize>,
     gradient_accumulation_steps: usize,
     use_gradient_checkpointing: bool,
+    deterministic: bool,
     tokens_per_step: usize,
     /// Shapes that are launched as CUDA graphs.
     graphs: usize,
@@ -165,6 +168,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     }
     let arguments = TrainingArguments {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
+        deterministic: args.deterministic,
         r: args.r,
         // Both matrices random: with B zero half of the gradients would be zeros, on which a GPU runs faster.
         init_lora_weights: InitLoraWeights::Random,
@@ -253,6 +257,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         sample_lengths,
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         use_gradient_checkpointing: args.use_gradient_checkpointing,
+        deterministic: args.deterministic,
         tokens_per_step,
         graphs,
         not_recorded,
@@ -292,13 +297,14 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.dtype,
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
-                if report.use_gradient_checkpointing { ", gradient checkpointing" } else { "" }
+                if report.use_gradient_checkpointing { ", gradient checkpointing" } else { "" },
+                if report.deterministic { ", deterministic" } else { "" }
             ),
         ),
         (

@@ -240,6 +240,9 @@ pub struct TrainingArguments {
     /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
     #[arg(long, help_heading = MACHINE, default_value = "auto")]
     pub device: String,
+    /// Repeat a run bit for bit on a GPU, resumed or not, with slower attention; on the CPU every run does
+    #[arg(long, help_heading = MACHINE)]
+    pub deterministic: bool,
     /// CPU threads [default: all cores]; a run is reproducible to the bit only with the same number
     #[arg(long, value_name = "N", help_heading = MACHINE)]
     pub threads: Option<usize>,

@@ -47,11 +47,15 @@ impl StepOutcome {
 }
 
 impl<'a> Stepper<'a> {
+    /// With `arguments.deterministic` on a GPU, the whole process is deterministic from here on.
     pub fn new(
         objective: &'a dyn Objective,
         arguments: &'a TrainingArguments,
         decoder: &Decoder,
     ) -> Result<Stepper<'a>> {
+        if arguments.deterministic && decoder.device.is_cuda() {
+            device::use_deterministic_algorithms();
+        }
         let optimizer = AdamW::new(
             decoder.trainable(),
             (arguments.adam_beta1, arguments.adam_beta2),
