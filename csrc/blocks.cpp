@@ -3,9 +3,10 @@
 //   mlp_block:       y = x + post(down(act(gate) * up)),  [gate | up] = gate_up(norm(x))
 // The backward walks the same functions the other way; each has its derivation in its own file. What it needs of the
 // forward stands in `Kept`. Under Policy::Keep the node saves it; under Policy::Recompute it saves only x and the backward
-// fills Kept again, but for the last product of the block, which nothing needs (unless a norm follows it). Dropout masks
-// are functions of a key, so both runs draw the same.
+// fills Kept again, but for the last product of the block, which nothing needs (unless a norm follows it). Under
+// Policy::Host x too leaves the GPU in between. Dropout masks are functions of a key, so both runs draw the same.
 #include "ferrotune/csrc/attention.h"
+#include "ferrotune/csrc/cuda_library.h"
 #include "ferrotune/csrc/linear.h"
 #include "ferrotune/csrc/node.h"
 #include "ferrotune/src/ffi.rs.h"
@@ -124,7 +125,7 @@ struct AttentionBlock {
     return x + y;
   }
 
-  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool need_dx, Tensor* grads) const {
+  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
     const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads);
@@ -192,11 +193,13 @@ struct MlpBlock {
     return x + y;
   }
 
-  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool need_dx, Tensor* grads) const {
+  // `ours`: nobody else will read what is kept, and its memory may be used again.
+  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool ours, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
     const Tensor d_product = linear_backward(d_out, k.product, k.down_z, down, true, down_grads);
-    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation);
+    k.product = Tensor();
+    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, ours);
     const bool need_normed = need_dx || norm.weight.requires_grad();
     const Tensor d_normed = linear_backward(d_gated, k.normed, k.gate_up_z, gate_up, need_normed, gate_up_grads);
     if (!need_normed) return {};
@@ -211,11 +214,15 @@ struct BlockNode : Function<BlockNode<Block>> {
     typename Block::Kept kept;
     const bool keeps = policy == Policy::Keep;
     const Tensor y = block.forward(x, keeps ? &kept : nullptr, true);
-    variable_list saved{x};
-    if (keeps) {
-      for (const Tensor* tensor : kept.visit()) saved.push_back(*tensor);
+    if (const CudaLibrary* cuda = cuda_library(); policy == Policy::Host && x.is_cuda() && cuda) {
+      ctx->saved_data["stashed"] = hold(cuda->stash(x));
+    } else {
+      variable_list saved{x};
+      if (keeps) {
+        for (const Tensor* tensor : kept.visit()) saved.push_back(*tensor);
+      }
+      ctx->save_for_backward(saved);
     }
-    ctx->save_for_backward(saved);
     ctx->saved_data["block"] = hold(block);
     return y;
   }
@@ -223,9 +230,11 @@ struct BlockNode : Function<BlockNode<Block>> {
   static variable_list backward(AutogradContext* ctx, variable_list dy) {
     const variable_list saved = ctx->get_saved_variables();
     Block block = held<Block>(ctx->saved_data["block"]);
-    const Tensor& x = saved[0];
+    const auto stashed = ctx->saved_data.find("stashed");
+    const Tensor x = saved.empty() ? held<std::shared_ptr<Stashed>>(stashed->second)->fetch() : saved[0];
     typename Block::Kept kept;
-    if (saved.size() > 1) {
+    const bool recomputes = saved.size() <= 1;
+    if (!recomputes) {
       size_t next = 1;
       for (Tensor* tensor : kept.visit()) *tensor = saved[next++];
     } else {
@@ -233,7 +242,8 @@ struct BlockNode : Function<BlockNode<Block>> {
     }
     const std::vector<Tensor*> weights = block.visit();
     std::vector<Tensor> grads(weights.size());
-    variable_list result{block.backward(dy[0].contiguous(), x, kept, ctx->needs_input_grad(0), grads.data())};
+    variable_list result{block.backward(dy[0].contiguous(), x, kept, recomputes, ctx->needs_input_grad(0),
+                                        grads.data())};
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i]->defined()) result.push_back(grads[i]);
     }

@@ -173,6 +173,15 @@ void reset_peak_memory(std::int32_t index) { at::accelerator::resetPeakStats(sta
 
 void empty_cache() { at::accelerator::emptyCache(); }
 
+void use_deterministic_algorithms() {
+  // cuBLAS repeats its bits with one workspace a stream, which libtorch insists on reading from here.
+  setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+  // An error and not a warning: flash and memory-efficient attention take their fixed order only then.
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  // No result of ours depends on memory that nobody wrote; filling it would cost as much as writing it.
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
+}
+
 void serial_ops() {
   at::internal::lazy_init_num_threads();  // it would set the number again
   omp_set_num_threads(1);

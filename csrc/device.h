@@ -34,6 +34,8 @@ std::uint64_t process_memory(std::int32_t index);
 void reset_peak_memory(std::int32_t index);
 void empty_cache();
 void synchronize(std::int32_t index);
+// From now on kernels of the whole process add in a fixed order, and an op of libtorch that cannot is an error.
+void use_deterministic_algorithms();
 
 // libtorch's ops run on the calling thread alone from now on.
 void serial_ops();

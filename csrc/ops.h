@@ -67,7 +67,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 Tensor swiglu_forward(const Tensor& gate_up, Activation activation);
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation);
+// in_place: a kernel may write over gate_up.
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false);
 
 // ---- the same for Rust
 std::unique_ptr<Tensor> op_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);

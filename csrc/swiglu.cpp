@@ -47,10 +47,11 @@ Tensor swiglu_forward_kernel(const Kernels& kernels, const Tensor& given, Activa
   return y;
 }
 
-Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& given, Activation activation) {
+Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& given, Activation activation,
+                              bool in_place) {
   const Launch launch(given);
   const Tensor gate_up = given.contiguous(), d = dy.contiguous();
-  Tensor dgate_up = at::empty(gate_up.sizes(), gate_up.options());
+  const Tensor dgate_up = in_place ? gate_up : at::empty(gate_up.sizes(), gate_up.options());
   check_launch(kernels.swiglu_backward(d.const_data_ptr(), gate_up.const_data_ptr(), dgate_up.mutable_data_ptr(),
                                        d.size(0), d.size(1), kernel_activation(activation), kernel_dtype(gate_up),
                                        launch.stream()),
@@ -93,8 +94,8 @@ Tensor swiglu_forward(const Tensor& gate_up, Activation activation) {
   return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
 }
 
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation) {
-  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_backward_kernel(*kernels, dy, gate_up, activation);
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place) {
+  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_backward_kernel(*kernels, dy, gate_up, activation, in_place);
   if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_backward_cpu(*kernels, dy, gate_up, activation);
   const int64_t f = gate_up.size(1) / 2;
   const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);

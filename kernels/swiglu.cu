@@ -68,9 +68,10 @@ __global__ void swiglu_forward_kernel(const T* __restrict__ gate_up, T* __restri
   }
 }
 
+// dgate_up may be gate_up.
 template <typename T, int kWidth, int kActivation>
-__global__ void swiglu_backward_kernel(const T* __restrict__ dy, const T* __restrict__ gate_up,
-                                       T* __restrict__ dgate_up, int64_t N, int64_t F, int64_t tiles, int64_t blocks) {
+__global__ void swiglu_backward_kernel(const T* __restrict__ dy, const T* gate_up, T* dgate_up, int64_t N, int64_t F,
+                                       int64_t tiles, int64_t blocks) {
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Place at = place(block, tiles, N, F / kWidth);
     if (!at.inside) continue;

@@ -298,6 +298,12 @@ pub fn keep_freed_memory() {
     bridge::keep_freed_memory();
 }
 
+/// Makes GPUs repeat their results bit for bit from now on, in the whole process: attention's backward in a fixed order,
+/// libtorch's deterministic algorithms, and an error from an op that has none. The CPU does so anyway.
+pub fn use_deterministic_algorithms() {
+    bridge::use_deterministic_algorithms();
+}
+
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))

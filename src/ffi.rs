@@ -95,6 +95,8 @@ pub(crate) mod bridge {
         Keep,
         /// Only the block's input; the rest is computed again.
         Recompute,
+        /// The same, and on a GPU the input waits in the host's memory.
+        Host,
     }
 
     /// One GPU, as the driver describes it.
@@ -164,6 +166,7 @@ pub(crate) mod bridge {
         fn reset_peak_memory(index: i32) -> Result<()>;
         fn empty_cache() -> Result<()>;
         fn synchronize(index: i32) -> Result<()>;
+        fn use_deterministic_algorithms();
         fn serial_ops();
         fn keep_freed_memory();
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;

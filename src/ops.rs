@@ -13,6 +13,8 @@ use crate::ffi::{self, bridge};
 
 mod lora_casts;
 mod nf4;
+pub mod plain;
+pub mod proof;
 
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;

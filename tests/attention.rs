@@ -1,6 +1,6 @@
 //! Attention against its definition: on the CPU in f64 the formula that the kernels are held to.
 
-use ferrotune::ops::{self, AttentionSpec, Segments};
+use ferrotune::ops::{self, AttentionSpec, Segments, plain};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{Op, check};
@@ -8,23 +8,7 @@ use crate::tolerance::{What, floor, rel};
 
 /// Attention inside segments by its definition.
 pub fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -> Tensor {
-    let rows = cu_seqlens.windows(2).map(|segment| {
-        let (start, length) = (i64::from(segment[0]), i64::from(segment[1] - segment[0]));
-        let heads_first = |x: &Tensor| x.narrow(0, start, length).transpose(0, 1);
-        let group = spec.num_heads / spec.num_kv_heads;
-        let repeat = |x: &Tensor| heads_first(x).repeat_interleave_self_int(group, 0, None);
-        let mut scores = heads_first(&t[0]).matmul(&repeat(&t[1]).transpose(1, 2)) * spec.scale;
-        if let Some(softcap) = spec.softcap {
-            scores = (scores / softcap).tanh() * softcap;
-        }
-        let ones = Tensor::ones([length, length], (Kind::Bool, scores.device()));
-        let window = spec.sliding_window.unwrap_or(length);
-        let visible = ones.tril(0).logical_and(&ones.triu(1 - window));
-        let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
-        let y = scores.softmax(-1, scores.kind()).matmul(&repeat(&t[2]));
-        y.transpose(0, 1).reshape([length, -1])
-    });
-    Tensor::cat(&rows.collect::<Vec<_>>(), 0)
+    plain::attention(&t[0], &t[1], &t[2], cu_seqlens, spec).unwrap()
 }
 
 /// Segments of equal and of other lengths, of one row, across tiles and chunks; groups of heads, head sizes with a kernel

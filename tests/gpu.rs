@@ -162,7 +162,7 @@ fn gradients_on_the_gpu_match_the_cpu() {
             let (_, reference) = gradients(Kind::Double, Device::Cpu, Policy::Keep);
             for kind in [Kind::Float, Kind::BFloat16] {
                 let (_, plain) = gradients(kind, Device::Cpu, Policy::Keep);
-                for policy in [Policy::Keep, Policy::Recompute] {
+                for policy in [Policy::Keep, Policy::Recompute, Policy::Host] {
                     let (_, ours) = gradients(kind, device, policy);
                     let label = format!("{name} {lengths:?}");
                     if kind == Kind::Float {
@@ -205,6 +205,31 @@ fn recorded_steps_are_the_same_steps() {
     crate::step::check_recorded_steps(device);
     crate::step::check_bad_steps(device);
     crate::step::check_resumed_steps(device);
+}
+
+/// In a process of its own: what is deterministic stays so.
+#[test]
+fn deterministic_steps_repeat_bit_for_bit() {
+    const TEST: &str = "gpu::deterministic_steps_repeat_bit_for_bit";
+    if !is_child(TEST) {
+        return in_child(TEST);
+    }
+    let device = device::init(Choice::Cuda(0), None).unwrap();
+    crate::step::check_deterministic_steps(device);
+    // Every weight of every architecture: no op is without a deterministic algorithm.
+    let sequences = [3, 38, 1, 17].map(|n: i64| (0..n).map(|i| (i * i + 7 * n) % 50).collect::<Vec<_>>());
+    let sequences = sequences.each_ref().map(Vec::as_slice);
+    for name in checkpoints() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let gradients = || {
+                let mut decoder = load_on(&root().join(&name), kind, device);
+                decoder.train_all().unwrap();
+                gradients_of(&decoder, &sequences, Policy::Keep).1
+            };
+            let (first, second) = (gradients(), gradients());
+            assert!(first.iter().all(|(key, a)| a.equal(&second[key])), "{name} {kind:?}");
+        }
+    }
 }
 
 #[test]

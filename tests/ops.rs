@@ -1,9 +1,10 @@
 //! The mathematics of the fused ops: on the CPU, in f64, against autograd of a slow plain reference; f32 and bf16 too.
 
-use ferrotune::ops::{self, Activation, RmsNorm, Targets};
-use tch::{Device, Kind, Reduction, Tensor};
+use ferrotune::ops::proof::{Proof, Role};
+use ferrotune::ops::{self, Activation, RmsNorm, Targets, plain};
+use tch::{Device, Kind, Tensor};
 
-use crate::tolerance::{What, assert_close};
+use crate::tolerance::{What, assert_allowed, assert_close};
 
 /// A differentiable function of some tensors.
 pub type Call = Box<dyn Fn(&[Tensor]) -> Tensor>;
@@ -19,46 +20,16 @@ pub struct Op {
     pub plain: Call,
 }
 
-/// The value and the gradients of `(y * dy).sum()`, on copies of `inputs` in `kind` on `device`.
-fn differentiate(
-    f: &Call,
-    inputs: &[Tensor],
-    trained: usize,
-    dy: &Tensor,
-    kind: Kind,
-    device: Device,
-) -> (Tensor, Vec<Tensor>) {
-    let inputs: Vec<Tensor> = (inputs.iter().enumerate())
-        .map(|(i, input)| {
-            // Angles stay f32 beside 16-bit inputs, as the model has them; strides survive the copy.
-            let kind = if i < trained || kind == Kind::Double { kind } else { Kind::Float };
-            input.to_device(device).to_kind(kind).set_requires_grad(i < trained)
-        })
-        .collect();
-    let y = f(&inputs);
-    let dy = dy.to_device(device).to_kind(kind);
-    let gradients = Tensor::run_backward(&[(&y * dy).sum(kind)], &inputs[..trained], false, false);
-    (y, gradients)
-}
-
-/// `op` in `kind` on `device` against f64 on the CPU, both of the same rounded inputs. The reference is plain libtorch on
-/// the CPU, and on a GPU our formula, which the CPU proves.
+/// `op` in `kind` on `device` against f64: [`Proof::distances`]. What is not differentiated are angles, f32 beside 16-bit
+/// inputs.
 pub fn check(op: &Op, kind: Kind, device: Device) {
-    let round = |tensor: &Tensor| tensor.to_kind(kind).to_kind(Kind::Double);
-    let inputs: Vec<Tensor> = (op.inputs.iter().enumerate())
-        .map(|(i, input)| if i < op.trained { round(input) } else { input.shallow_clone() })
-        .collect();
-    let dy = round(&random(&tch::no_grad(|| (op.plain)(&inputs)).size()));
-    let run = |f, kind, device| differentiate(f, &inputs, op.trained, &dy, kind, device);
-    let reference = if device == Device::Cpu { &op.plain } else { &op.ours };
-    let (value, gradients) = run(reference, Kind::Double, Device::Cpu);
-    let (ours, our_gradients) = run(&op.ours, kind, device);
-    let (plain, plain_gradients) = run(&op.plain, kind, device);
-    assert_eq!(ours.kind(), plain.kind());
-    assert_close(&op.label, What::Value, &ours, &plain, &value);
-    for (i, gradient) in gradients.iter().enumerate() {
-        let label = format!("{}, input {i}", op.label);
-        assert_close(&label, What::Gradient, &our_gradients[i], &plain_gradients[i], gradient);
+    let role = |i| if i < op.trained { Role::Trained } else { Role::F32 };
+    let operands: Vec<(Tensor, Role)> =
+        op.inputs.iter().enumerate().map(|(i, input)| (input.shallow_clone(), role(i))).collect();
+    let proof = Proof { operands: &operands, ours: &|t| Ok((op.ours)(t)), plain: &|t| Ok((op.plain)(t)) };
+    for (input, distance) in proof.distances(kind, device).unwrap() {
+        let what = input.map_or("value".into(), |i| format!("gradient of input {i}"));
+        assert_allowed(&format!("{}, {what}, {kind:?}", op.label), distance);
     }
 }
 
@@ -71,32 +42,15 @@ pub fn norm(weight: &Tensor, offset: f64) -> RmsNorm {
 }
 
 pub fn plain_rms_norm(x: &Tensor, weight: &Tensor, offset: f64) -> Tensor {
-    let acc = if x.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let xa = x.to_kind(acc);
-    let mean = xa.square().mean_dim(-1, true, acc);
-    (&xa * (mean + 1e-5).rsqrt()).to_kind(x.kind()) * (weight + offset)
+    plain::rms_norm(x, &norm(weight, offset)).unwrap()
 }
 
-/// transformers' formula: `x cos + rotate_half(x) sin` on the first R dims.
 pub fn plain_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let half = cos.size()[1];
-    let turned = x.narrow(-1, 0, 2 * half);
-    let twice = |t: &Tensor| Tensor::cat(&[t, t], -1).unsqueeze(1).to_kind(x.kind());
-    let parts = turned.chunk(2, -1);
-    let rotated = Tensor::cat(&[&parts[1].neg(), &parts[0]], -1);
-    let y = turned * twice(cos) + rotated * twice(sin);
-    Tensor::cat(&[y, x.narrow(-1, 2 * half, x.size()[2] - 2 * half)], -1)
+    plain::rope(x, cos, sin).unwrap()
 }
 
 pub fn plain_swiglu(gate_up: &Tensor, activation: Activation) -> Tensor {
-    let parts = gate_up.chunk(2, -1);
-    let (gate, up) = (&parts[0], &parts[1]);
-    let activated = match activation {
-        Activation::Silu => gate.silu(),
-        Activation::GeluTanh => gate.gelu("tanh"),
-        _ => gate.gelu("none"),
-    };
-    activated * up
+    plain::swiglu(gate_up, activation).unwrap()
 }
 
 /// gelu and silu by their definitions, for f64 only.
@@ -112,17 +66,6 @@ fn slow_swiglu(gate_up: &Tensor, activation: Activation) -> Tensor {
         _ => gate * 0.5 * ((gate / std::f64::consts::SQRT_2).erf() + 1.0),
     };
     activated * up
-}
-
-/// Logits in the dtype, then everything in f32 (f64 for f64).
-pub fn plain_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &[i64], softcap: Option<f64>) -> Tensor {
-    let acc = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let mut z = hidden.matmul(&weight.transpose(0, 1)).to_kind(acc);
-    if let Some(cap) = softcap {
-        z = (z / cap).tanh() * cap;
-    }
-    let labels = Tensor::from_slice(labels).to_device(hidden.device());
-    z.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
 }
 
 /// The loss with none, some and all rows labelled -100, with rows that are nearly certain, with rows past one chunk.
@@ -162,7 +105,9 @@ fn losses() -> Vec<Op> {
                     let targets = Targets::new(&labels, t[0].device()).unwrap();
                     ops::linear_cross_entropy(&t[0], &t[1], &targets, softcap).unwrap()
                 }),
-                plain: Box::new(move |t| plain_cross_entropy(&t[0], &t[1], &plain_labels, softcap)),
+                plain: Box::new(move |t| {
+                    plain::linear_cross_entropy(&t[0], &t[1], &plain_labels, softcap).unwrap()
+                }),
             });
         }
     }

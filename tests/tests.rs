@@ -21,5 +21,6 @@ mod ops;
 mod parity;
 mod run_log;
 mod schedule;
+mod selftest;
 mod step;
 mod tolerance;

@@ -8,7 +8,7 @@
 #include <memory>
 
 // Raised with every change of this file; csrc refuses a library of another number.
-#define FERROTUNE_CUDA_ABI 3
+#define FERROTUNE_CUDA_ABI 4
 
 namespace ferrotune {
 
@@ -23,6 +23,14 @@ class CudaGraph {
   virtual void end() = 0;
   // Enqueues the recorded work on the calling thread's current stream.
   virtual void replay() = 0;
+};
+
+// A tensor that lies in pinned host memory until it is fetched. Dropped, it gives its place there back.
+class Stashed {
+ public:
+  virtual ~Stashed() = default;
+  // The tensor on its device again, once; the one that was stashed before it is on its way from then on.
+  virtual at::Tensor fetch() = 0;
 };
 
 // Rows of a batch, x [N, heads, D] or [N, heads], and, where it is packed, where each segment starts: offsets
@@ -44,6 +52,9 @@ struct PackedShape {
 struct CudaLibrary {
   // A graph that holds nothing yet.
   std::unique_ptr<CudaGraph> (*graph)();
+  // Starts the copy of a contiguous x to the host, beside the calling thread's current stream; x must not be written. Fetched
+  // last in, first out, copies hide behind the work between; one stream for stashing and fetching.
+  std::shared_ptr<Stashed> (*stash)(const at::Tensor& x);
   // Causal attention inside each segment by cuDNN, sm_90 or newer, 16-bit: q [N, H, D], k and v [N, K, D] -> out
   // [N, H, D] and its log-sum-exp lse [N, H] f32, both written.
   void (*packed_attention_forward)(const PackedShape& shape, const PackedRows& q, const PackedRows& k,

@@ -8,6 +8,9 @@ namespace ferrotune {
 // ---- graph.cpp
 std::unique_ptr<CudaGraph> graph();
 
+// ---- host_stash.cpp
+std::shared_ptr<Stashed> stash(const at::Tensor& x);
+
 // ---- cudnn_attention.cpp
 void packed_attention_forward(const PackedShape& shape, const PackedRows& q, const PackedRows& k, const PackedRows& v,
                               const PackedRows& out, const PackedRows& lse);

@@ -24,7 +24,7 @@ use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor, Work};
 use crate::train::kernel_times::KernelTimes;
-use crate::train::{Dtype, Sft, Stepper, TrainingArguments};
+use crate::train::{Dtype, GradientCheckpointing, Sft, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
@@ -56,10 +56,12 @@ pub struct BenchTrainArgs {
     /// Steps that are timed
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub steps: usize,
-    #[arg(long, help = "Compute activations again in the backward pass")]
-    pub use_gradient_checkpointing: bool,
+    #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
+    pub use_gradient_checkpointing: GradientCheckpointing,
     #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
     pub without_graphs: bool,
+    #[arg(long, help = "The kernels that repeat a run bit for bit")]
+    pub deterministic: bool,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
@@ -87,7 +89,8 @@ struct Report {
     batch: usize,
     sample_lengths: Vec<usize>,
     gradient_accumulation_steps: usize,
-    use_gradient_checkpointing: bool,
+    use_gradient_checkpointing: GradientCheckpointing,
+    deterministic: bool,
     tokens_per_step: usize,
     /// Shapes that are launched as CUDA graphs.
     graphs: usize,
@@ -165,6 +168,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     }
     let arguments = TrainingArguments {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
+        deterministic: args.deterministic,
         r: args.r,
         // Both matrices random: with B zero half of the gradients would be zeros, on which a GPU runs faster.
         init_lora_weights: InitLoraWeights::Random,
@@ -253,6 +257,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         sample_lengths,
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         use_gradient_checkpointing: args.use_gradient_checkpointing,
+        deterministic: args.deterministic,
         tokens_per_step,
         graphs,
         not_recorded,
@@ -292,13 +297,18 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.dtype,
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
-                if report.use_gradient_checkpointing { ", gradient checkpointing" } else { "" }
+                match report.use_gradient_checkpointing {
+                    GradientCheckpointing::Off => "",
+                    GradientCheckpointing::On => ", gradient checkpointing",
+                    GradientCheckpointing::Unsloth => ", gradient checkpointing in the host's memory",
+                },
+                if report.deterministic { ", deterministic" } else { "" }
             ),
         ),
         (

@@ -13,6 +13,7 @@ pub mod progress;
 pub mod quantize;
 pub mod sampling_args;
 pub mod score;
+pub mod selftest;
 mod shapes;
 pub mod signals;
 mod sources;
@@ -52,6 +53,8 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
     Doctor(doctor::DoctorArgs),
+    /// Check every fused op against its reference on this machine, with its speed
+    Selftest(selftest::SelftestArgs),
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
@@ -76,6 +79,7 @@ pub fn run() -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
+        Command::Selftest(arguments) => selftest::run(arguments),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
     eprintln!("error: {error:#}");

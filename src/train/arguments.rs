@@ -11,6 +11,7 @@ use crate::data::DatasetFormat;
 use crate::device;
 use crate::error::Error;
 use crate::io::adapter::{AdapterConfig, InitLoraWeights, Patterns, TargetModules};
+use crate::ops::Policy;
 use crate::train::schedule::SchedulerType;
 
 const MODEL: &str = "Model";
@@ -33,6 +34,49 @@ pub enum Dtype {
     #[value(alias = "bfloat16")]
     #[serde(alias = "bfloat16")]
     Bf16,
+}
+
+/// What of a layer is kept between forward and backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientCheckpointing {
+    /// Everything
+    #[value(alias = "false")]
+    Off,
+    /// The inputs of attention and MLP; the rest is computed again
+    #[value(alias = "true")]
+    On,
+    /// The same, and on a GPU these inputs wait in the host's memory
+    Unsloth,
+}
+
+impl GradientCheckpointing {
+    pub(super) fn policy(self) -> Policy {
+        match self {
+            GradientCheckpointing::Off => Policy::Keep,
+            GradientCheckpointing::On => Policy::Recompute,
+            GradientCheckpointing::Unsloth => Policy::Host,
+        }
+    }
+}
+
+/// A word of the flag, or true or false.
+impl<'de> Deserialize<'de> for GradientCheckpointing {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<GradientCheckpointing, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Given {
+            Bool(bool),
+            Word(String),
+        }
+        let word = match Given::deserialize(deserializer)? {
+            Given::Bool(given) => given.to_string(),
+            Given::Word(word) => word,
+        };
+        GradientCheckpointing::from_str(&word, false).map_err(|_| {
+            serde::de::Error::custom(format!("{word:?}: expected off, on, unsloth, true or false"))
+        })
+    }
 }
 
 /// When the evaluation set is scored.
@@ -73,8 +117,8 @@ pub struct TrainingArguments {
     #[arg(long, help_heading = MODEL, default_value_t = 2048)]
     pub max_seq_length: usize,
     /// Keep fewer activations and compute them again in the backward pass: less memory, about a third more time
-    #[arg(long, help_heading = MODEL)]
-    pub use_gradient_checkpointing: bool,
+    #[arg(long, help_heading = MODEL, value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
+    pub use_gradient_checkpointing: GradientCheckpointing,
 
     /// Training data: files, globs or a hub id, comma-separated or repeated (json, jsonl, csv, parquet; .gz and .zst of these)
     #[arg(long, value_name = "FILE|ID", help_heading = DATA, value_delimiter = ',')]
@@ -240,6 +284,9 @@ pub struct TrainingArguments {
     /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
     #[arg(long, help_heading = MACHINE, default_value = "auto")]
     pub device: String,
+    /// Repeat a run bit for bit on a GPU, resumed or not, with slower attention; on the CPU every run does
+    #[arg(long, help_heading = MACHINE)]
+    pub deterministic: bool,
     /// CPU threads [default: all cores]; a run is reproducible to the bit only with the same number
     #[arg(long, value_name = "N", help_heading = MACHINE)]
     pub threads: Option<usize>,

@@ -182,7 +182,7 @@ fn copy_bytes_per_ms(work: &Work) -> Result<f64> {
 }
 
 /// Milliseconds of one call: the median of several runs of many calls each, after a warm-up.
-fn time(device: Device, call: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+pub(crate) fn time(device: Device, call: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
     const RUNS: usize = 5;
     /// Milliseconds of a run: long against the launch of its first kernel.
     const RUN_MS: f64 = 20.0;

@@ -15,7 +15,7 @@ use super::optim::AdamW;
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
-use crate::ops::{DropoutKey, LoraCasts, Pass, Policy};
+use crate::ops::{DropoutKey, LoraCasts, Pass};
 
 /// Runs the steps of one model, one after another.
 pub struct Stepper<'a> {
@@ -47,11 +47,15 @@ impl StepOutcome {
 }
 
 impl<'a> Stepper<'a> {
+    /// With `arguments.deterministic` on a GPU, the whole process is deterministic from here on.
     pub fn new(
         objective: &'a dyn Objective,
         arguments: &'a TrainingArguments,
         decoder: &Decoder,
     ) -> Result<Stepper<'a>> {
+        if arguments.deterministic && decoder.device.is_cuda() {
+            device::use_deterministic_algorithms();
+        }
         let optimizer = AdamW::new(
             decoder.trainable(),
             (arguments.adam_beta1, arguments.adam_beta2),
@@ -102,7 +106,7 @@ impl<'a> Stepper<'a> {
         }
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
-        let policy = if args.use_gradient_checkpointing { Policy::Recompute } else { Policy::Keep };
+        let policy = args.use_gradient_checkpointing.policy();
         for (micro_batch, batch) in uploaded.into_iter().enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
             let pass = Pass { policy, dropout, ..Pass::INFERENCE };
