@@ -56,8 +56,8 @@ Path path_of(const Tensor& q, const Segments& segments, const AttentionSpec& spe
   if (!sixteen_bit || capability < 80) return Path::Efficient;
   const bool windowed = spec.window > 0 && spec.window < longest;
   // cuDNN's backward adds in no fixed order; that of flash attention has a fixed one where it is asked for.
-  const bool cudnn = cuda_library() != nullptr && capability >= 90 && dim <= (capability == 90 ? 256 : 128) && !windowed && longest > 1 &&
-                     !at::globalContext().deterministicAlgorithms();
+  const bool cudnn = cuda_library() != nullptr && capability >= 90 && dim <= (capability == 90 ? 256 : 128) &&
+                     !windowed && longest > 1 && !at::globalContext().deterministicAlgorithms();
   if (cudnn && (dense(segments) || (capability == 90 && dim % 16 == 0))) return Path::Cudnn;
   return dim <= 256 ? Path::Flash : Path::Formula;
 }
@@ -144,37 +144,37 @@ bool padding_is_little(const Segments& segments) {
   return segments.bucket_count() * segments.bucket_longest() <= 4 * segments.rows();
 }
 
-PackedShape packed_shape(const Segments& segments, const AttentionSpec& spec) {
-  if (dense(segments)) return PackedShape{segments.count(), Tensor(), segments.longest(), 0, spec.scale};
+AttentionShape attention_shape(const Segments& segments, const AttentionSpec& spec) {
+  if (dense(segments)) return AttentionShape{segments.count(), Tensor(), segments.longest(), 0, spec.scale};
   const int64_t tokens = padding_is_little(segments) ? 0 : segments.bucket_rows();
-  return PackedShape{segments.bucket_count(), segments.device_lengths(), segments.bucket_longest(), tokens, spec.scale};
+  return AttentionShape{segments.bucket_count(), segments.device_lengths(), segments.bucket_longest(), tokens, spec.scale};
 }
 
-// The rows of x, with what a packed batch says of them.
-PackedRows packed_rows(const Tensor& x, const Segments& segments) {
+// The rows of x, with where segments start if the kernel cannot know.
+AttentionRows attention_rows(const Tensor& x, const Segments& segments) {
   return {x, dense(segments) ? Tensor() : segments.device_offsets(x.stride(0))};
 }
 
 Attended cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                        const AttentionSpec& spec) {
+                       const AttentionSpec& spec) {
   const c10::DeviceGuard guard(q.device());
   Attended result{at::empty(q.sizes(), q.options()), at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat))};
-  const auto rows = [&](const Tensor& x) { return packed_rows(x, segments); };
-  cuda_library()->packed_attention_forward(packed_shape(segments, spec), rows(q), rows(k), rows(v),
+  const auto rows = [&](const Tensor& x) { return attention_rows(x, segments); };
+  cuda_library()->cudnn_attention_forward(attention_shape(segments, spec), rows(q), rows(k), rows(v),
                                            rows(result.out), rows(result.lse));
   return result;
 }
 
 void cudnn_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
-                     const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
+                    const Segments& segments, const AttentionSpec& spec, const Gradients& to) {
   const c10::DeviceGuard guard(q.device());
-  const auto rows = [&](const Tensor& x) { return packed_rows(x, segments); };
+  const auto rows = [&](const Tensor& x) { return attention_rows(x, segments); };
   const auto written = [&](const Tensor& wanted, const Tensor& x) {
     if (dense(segments) || padding_is_little(segments) || wanted.stride(0) == x.stride(0)) return wanted;
     return at::empty_strided(x.sizes(), x.strides(), x.options());
   };
   const Tensor dq = written(to.dq, q), dk = written(to.dk, k);
-  cuda_library()->packed_attention_backward(packed_shape(segments, spec), rows(dout), rows(q), rows(k), rows(v),
+  cuda_library()->cudnn_attention_backward(attention_shape(segments, spec), rows(dout), rows(q), rows(k), rows(v),
                                             rows(attended.out), rows(attended.lse), rows(dq), rows(dk), rows(to.dv));
   if (!dq.is_same(to.dq)) to.dq.copy_(dq);
   if (!dk.is_same(to.dk)) to.dk.copy_(dk);

@@ -35,7 +35,8 @@ struct Norm {
   }
 
   // Plus `residual`, the gradient that reaches x around the norm, if there is one.
-  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight, const Tensor& residual = {}) const {
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight,
+                  const Tensor& residual = {}) const {
     if (!weight.defined()) return residual.defined() ? dy + residual : dy;
     const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual);
     dweight = dw;

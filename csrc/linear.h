@@ -60,7 +60,7 @@ Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z);
 // inner dimension is 64 longer, and y is not read and written once more. linear_tail: how many columns X needs behind it, a
 // multiple of 64, or 0 where this cannot be or does not pay: it is for 16 bits on a GPU, without dropout, and for weights that
 // are made for each product (NF4) or lie in rows with room (nn/linear.rs).
-// On an H200, 4096 rows, Llama-3.1-8B: gate_up 1.626 -> 1.453 ms; qkv would gain 2 %, and o's input is not ours to lay out.
+// Used for gate_up, whose y is largest: 0.2 ms a layer of Llama-3.1-8B with 4096 rows on an H200.
 int64_t linear_tail(const Tensor& x, const Linear& linear);
 
 // The same as linear_forward for x in rows [N, in + tail]; the tail is written.

@@ -56,9 +56,11 @@ Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tenso
   const Tensor w = rms_kernel_weight(weight, x);
   Tensor dx = at::empty(x.sizes(), x.options());
   check_launch(kernels.rms_norm_backward(dy.const_data_ptr(), rows.x.const_data_ptr(), w.const_data_ptr(),
-                                         rstd.const_data_ptr<float>(), residual.defined() ? residual.const_data_ptr() : nullptr,
-                                         dx.mutable_data_ptr(), rows.x.size(0), rows.x.size(1), rows.x.size(2), rows.stride, static_cast<float>(offset),
-                                         kernel_dtype(x), kernel_dtype(w), launch.stream()),
+                                         rstd.const_data_ptr<float>(),
+                                         residual.defined() ? residual.const_data_ptr() : nullptr,
+                                         dx.mutable_data_ptr(), rows.x.size(0), rows.x.size(1), rows.x.size(2),
+                                         rows.stride, static_cast<float>(offset), kernel_dtype(x), kernel_dtype(w),
+                                         launch.stream()),
                "rms_norm_backward");
   return dx;
 }
@@ -143,7 +145,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   Tensor dx, dw;
   if (const Kernels* kernels = kernels_for(x)) {
     const Tensor dy = grad.contiguous();
-    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, residual.defined() ? residual.contiguous() : residual);
+    const Tensor around = residual.defined() ? residual.contiguous() : residual;
+    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, around);
     if (need_dw) dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
     return {dx, dw};
   }

@@ -10,7 +10,7 @@ namespace ferrotune {
 
 namespace {
 
-// Multiply-adds worth a thread: about 30 us of them. Less does not pay for waking another one, five times a layer.
+// Multiply-adds worth another thread: about 60 us of them. Waking it for less does not pay.
 constexpr int64_t kThreadWork = 1 << 19;
 
 // With independent partial sums: compilers may not reorder one float sum, but turn these into vectors. Head dims may be

@@ -3,7 +3,7 @@
 //
 // Every launcher only enqueues work on `stream` (a cudaStream_t): no allocation, no synchronisation. It returns the
 // cudaError_t of the launch, 0 for success. Shapes and dtypes were checked by csrc. Sizes are in elements. An output is
-// contiguous; an input is too unless a stride is passed. Legend: N tokens, H heads, C hidden_size, D head_dim,
+// contiguous, and so is an input, unless a stride is passed. Legend: N tokens, H heads, C hidden_size, D head_dim,
 // R rotated dims, F intermediate_size, V vocab_size.
 #pragma once
 
@@ -56,7 +56,8 @@ int nf4_dequantize(const uint8_t* packed, const float* quant_map, const void* ab
 // x [n], packed [ceil(n / 2)], absmax [ceil(n / 64)] f32.
 int nf4_quantize(const void* x, uint8_t* packed, float* absmax, int64_t n, int dtype, void* stream);
 
-// x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C], rstd [N, H] f32.
+// x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C] with token stride y_stride,
+// rstd [N, H] f32.
 // weight has dtype weight_dtype: that of x, or f32.
 int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H, int64_t C,
                      int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype, int weight_dtype,

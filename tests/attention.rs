@@ -14,9 +14,10 @@ pub fn plain_attention(t: &[Tensor], cu_seqlens: &[i32], spec: &AttentionSpec) -
 /// Segments of equal and of other lengths, of one row, across tiles and chunks; groups of heads, head sizes with a kernel
 /// and without, windows, caps. q, k and v for themselves and as columns of one joined projection.
 pub fn attentions() -> Vec<Op> {
-    // Of two tokens the gradient of q is one difference, which 16 bits lose for some draws.
-    tch::manual_seed(1);
     let mixed = || vec![0, 3, 300, 301, 333];
+    // Samples of one and two tokens. In one of two the gradient of q is a single difference, of which 16 bits lose much by
+    // chance; in many of them chance evens out.
+    let tiny = || (0..120).scan(0, |row, i| Some(std::mem::replace(row, *row + 1 + i % 2))).collect();
     let mut ops = Vec::new();
     for (cu_seqlens, heads, kv_heads, head_dim, softcap, sliding_window) in [
         (vec![0, 64, 128], 8, 2, 64, None, None),
@@ -29,7 +30,7 @@ pub fn attentions() -> Vec<Op> {
         (mixed(), 4, 2, 72, None, None),
         (mixed(), 4, 2, 33, None, None),
         (vec![0, 1, 2, 9], 4, 2, 64, None, None),
-        (vec![0, 1, 3], 4, 2, 64, None, None),
+        (tiny(), 4, 2, 64, None, None),
         (vec![0, 600], 4, 2, 64, None, None),
         (vec![0, 300, 333], 8, 2, 64, None, Some(40)),
         (vec![0, 300, 600], 8, 2, 128, None, Some(40)),

@@ -6,7 +6,7 @@ use clap::Parser;
 use ferrotune::cli::config_file::Configured;
 use ferrotune::io::adapter::TargetModules;
 use ferrotune::train::schedule::SchedulerType;
-use ferrotune::train::{EvalStrategy, TrainingArguments};
+use ferrotune::train::{EvalStrategy, GradientCheckpointing, TrainingArguments};
 
 #[derive(Parser)]
 struct Cli {
@@ -61,6 +61,24 @@ fn flags_go_before_the_file() {
     assert_eq!(with_file(yaml, &["--seed", "3407"]).unwrap().seed, 3407);
     assert!(with_file("train_on_responses_only: true", &[]).unwrap().assistant_only_loss);
     assert_eq!(with_file("", &[]).unwrap(), TrainingArguments::default());
+}
+
+#[test]
+fn gradient_checkpointing_is_a_word_or_yes_or_no() {
+    use GradientCheckpointing::{Off, On, Unsloth};
+    let key = "use_gradient_checkpointing";
+    for (word, expected) in [("true", On), ("false", Off), ("on", On), ("off", Off), ("unsloth", Unsloth)] {
+        let flag = parse(&["--use-gradient-checkpointing", word]).unwrap();
+        let file = with_file(&format!("{key}: {word}\n"), &[]).unwrap();
+        assert_eq!(
+            [flag.use_gradient_checkpointing, file.use_gradient_checkpointing],
+            [expected; 2],
+            "{word}"
+        );
+    }
+    assert_eq!(parse(&["--use-gradient-checkpointing", "--packing"]).unwrap().use_gradient_checkpointing, On);
+    let error = with_file(&format!("{key}: sometimes\n"), &[]).unwrap_err();
+    assert!(error.contains(key) && error.contains("unsloth"), "{error}");
 }
 
 #[test]

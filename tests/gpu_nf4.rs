@@ -11,7 +11,8 @@ use ferrotune::ops::{Nested, Nf4, Nf4Quantizer, Policy};
 use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Flat, assert_close, ids, logits, rel, root, tensors};
-use crate::gpu::{gpu, seconds};
+use crate::gpu::gpu;
+use crate::gpu_speed::seconds;
 use crate::nf4::matrices;
 use crate::parity::gradients_of;
 use crate::tolerance::{self, What};

@@ -8,7 +8,7 @@
 #include <memory>
 
 // Raised with every change of this file; csrc refuses a library of another number.
-#define FERROTUNE_CUDA_ABI 4
+#define FERROTUNE_CUDA_ABI 5
 
 namespace ferrotune {
 
@@ -33,17 +33,17 @@ class Stashed {
   virtual at::Tensor fetch() = 0;
 };
 
-// Rows of a batch, x [N, heads, D] or [N, heads], and, where it is packed, where each segment starts: offsets
+// Rows of a batch, x [N, heads, D] or [N, heads], and where each segment starts if their lengths differ: offsets
 // [segments + 1] int64, in elements from x's first.
-struct PackedRows {
+struct AttentionRows {
   at::Tensor x, offsets;
 };
 
 // What the operands of a batch share. A graph is built for each value of segments, longest and tokens, so those of packed
 // batches are rounded up: a segment may be empty, and no buffer of `tokens` rows is needed.
-struct PackedShape {
+struct AttentionShape {
   int64_t segments;
-  at::Tensor lengths;  // [segments] int32; undefined: each is `longest`, no offsets are read, and lse is [segments, H, longest]
+  at::Tensor lengths;  // [segments] int32; undefined: each is `longest`, and no offsets are read
   int64_t longest;     // at least any of lengths
   int64_t tokens;      // at least their sum; or 0: the backward's workspace then pads every segment to the longest
   double scale;        // of q k^T
@@ -56,14 +56,14 @@ struct CudaLibrary {
   // last in, first out, copies hide behind the work between; one stream for stashing and fetching.
   std::shared_ptr<Stashed> (*stash)(const at::Tensor& x);
   // Causal attention inside each segment by cuDNN, sm_90 or newer, 16-bit: q [N, H, D], k and v [N, K, D] -> out
-  // [N, H, D] and its log-sum-exp lse [N, H] f32, both written.
-  void (*packed_attention_forward)(const PackedShape& shape, const PackedRows& q, const PackedRows& k,
-                                   const PackedRows& v, const PackedRows& out, const PackedRows& lse);
+  // [N, H, D] and its log-sum-exp lse [N, H] f32, in memory [segments, H, longest] without lengths; both written.
+  void (*cudnn_attention_forward)(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k,
+                                   const AttentionRows& v, const AttentionRows& out, const AttentionRows& lse);
   // dq, dk and dv are written; where tokens is not 0, the token strides of dq and dk must be those of q and k.
-  void (*packed_attention_backward)(const PackedShape& shape, const PackedRows& dout, const PackedRows& q,
-                                    const PackedRows& k, const PackedRows& v, const PackedRows& out,
-                                    const PackedRows& lse, const PackedRows& dq, const PackedRows& dk,
-                                    const PackedRows& dv);
+  void (*cudnn_attention_backward)(const AttentionShape& shape, const AttentionRows& dout, const AttentionRows& q,
+                                    const AttentionRows& k, const AttentionRows& v, const AttentionRows& out,
+                                    const AttentionRows& lse, const AttentionRows& dq, const AttentionRows& dk,
+                                    const AttentionRows& dv);
 };
 
 }  // namespace ferrotune

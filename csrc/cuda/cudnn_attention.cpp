@@ -27,7 +27,7 @@ void check(fe::error_t error, const char* what) {
 
 struct Operand {
   int64_t uid;
-  const PackedRows* rows;
+  const AttentionRows* rows;
 };
 
 // What a graph depends on.
@@ -39,7 +39,7 @@ struct Plan {
 };
 
 struct Call {
-  const PackedShape& shape;
+  const AttentionShape& shape;
   int64_t heads, kv_heads, head_dim;
   at::ScalarType dtype;
   std::vector<Operand> operands;
@@ -59,8 +59,8 @@ struct Call {
     int64_t scale;
     static_assert(sizeof scale == sizeof shape.scale);
     std::memcpy(&scale, &shape.scale, sizeof scale);
-    Key key{backward, half,     operands[0].rows->x.get_device(), packed(), shape.segments, shape.longest, shape.tokens,
-            heads,    kv_heads, head_dim, scale};
+    Key key{backward,      half,         operands[0].rows->x.get_device(), packed(), shape.segments, shape.longest,
+            shape.tokens, heads,        kv_heads, head_dim, scale};
     for (const Operand& operand : operands) key.push_back(operand.rows->x.stride(0));
     return key;
   }
@@ -167,22 +167,22 @@ void run(const Call& call, bool backward) {
   check(plan->graph.execute(at::native::getCudnnHandle(), pointers, workspace.data_ptr()), "the run");
 }
 
-Call call_of(const PackedShape& shape, const PackedRows& q, const PackedRows& k) {
+Call call_of(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k) {
   return Call{shape, q.x.size(1), k.x.size(1), q.x.size(2), q.x.scalar_type(), {}};
 }
 
 }  // namespace
 
-void packed_attention_forward(const PackedShape& shape, const PackedRows& q, const PackedRows& k, const PackedRows& v,
-                              const PackedRows& out, const PackedRows& lse) {
+void cudnn_attention_forward(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k, const AttentionRows& v,
+                              const AttentionRows& out, const AttentionRows& lse) {
   Call call = call_of(shape, q, k);
   call.operands = {{kQ, &q}, {kK, &k}, {kV, &v}, {kOut, &out}, {kLse, &lse}};
   run(call, false);
 }
 
-void packed_attention_backward(const PackedShape& shape, const PackedRows& dout, const PackedRows& q,
-                               const PackedRows& k, const PackedRows& v, const PackedRows& out, const PackedRows& lse,
-                               const PackedRows& dq, const PackedRows& dk, const PackedRows& dv) {
+void cudnn_attention_backward(const AttentionShape& shape, const AttentionRows& dout, const AttentionRows& q,
+                               const AttentionRows& k, const AttentionRows& v, const AttentionRows& out, const AttentionRows& lse,
+                               const AttentionRows& dq, const AttentionRows& dk, const AttentionRows& dv) {
   Call call = call_of(shape, q, k);
   call.operands = {{kQ, &q},       {kK, &k},   {kV, &v},   {kOut, &out}, {kLse, &lse},
                    {kDout, &dout}, {kDq, &dq}, {kDk, &dk}, {kDv, &dv}};

@@ -1,6 +1,6 @@
 // Tensors that lie in pinned host memory between forward and backward.
-// One stream carries all copies beside the compute stream, at the rate of the bus (55 GB/s on an H200: 33 MB, a layer's
-// input of 4096 tokens of 4096, in 0.6 ms). Buffers are kept for the next step: pinning 2 GB takes a second, and a
+// One stream carries all copies beside the compute stream, at the rate of the bus (51 GB/s on an H200: 34 MB, a block's
+// input of 4096 tokens of 4096, in 0.66 ms). Buffers are kept for the next step: pinning 2 GB takes seconds, and a
 // recorded step writes where it wrote when it was recorded.
 #include <ATen/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAException.h>
@@ -26,7 +26,7 @@ struct Stash {
 
   std::recursive_mutex mutex;  // the last owner of an entry may let it go inside
   c10::cuda::CUDAStream stream;
-  std::map<size_t, std::vector<at::Tensor>> free;  // pinned buffers by their bytes
+  std::multimap<size_t, at::Tensor> free;          // pinned buffers by their bytes
   std::deque<std::weak_ptr<Entry>> on_device;      // the newest last
   std::weak_ptr<Entry> newest;
 
@@ -43,39 +43,45 @@ struct Stash {
   }
 
   at::Tensor buffer(size_t bytes) {
-    auto& buffers = free[bytes];
-    if (buffers.empty()) {
-      return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+    const auto fits = free.lower_bound(bytes);
+    if (fits == free.end()) {
+      // Powers of two, so that batches of ever new sizes end with at most twice the memory of the largest.
+      size_t size = 1;
+      while (size < bytes) size *= 2;
+      return at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
     }
-    const at::Tensor last = buffers.back();
-    buffers.pop_back();
-    return last;
+    const at::Tensor buffer = fits->second;
+    free.erase(fits);
+    return buffer;
   }
 
   // What `first` has been given so far is done before what `then` is given next.
-  static at::cuda::CUDAEvent order(const c10::cuda::CUDAStream& first, const c10::cuda::CUDAStream& then) {
+  static void order(const c10::cuda::CUDAStream& first, const c10::cuda::CUDAStream& then) {
     at::cuda::CUDAEvent event;
     event.record(first);
     event.block(then);
-    return event;
   }
 };
 
-// An entry whose forward is over and whose backward is not. The stash's mutex is held in every function but the
-// constructor's caller's; the calling thread's current stream is the compute stream.
+// One stashed tensor: on the device until its copy is done, then in `buffer_`, then on the device again. Every function runs
+// under the stash's mutex.
 class Entry : public Stashed {
  public:
-  Entry(Stash& stash, const at::Tensor& x) : stash_(stash), device_tensor_(x), previous_(stash.newest) {
-    const auto compute = c10::cuda::getCurrentCUDAStream(x.get_device());
-    buffer_ = stash.buffer(x.nbytes());
+  Entry(Stash& stash, const at::Tensor& x, const c10::cuda::CUDAStream& compute)
+      : stash_(stash), device_tensor_(x), buffer_(stash.buffer(x.nbytes())), previous_(stash.newest) {
     Stash::order(compute, stash.stream);
-    C10_CUDA_CHECK(cudaMemcpyAsync(buffer_.mutable_data_ptr(), x.const_data_ptr(), x.nbytes(), cudaMemcpyDeviceToHost, stash.stream));
+    C10_CUDA_CHECK(cudaMemcpyAsync(buffer_.mutable_data_ptr(), x.const_data_ptr(), x.nbytes(), cudaMemcpyDeviceToHost,
+                                   stash.stream));
     copied_.record(stash.stream);
   }
 
   ~Entry() override {
     const std::lock_guard lock(stash_.mutex);
-    stash_.free[buffer_.nbytes()].push_back(buffer_);
+    stash_.free.emplace(buffer_.nbytes(), buffer_);
+    // Never fetched, because the backward was given up: memory that is being written must not be used for something else.
+    if (device_tensor_.defined() && fetching_) {
+      fetched_.block(c10::cuda::getCurrentCUDAStream(stash_.stream.device_index()));
+    }
   }
 
   // The compute stream may reuse the memory once the copy is done.
@@ -91,8 +97,8 @@ class Entry : public Stashed {
     device_tensor_ = at::empty(shape_, options_);
     // The new memory may still be in use by what the compute stream was given before.
     Stash::order(compute, stash_.stream);
-    C10_CUDA_CHECK(cudaMemcpyAsync(device_tensor_.mutable_data_ptr(), buffer_.const_data_ptr(), buffer_.nbytes(), cudaMemcpyHostToDevice,
-                                   stash_.stream));
+    C10_CUDA_CHECK(cudaMemcpyAsync(device_tensor_.mutable_data_ptr(), buffer_.const_data_ptr(), device_tensor_.nbytes(),
+                                   cudaMemcpyHostToDevice, stash_.stream));
     fetched_.record(stash_.stream);
     fetching_ = true;
   }
@@ -123,13 +129,13 @@ std::shared_ptr<Stashed> stash(const at::Tensor& x) {
   TORCH_CHECK(x.is_cuda() && x.is_contiguous(), "stash: x must be contiguous, on a GPU");
   const c10::cuda::CUDAGuard guard(x.device());
   Stash& stash = Stash::of(x.device().index());
-  const auto compute = c10::cuda::getCurrentCUDAStream(x.get_device());
+  const auto compute = c10::cuda::getCurrentCUDAStream(x.device().index());
   const std::lock_guard lock(stash.mutex);
   if (stash.on_device.size() >= Stash::kOnDevice) {
     if (const auto oldest = stash.on_device.front().lock()) oldest->leave_device(compute);
     stash.on_device.pop_front();
   }
-  const auto entry = std::make_shared<Entry>(stash, x);
+  const auto entry = std::make_shared<Entry>(stash, x, compute);
   stash.on_device.push_back(entry);
   stash.newest = entry;
   return entry;

@@ -4,7 +4,7 @@
 int ferrotune_cuda_abi(void) { return FERROTUNE_CUDA_ABI; }
 
 const ferrotune::CudaLibrary* ferrotune_cuda_library(void) {
-  static const ferrotune::CudaLibrary library{ferrotune::graph, ferrotune::stash, ferrotune::packed_attention_forward,
-                                              ferrotune::packed_attention_backward};
+  static const ferrotune::CudaLibrary library{ferrotune::graph, ferrotune::stash, ferrotune::cudnn_attention_forward,
+                                              ferrotune::cudnn_attention_backward};
   return &library;
 }

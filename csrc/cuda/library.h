@@ -12,10 +12,10 @@ std::unique_ptr<CudaGraph> graph();
 std::shared_ptr<Stashed> stash(const at::Tensor& x);
 
 // ---- cudnn_attention.cpp
-void packed_attention_forward(const PackedShape& shape, const PackedRows& q, const PackedRows& k, const PackedRows& v,
-                              const PackedRows& out, const PackedRows& lse);
-void packed_attention_backward(const PackedShape& shape, const PackedRows& dout, const PackedRows& q,
-                               const PackedRows& k, const PackedRows& v, const PackedRows& out, const PackedRows& lse,
-                               const PackedRows& dq, const PackedRows& dk, const PackedRows& dv);
+void cudnn_attention_forward(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k, const AttentionRows& v,
+                              const AttentionRows& out, const AttentionRows& lse);
+void cudnn_attention_backward(const AttentionShape& shape, const AttentionRows& dout, const AttentionRows& q,
+                               const AttentionRows& k, const AttentionRows& v, const AttentionRows& out, const AttentionRows& lse,
+                               const AttentionRows& dq, const AttentionRows& dk, const AttentionRows& dv);
 
 }  // namespace ferrotune

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::banner::table;
 use super::format::{bytes, percent, rate};
-use super::model_args::{init_device, kind_of};
+use super::model_args::{MachineArgs, kind_of};
 use super::progress::BARS;
 use super::shapes;
 use crate::data::Batch;
@@ -68,12 +68,8 @@ pub struct BenchTrainArgs {
     pub r: u32,
     #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
-    /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
     pub json: bool,
 }
@@ -162,10 +158,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
             bail!(Error::Usage(format!("{flag}: too small")));
         }
     }
-    let device = init_device(&args.device)?;
-    if let Some(threads) = args.threads {
-        tch::set_num_threads(threads.max(1) as i32);
-    }
+    let device = args.machine.init()?;
     let arguments = TrainingArguments {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
         deterministic: args.deterministic,

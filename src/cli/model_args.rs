@@ -31,12 +31,30 @@ pub struct ModelArgs {
     /// Type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
+
+/// What a command runs on.
+#[derive(Args, Debug, Clone)]
+pub struct MachineArgs {
     /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+impl MachineArgs {
+    /// The device, ready for use, and libtorch's ops on that many threads.
+    pub fn init(&self) -> Result<Device> {
+        let device = init_device(&self.device)?;
+        if let Some(threads) = self.threads {
+            tch::set_num_threads(threads.max(1) as i32);
+        }
+        Ok(device)
+    }
 }
 
 /// The kernel library that `FERROTUNE_KERNELS` names, for one that lies in an unusual place.
@@ -61,10 +79,7 @@ pub(super) fn kind_of(dtype: Dtype, device: Device) -> Kind {
 impl ModelArgs {
     /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
     pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
-        let device = init_device(&self.device)?;
-        if let Some(threads) = self.threads {
-            tch::set_num_threads(threads.max(1) as i32);
-        }
+        let device = self.machine.init()?;
         let kind = match (self.dtype, auto) {
             (Dtype::Auto, Some(kind)) => kind,
             (dtype, _) => kind_of(dtype, device),

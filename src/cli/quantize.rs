@@ -8,14 +8,14 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::bytes;
-use super::model_args::init_device;
+use super::model_args::MachineArgs;
 use super::progress::BARS;
 use super::sources;
 use crate::export;
 
 /// Writes a checkpoint with every projection of its layers in 4 bits (NF4, double quantisation), as bitsandbytes does.
 ///
-/// Embeddings, head and norms stay as they are. Every command loads the result without a flag, and so does transformers
+/// Embeddings, head and norms stay as they are. The bytes are the same on every device. Every command loads the result without a flag, and so does transformers
 /// with bitsandbytes.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  ferrotune quantize --model DIR --output-dir DIR-nf4")]
@@ -29,20 +29,13 @@ pub struct QuantizeArgs {
     /// Folder for the quantised checkpoint; it must be new or empty
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
-    /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..; the bytes are the same on all
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
 }
 
 /// Runs what the flags ask for.
 pub fn run(args: QuantizeArgs) -> Result<()> {
-    let device = init_device(&args.device)?;
-    if let Some(threads) = args.threads {
-        tch::set_num_threads(threads.max(1) as i32);
-    }
+    let device = args.machine.init()?;
     let folder = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
     let style = ProgressStyle::with_template(
         "quantising {bar:20.cyan/blue} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}",

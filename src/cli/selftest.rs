@@ -11,7 +11,7 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use super::format::rate;
-use super::model_args::init_device;
+use super::model_args::MachineArgs;
 use super::progress::BARS;
 use crate::device;
 use case::{Case, Work};
@@ -19,12 +19,8 @@ use case::{Case, Work};
 /// Values and gradients of every fused op, in each dtype of the device, against f64 on the CPU.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// auto (a GPU when there is one), cpu, cuda, cuda:1, ..
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
     pub json: bool,
 }
@@ -61,10 +57,7 @@ struct Row {
 /// # Errors
 /// An op is further from its reference than allowed, or did not run: named, after the table.
 pub fn run(args: SelftestArgs) -> Result<()> {
-    let device = init_device(&args.device)?;
-    if let Some(threads) = args.threads {
-        tch::set_num_threads(threads.max(1) as i32);
-    }
+    let device = args.machine.init()?;
     // The same operands each time, so that a failure repeats.
     tch::manual_seed(0);
     let report = measure(cases::cases(), device)?;

@@ -117,8 +117,8 @@ impl Loader<'_> {
     /// B goes (csrc/linear.h: linear_tail).
     fn projection(&self, rows: i64, in_features: i64) -> Result<Tensor> {
         const TAIL: i64 = 64;
-        let folds =
-            self.options.device.is_cuda() && self.options.kind != Kind::Float && rows >= 2 * in_features;
+        let sixteen_bit = matches!(self.options.kind, Kind::Half | Kind::BFloat16);
+        let folds = self.options.device.is_cuda() && sixteen_bit && rows >= 2 * in_features;
         if !folds {
             return self.empty(&[rows, in_features]);
         }

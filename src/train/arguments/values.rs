@@ -1,0 +1,107 @@
+//! What single arguments can be, and how run.yaml says it.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::io::adapter::TargetModules;
+use crate::ops::Policy;
+
+/// Weights' and activations' type during training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// bf16 on a GPU, f32 on the CPU
+    Auto,
+    #[value(alias = "float32")]
+    #[serde(alias = "float32")]
+    F32,
+    #[value(alias = "bfloat16")]
+    #[serde(alias = "bfloat16")]
+    Bf16,
+}
+
+/// What of a layer is kept between forward and backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientCheckpointing {
+    /// Everything
+    #[value(alias = "false")]
+    Off,
+    /// The inputs of attention and MLP; the rest is computed again
+    #[value(alias = "true")]
+    On,
+    /// The same, and on a GPU these inputs wait in the host's memory
+    Unsloth,
+}
+
+impl GradientCheckpointing {
+    pub(in crate::train) fn policy(self) -> Policy {
+        match self {
+            GradientCheckpointing::Off => Policy::Keep,
+            GradientCheckpointing::On => Policy::Recompute,
+            GradientCheckpointing::Unsloth => Policy::Host,
+        }
+    }
+}
+
+/// A word of the flag, or true or false.
+impl<'de> Deserialize<'de> for GradientCheckpointing {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<GradientCheckpointing, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Given {
+            Bool(bool),
+            Word(String),
+        }
+        let word = match Given::deserialize(deserializer)? {
+            Given::Bool(given) => given.to_string(),
+            Given::Word(word) => word,
+        };
+        GradientCheckpointing::from_str(&word, false).map_err(|_| {
+            serde::de::Error::custom(format!("{word:?}: expected off, on, unsloth, true or false"))
+        })
+    }
+}
+
+/// When the evaluation set is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum EvalStrategy {
+    No,
+    /// Every `eval_steps` optimizer steps, and at the end
+    Steps,
+    /// At the end of every epoch
+    Epoch,
+}
+
+/// A list, one value, or one string of values between commas as on the command line.
+pub(super) fn list<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de> + std::str::FromStr<Err: std::fmt::Display>,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum ListOrOne<T> {
+        List(Vec<T>),
+        One(T),
+        Text(String),
+        None,
+    }
+    let split = |text: &str| {
+        text.split(',').map(|part| part.trim().parse().map_err(serde::de::Error::custom)).collect()
+    };
+    match ListOrOne::deserialize(deserializer)? {
+        ListOrOne::List(list) => Ok(list),
+        ListOrOne::One(one) => Ok(vec![one]),
+        ListOrOne::Text(text) => split(&text),
+        ListOrOne::None => Ok(Vec::new()),
+    }
+}
+
+/// As the flag reads it, unlike adapter_config.json, where a string is always a regular expression.
+pub(super) fn target_modules<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TargetModules, D::Error> {
+    match TargetModules::deserialize(deserializer)? {
+        TargetModules::Regex(text) => text.parse().map_err(serde::de::Error::custom),
+        other => Ok(other),
+    }
+}
