@@ -184,7 +184,7 @@ struct RmsNorm : Function<RmsNorm> {
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
-  if (is_row(x) && fits_row(x, weight) && weight.dim() == 1 && x.size(-1) == weight.size(0)) {
+  if (is_row(x) && fits_row(weight) && weight.dim() == 1 && x.size(-1) == weight.size(0)) {
     return row_rms_norm(x, weight, eps, offset);
   }
   return RmsNorm::apply(x, weight, eps, offset);

@@ -93,7 +93,7 @@ struct Rope : Function<Rope> {
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_rope(x, cos, sin);
-  const bool angles = cos.scalar_type() == at::kFloat && cos.is_contiguous() && fits_row(cos, sin);
+  const bool angles = fits_row(cos) && fits_row(sin);
   if (is_row(x) && angles) return row_rope(x, cos, sin);
   return Rope::apply(x, cos, sin);
 }

@@ -1,6 +1,6 @@
-// One row on the CPU: what decoding works on, token after token. ATen spends 1 to 3 us on a call, some 40 calls a layer,
-// and MKL wakes its threads for products of 64 x 64; on a small model that is nearly all of the time. These are the same
-// formulas as plain loops over f32 or f64, with threads only where there is work for them.
+// One row of f32 on the CPU: what decoding works on, token after token. ATen spends 1 to 3 us on a call, some 40 calls a
+// layer; on a small model that is nearly all of the time. These go straight to kernels/cpu, with threads only where there is
+// work for them.
 #pragma once
 
 #include "ferrotune/csrc/attention.h"
@@ -8,10 +8,10 @@
 
 namespace ferrotune {
 
-// Whether x [1, ..] is one contiguous row of f32 or f64 on the CPU, and no gradient is asked for.
+// Whether x [1, ..] is one contiguous row of f32 on the CPU, kernels/cpu runs on this one, and no gradient is asked for.
 bool is_row(const Tensor& x);
-// Whether `other` is contiguous, of the same dtype, and on the CPU.
-bool fits_row(const Tensor& row, const Tensor& other);
+// Whether a kernel can read `other` beside the row: contiguous f32 on the CPU.
+bool fits_row(const Tensor& other);
 
 // As rms_norm; x [1, C] or [1, H, D].
 Tensor row_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);

@@ -31,6 +31,13 @@ struct CpuAttention {
   int64_t lse_stride;
 };
 
+// One query of each of `group` heads over `keys` rows of k and v, which lie D apart, as do the heads of q.
+struct CpuRowAttention {
+  const float *q, *k, *v;
+  int64_t keys, dim, group;
+  float scale, softcap;
+};
+
 struct CpuKernels {
   const char* name;
   // Threads should split products at multiples of these.
@@ -61,6 +68,10 @@ struct CpuKernels {
   void (*nf4_block)(const uint8_t* packed, int64_t bytes, const float* map, float scale, float* out);
   // Logits z in place to softmax(z) - onehot(label) (times the softcap's slope), and the rows' losses.
   void (*cross_entropy)(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap, float* losses);
+  // y_r (+)= scale w_r . x; w [rows, n].
+  void (*row_product)(int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y, bool add);
+  // o [group, D]; scores: room for keys + 16 floats.
+  void (*row_attention)(const CpuRowAttention& attention, float* o, float* scores);
 };
 
 // Floats that attention_forward and attention_backward need as scratch.
