@@ -153,9 +153,13 @@ def peer_generate(model_dir, prompt_ids, repeats):
         print(NEW_TOKENS / (time.perf_counter() - start), flush=True)
 
 
+def thread_variables(threads):
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+
+
 def run(command, threads):
     """(seconds after the start at which each line of stdout came, the line), peak resident set in MB."""
-    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    environment = os.environ | thread_variables(threads)
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
@@ -179,18 +183,13 @@ def training(command, threads):
 
 
 def generation(ferrotune, model_dir, threads, repeats):
-    """Tokens a second of ferrotune: the time between the ends of a short and a long run, so that loading drops out. The best
-    of each, as on the other side: what else the machine does only adds time, and the difference is small."""
-    def seconds(new_tokens):
-        command = [ferrotune, "generate", "--model", model_dir, "--prompt", PROMPT, "--temperature", "0", "--device", "cpu",
-                   "--ignore-eos", "--max-new-tokens", str(new_tokens)]
-        start = time.perf_counter()
-        run(command, threads)
-        return time.perf_counter() - start
-    seconds(1)
-    pairs = [(seconds(1), seconds(NEW_TOKENS + 1)) for _ in range(3 * repeats)]
-    short, long = (min(times) for times in zip(*pairs))
-    return NEW_TOKENS / (long - short)
+    """Tokens a second of ferrotune as it counts them itself, from the prompt's logits to the last token: loading is not in it, on
+    the other side neither. The best of several runs, as there: what else the machine does only adds time."""
+    command = [ferrotune, "generate", "--model", model_dir, "--prompt", PROMPT, "--temperature", "0", "--device", "cpu",
+               "--ignore-eos", "--max-new-tokens", str(NEW_TOKENS)]
+    environment = os.environ | thread_variables(threads)
+    runs = [subprocess.run(command, capture_output=True, text=True, env=environment, check=True) for _ in range(3 * repeats)]
+    return max(float(re.search(r"([0-9,]+) tokens/s", done.stderr)[1].replace(",", "")) for done in runs)
 
 
 def make_llama_60m(folder, tokenizer_dir):
