@@ -4,7 +4,8 @@
 // The backward walks the same functions the other way; each has its derivation in its own file. What it needs of the
 // forward stands in `Kept`. Under Policy::Keep the node saves it; under Policy::Recompute it saves only x and the backward
 // fills Kept again, but for the last product of the block, which nothing needs (unless a norm follows it). Under
-// Policy::Host x too leaves the GPU in between. Dropout masks are functions of a key, so both runs draw the same.
+// Policy::Host x leaves the GPU in between, and what takes longer to compute again than the bus takes to carry it goes with
+// it. Dropout masks are functions of a key, so both runs draw the same.
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/cuda_library.h"
 #include "ferrotune/csrc/linear.h"
@@ -65,6 +66,18 @@ struct AttentionBlock {
     }
   };
 
+  // What goes to the host beside x. A query that sees n keys costs 4 n operations an element of its output, forward, and its
+  // way to the host and back 4 bytes: from 2048 keys on an H200 gains by it (8B, 2 x 2048: 2 % of a step, 1 x 16,384: 7 %).
+  std::vector<Tensor*> dear(Kept& kept) const {
+    constexpr int64_t kKeys = 2048;
+    int64_t keys = 0;
+    for (const int64_t length : segments->lengths()) {
+      keys += length * (spec.window > 0 ? std::min(length, spec.window) : length);
+    }
+    if (keys < kKeys * segments->rows()) return {};
+    return {&kept.attended, &kept.lse};
+  }
+
   // The trainable tensors, in the order of the gradients; norms, then qkv, then o.
   std::vector<Tensor*> visit() {
     std::vector<Tensor*> tensors{&norm.weight, &q_norm.weight, &k_norm.weight, &post_norm.weight};
@@ -89,7 +102,8 @@ struct AttentionBlock {
     return projected.narrow(1, before, kv_heads * head_dim).view({projected.size(0), kv_heads, head_dim});
   }
 
-  // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it.
+  // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it, and so is what
+  // is there already.
   Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
     Kept unused;
     const bool keeps = kept != nullptr;
@@ -111,7 +125,7 @@ struct AttentionBlock {
     key = k.qk.narrow(1, heads, kv_heads);
     if (cache.k.defined()) {
       k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
-    } else {
+    } else if (!k.attended.defined()) {
       const Attended attended = attention_forward(q, key, value_rows(k.projected), *segments, spec);
       k.attended = attended.out;
       k.lse = attended.lse;
@@ -126,7 +140,15 @@ struct AttentionBlock {
     return x + y;
   }
 
-  Tensor backward(const Tensor& dy, const Tensor& x, const Kept& k, bool, bool need_dx, Tensor* grads) const {
+  Tensor forward_only(const Tensor& x) const { return forward(x, nullptr, true); }
+
+  // `kept` may hold what is dear.
+  Tensor recomputed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    forward(x, &kept, false);
+    return backward(dy, x, kept, true, need_dx, grads);
+  }
+
+  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
     const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads);
@@ -143,7 +165,7 @@ struct AttentionBlock {
       key_rows(d_projected).copy_(k_norm.backward(dk, key_rows(k.projected), k.k_rstd, grads[2]));
     }
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_projected, k.normed, k.qkv_z, qkv, need_normed, qkv_grads);
+    const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads);
     if (!need_normed) return {};
     return norm.backward(d_normed, x, k.rstd, grads[0], dy);
   }
@@ -164,6 +186,8 @@ struct MlpBlock {
       return {&rstd, &normed, &gate_up_z, &gated, &product, &down_z, &out, &post_rstd};
     }
   };
+
+  std::vector<Tensor*> dear(Kept&) const { return {}; }
 
   std::vector<Tensor*> visit() {
     std::vector<Tensor*> tensors{&norm.weight, &post_norm.weight};
@@ -198,25 +222,85 @@ struct MlpBlock {
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool ours, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
-    const Tensor d_product = linear_backward(d_out, k.product, k.down_z, down, true, down_grads);
-    k.product = Tensor();
+    const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads);
     const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, ours);
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_gated, k.normed, k.gate_up_z, gate_up, need_normed, gate_up_grads);
+    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads);
     if (!need_normed) return {};
     return norm.backward(d_normed, x, k.rstd, grads[0], dy);
+  }
+
+  // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.
+  static constexpr int64_t kTile = 4096;
+
+  // Dropout's masks count the rows of the whole batch.
+  bool in_tiles(const Tensor& x) const {
+    const auto drops = [](const Lora& part) { return part.dropout > 0; };
+    return x.size(0) >= 2 * kTile && std::none_of(gate_up.parts.begin(), gate_up.parts.end(), drops) &&
+           std::none_of(down.parts.begin(), down.parts.end(), drops);
+  }
+
+  // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles.
+  template <typename Body>
+  void each_tile(const Tensor& x, const Body& body) const {
+    MlpBlock block = *this;
+    block.gate_up.dequantize(x.scalar_type(), norm.weight.defined() ? linear_tail(x, gate_up) : 0);
+    block.down.dequantize(x.scalar_type(), 0);
+    for (int64_t first = 0; first < x.size(0); first += kTile) body(block, first, std::min(kTile, x.size(0) - first));
+  }
+
+  Tensor forward_only(const Tensor& x) const {
+    if (!in_tiles(x)) return forward(x, nullptr, true);
+    const Tensor y = at::empty_like(x);
+    each_tile(x, [&](const MlpBlock& block, int64_t first, int64_t rows) {
+      y.narrow(0, first, rows).copy_(block.forward(x.narrow(0, first, rows), nullptr, true));
+    });
+    return y;
+  }
+
+  Tensor recomputed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    if (!in_tiles(x)) {
+      forward(x, &kept, false);
+      return backward(dy, x, kept, true, need_dx, grads);
+    }
+    Tensor dx;
+    each_tile(x, [&](MlpBlock& block, int64_t first, int64_t rows) {
+      Kept k;
+      std::vector<Tensor> found(block.visit().size());
+      const Tensor some_x = x.narrow(0, first, rows);
+      block.forward(some_x, &k, false);
+      const Tensor some_dx = block.backward(dy.narrow(0, first, rows), some_x, k, true, need_dx, found.data());
+      if (some_dx.defined()) {
+        if (!dx.defined()) dx = at::empty_like(x);
+        dx.narrow(0, first, rows).copy_(some_dx);
+      }
+      for (size_t i = 0; i < found.size(); ++i) {
+        if (first == 0) {
+          grads[i] = found[i];
+        } else if (found[i].defined()) {
+          grads[i].add_(found[i]);
+        }
+      }
+    });
+    return dx;
   }
 };
 
 // Autograd sees x and the block's weights as inputs, so that a block trains whatever stands before it.
 template <typename Block>
 struct BlockNode : Function<BlockNode<Block>> {
+  using Stash = std::vector<std::shared_ptr<Stashed>>;  // x, then what is dear
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Block& block, Policy policy) {
     typename Block::Kept kept;
     const bool keeps = policy == Policy::Keep;
-    const Tensor y = block.forward(x, keeps ? &kept : nullptr, true);
-    if (const CudaLibrary* cuda = cuda_library(); policy == Policy::Host && x.is_cuda() && cuda) {
-      ctx->saved_data["stashed"] = hold(cuda->stash(x));
+    const CudaLibrary* const cuda = policy == Policy::Host && x.is_cuda() ? cuda_library() : nullptr;
+    const std::vector<Tensor*> dear = cuda != nullptr ? block.dear(kept) : std::vector<Tensor*>();
+    const Tensor y = keeps || !dear.empty() ? block.forward(x, &kept, true) : block.forward_only(x);
+    if (cuda != nullptr) {
+      Stash stash{cuda->stash(x)};
+      for (const Tensor* tensor : dear) stash.push_back(cuda->stash(*tensor));
+      ctx->saved_data["stash"] = hold(std::move(stash));
     } else {
       variable_list saved{x};
       if (keeps) {
@@ -231,20 +315,30 @@ struct BlockNode : Function<BlockNode<Block>> {
   static variable_list backward(AutogradContext* ctx, variable_list dy) {
     const variable_list saved = ctx->get_saved_variables();
     Block block = held<Block>(ctx->saved_data["block"]);
-    const auto stashed = ctx->saved_data.find("stashed");
-    const Tensor x = saved.empty() ? held<std::shared_ptr<Stashed>>(stashed->second)->fetch() : saved[0];
     typename Block::Kept kept;
-    const bool recomputes = saved.size() <= 1;
-    if (!recomputes) {
-      size_t next = 1;
-      for (Tensor* tensor : kept.visit()) *tensor = saved[next++];
+    Tensor x;
+    if (saved.empty()) {
+      // The last first, as they come back.
+      const Stash stash = held<Stash>(ctx->saved_data["stash"]);
+      const std::vector<Tensor*> dear = block.dear(kept);
+      for (size_t i = dear.size(); i > 0; --i) *dear[i - 1] = stash[i]->fetch();
+      x = stash[0]->fetch();
     } else {
-      block.forward(x, &kept, false);
+      x = saved[0];
     }
     const std::vector<Tensor*> weights = block.visit();
     std::vector<Tensor> grads(weights.size());
-    variable_list result{block.backward(dy[0].contiguous(), x, kept, recomputes, ctx->needs_input_grad(0),
-                                        grads.data())};
+    const Tensor d = dy[0].contiguous();
+    const bool need_dx = ctx->needs_input_grad(0);
+    Tensor dx;
+    if (saved.size() <= 1) {
+      dx = block.recomputed_backward(d, x, kept, need_dx, grads.data());
+    } else {
+      size_t next = 1;
+      for (Tensor* tensor : kept.visit()) *tensor = saved[next++];
+      dx = block.backward(d, x, kept, false, need_dx, grads.data());
+    }
+    variable_list result{dx};
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i]->defined()) result.push_back(grads[i]);
     }
@@ -255,7 +349,7 @@ struct BlockNode : Function<BlockNode<Block>> {
 
 template <typename Block>
 Tensor run(Block block, const Tensor& x, Policy policy) {
-  if (!at::GradMode::is_enabled()) return block.forward(x, nullptr, true);
+  if (!at::GradMode::is_enabled()) return block.forward_only(x);
   TensorList weights;
   for (const Tensor* weight : block.visit()) {
     if (weight->defined()) weights.push_back(*weight);

@@ -57,6 +57,12 @@ void Linear::visit(std::vector<Tensor*>& tensors) {
   }
 }
 
+void Linear::dequantize(at::ScalarType dtype, int64_t tail) {
+  if (!part_weights) return;
+  weight = part_weights->joined(dtype, tail).narrow(1, 0, part_weights->in);
+  part_weights.reset();
+}
+
 bool Linear::needs_input() const {
   return (weight.defined() && weight.requires_grad()) || std::any_of(parts.begin(), parts.end(), [](const Lora& part) { return part.a.defined(); });
 }
@@ -214,7 +220,7 @@ Tensor linear_z(const Tensor& x, const Linear& l) { return lora_z(x, LoraParts(l
 //   dX   = dY W + sum_p dropout(G_p A_p)
 //   dA_p = G_p^T X_p        dB_p = s_p dY_p^T Z_p
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
-Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads) {
+Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads) {
   const Tensor dy = given.contiguous();
   const auto dtype = dy.scalar_type();
   const LoraParts lora(l, dtype);
@@ -240,6 +246,7 @@ Tensor linear_backward(const Tensor& given, const Tensor& x, const Tensor& z, co
   if (l.weight.defined() && l.weight.requires_grad()) grads[0] = weight_gradient(dy.t(), x, 1, l.weight.scalar_type());
   if (l.bias.defined() && l.bias.requires_grad()) grads[1] = dy.sum(0).to(l.bias.scalar_type());
   if (!need_dx) return {};
+  x = Tensor();
 
   const Tensor w = l.dense(dtype);
   if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));

@@ -44,6 +44,8 @@ struct Linear {
   void visit(std::vector<Tensor*>& tensors);
   // Whether the backward needs the input.
   bool needs_input() const;
+  // From here on the weight is one matrix, in rows with `tail` more columns behind them.
+  void dequantize(at::ScalarType dtype, int64_t tail);
   // W in the dtype that a product takes it in.
   Tensor dense(at::ScalarType dtype) const { return part_weights ? part_weights->joined(dtype) : weight.to(dtype); }
 };
@@ -69,8 +71,8 @@ Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z);
 // z alone; undefined without LoRA.
 Tensor linear_z(const Tensor& x, const Linear& linear);
 
-// dx (undefined if not wanted), and into grads the gradients of what trains, in the order of visit().
-Tensor linear_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Linear& linear, bool need_dx,
-                       Tensor* grads);
+// dx (undefined if not wanted), and into grads the gradients of what trains, in the order of visit(). A caller that moves x in
+// frees its memory for dx.
+Tensor linear_backward(const Tensor& dy, Tensor x, const Tensor& z, const Linear& linear, bool need_dx, Tensor* grads);
 
 }  // namespace ferrotune

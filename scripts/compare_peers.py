@@ -113,7 +113,11 @@ def compare_gpu(options):
             continue
         arguments = ["--peer-train-gpu", peer, shape, options.batch, options.seq, options.steps,
                      int(options.use_gradient_checkpointing), int(options.load_in_4bit)]
-        lines, _ = run([sys.executable, __file__, *map(str, arguments)], options.threads)
+        try:
+            lines, _ = run([sys.executable, __file__, *map(str, arguments)], options.threads)
+        except SystemExit as failure:
+            print(failure, file=sys.stderr)
+            continue
         found = json.loads(lines[-1][1])
         names = {"hf": "transformers + peft", "trl": "the same with TRL's fused head", "liger": "the same with Liger's kernels"}
         rows.append((names[peer], found["ms"], found["peak"]))

@@ -10,7 +10,7 @@ use ferrotune::ops::{self, Activation, Policy};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{attentions, check_one_row};
-use crate::golden::{self, Flat, checkpoints, load_on, logits, root};
+use crate::golden::{self, Flat, checkpoints, load_on, logits, rel, root};
 use crate::ops::{check, check_empty, check_log_probs, norm, ops};
 use crate::parity::{cases, gradients_of};
 use crate::tolerance::{What, assert_close, f64_on_cpu};
@@ -180,6 +180,30 @@ fn gradients_on_the_gpu_match_the_cpu() {
                     let (ours, plain) = (joined(&ours, kind), joined(&plain, kind));
                     assert_close(&label, What::Gradient, &ours, &plain, &joined(&reference, Kind::Double));
                 }
+            }
+        }
+    }
+}
+
+/// Samples long enough that attention's output goes to the host beside the blocks' inputs, and that the MLP goes in tiles.
+#[test]
+fn what_lies_on_the_host_gives_the_same_gradients() {
+    let Some(device) = gpu("long samples on the host") else { return };
+    let sequences: Vec<Vec<i64>> =
+        [4100, 4099].iter().map(|&n| (0..n).map(|i| (i * i + 3 * i) % 50).collect()).collect();
+    let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
+    for name in ["llama_gqa_llama3", "gemma2"] {
+        let gradients = |policy| {
+            let mut decoder = load_on(&root().join(name), Kind::Float, device);
+            decoder.train_all().unwrap();
+            gradients_of(&decoder, &all, policy).1
+        };
+        let kept = gradients(Policy::Keep);
+        for policy in [Policy::Recompute, Policy::Host] {
+            for (key, gradient) in gradients(policy) {
+                // Sums of 8,199 rows in f32, tile by tile or at once.
+                let distance = rel(&gradient, &kept[&key]);
+                assert!(distance < 1e-5, "{name} {policy:?} {key}: {distance:e}");
             }
         }
     }

@@ -175,11 +175,13 @@ fn models_in_4_bits_on_the_gpu() {
     let stored = load(&nf4.join("nested"), Kind::Float, device, false);
     assert_eq!(logits(&flagged.decoder, &flat), logits(&stored.decoder, &flat));
 
-    let gradients = |kind, device, policy| {
+    let gradients_on = |sequences: &[&[i64]], kind, device, policy| {
         let mut model = load(&nf4.join("mixed"), kind, device, false);
         model.load_adapter(&root().join("adapters/llama_nf4")).unwrap();
-        gradients_of(&model.decoder, &[&[3, 8, 5, 9, 14], &[7, 6, 5]], policy).1
+        gradients_of(&model.decoder, sequences, policy).1
     };
+    let gradients =
+        |kind, device, policy| gradients_on(&[&[3, 8, 5, 9, 14], &[7, 6, 5]], kind, device, policy);
     let reference = gradients(Kind::Double, Device::Cpu, Policy::Keep);
     let plain = gradients(Kind::Float, Device::Cpu, Policy::Keep);
     for policy in [Policy::Keep, Policy::Recompute] {
@@ -188,6 +190,14 @@ fn models_in_4_bits_on_the_gpu() {
             // LoRA is f32 in every model, and so are its gradients; the reference's activations are f64.
             tolerance::assert_close(key, What::Gradient, found, &plain[key], &reference[key]);
         }
+    }
+
+    // In tiles, and with attention's output on the host.
+    let long: Vec<i64> = (0..8200).map(|i| (i * i + 3 * i) % 50).collect();
+    let [whole, tiled] = [Policy::Keep, Policy::Host].map(|p| gradients_on(&[&long], Kind::Float, device, p));
+    for (key, found) in &tiled {
+        let distance = rel(found, &whole[key]);
+        assert!(distance < 1e-5, "{key}: {distance:e}");
     }
 
     let place = tempfile::tempdir().unwrap();

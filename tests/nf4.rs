@@ -236,6 +236,22 @@ fn a_model_in_4_bits_trains_as_its_dense_twin() {
     }
 }
 
+/// The tiles of a long batch share what is dequantised once for them.
+#[test]
+fn long_batches_give_the_same_gradients_in_tiles() {
+    let sequences: Vec<Vec<i64>> = (0..911).map(|i| (0..9).map(|j| (i * 5 + j) % 16).collect()).collect();
+    let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
+    let gradients = |policy| {
+        let mut model = load(&folder("nested"), Kind::Float, false);
+        let config =
+            AdapterConfig { r: 4, init_lora_weights: "false".parse().unwrap(), ..Default::default() };
+        model.get_peft_model(config, 7).unwrap();
+        gradients_of(&model.decoder, &all, policy)
+    };
+    let ((_, whole), (_, tiled)) = (gradients(Policy::Keep), gradients(Policy::Recompute));
+    assert_close(1e-5, tiled.iter().map(|(key, gradient)| (key.clone(), rel(gradient, &whole[key]))));
+}
+
 #[test]
 fn whole_4_bit_weights_do_not_train() {
     let error = load(&folder("nested"), Kind::Float, false).train_all().unwrap_err().to_string();

@@ -29,7 +29,7 @@ class CudaGraph {
 class Stashed {
  public:
   virtual ~Stashed() = default;
-  // The tensor on its device again, once; the one that was stashed before it is on its way from then on.
+  // The tensor on its device again, once; those that were stashed before it are on their way from then on.
   virtual at::Tensor fetch() = 0;
 };
 

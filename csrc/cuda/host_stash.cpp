@@ -22,7 +22,7 @@ class Entry;
 // Of one device.
 struct Stash {
   // Tensors that stay on the device while their copies run: so many that the compute stream hardly waits for one.
-  static constexpr size_t kOnDevice = 2;
+  static constexpr size_t kOnDevice = 4;
 
   std::recursive_mutex mutex;  // the last owner of an entry may let it go inside
   c10::cuda::CUDAStream stream;
@@ -109,11 +109,18 @@ class Entry : public Stashed {
     start(compute);
     // Of a tensor that never left, its copy: the stream of the copies must have come back to the compute stream.
     (fetching_ ? fetched_ : copied_).block(compute);
-    if (const auto before = previous_.lock()) before->start(compute);
+    // A block fetches three in a row.
+    auto before = previous_.lock();
+    for (int ahead = 0; before && ahead < kAhead; ++ahead) {
+      before->start(compute);
+      before = before->previous_.lock();
+    }
     return std::move(device_tensor_);
   }
 
  private:
+  static constexpr int kAhead = 3;
+
   Stash& stash_;
   at::Tensor device_tensor_, buffer_;
   std::weak_ptr<Entry> previous_;
