@@ -231,7 +231,7 @@ struct MlpBlock {
   }
 
   // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.
-  static constexpr int64_t kTile = 4096;
+  static constexpr int64_t kTile = 8192;
 
   // Dropout's masks count the rows of the whole batch.
   bool in_tiles(const Tensor& x) const {

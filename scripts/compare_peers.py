@@ -3,6 +3,7 @@
 
     scripts/compare_peers.py --ferrotune target/release/ferrotune [--data ../shared/data] [--threads 2]
     scripts/compare_peers.py --ferrotune target/release/ferrotune --gpu llama-3.1-8b [--batch 2] [--seq 2048] [--load-in-4bit]
+    scripts/compare_peers.py --ferrotune target/release/ferrotune --loss-curve MODEL_DIR --text FILE [--steps 60]
 
 Needs a Python with torch, transformers and peft, and an otherwise idle machine. Both sides are separate processes
 that print one line a step; the times are those at which the lines arrive here, so that both are measured by one clock
@@ -79,6 +80,64 @@ def peer_train_gpu(peer, shape, batch, seq, steps, checkpointing, four_bit):
     print(json.dumps({"ms": statistics.median(times[5:]), "peak": peak, "loss": loss}), flush=True)
 
 
+def peer_curve(model_dir, adapter, rows, steps, device, learning_rate):
+    """LoRA steps from a given adapter; prints a loss a line."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
+    model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)  # LoRA itself in f32
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.001)
+    input_ids = torch.tensor(json.loads(pathlib.Path(rows).read_text()), device=device)
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"loss {loss.item():.6f}", flush=True)
+
+
+def compare_curves(options):
+    """Losses of ferrotune and transformers + peft, on the CPU in f32 and on a GPU in bf16, from one LoRA A and on the same rows."""
+    model_dir, learning_rate, length = options.loss_curve, 5e-4, 128
+    ours = [options.ferrotune.resolve(), "train", "--model", model_dir, "--logging-steps", 1, "--max-seq-length", length,
+            "--per-device-train-batch-size", ROWS, "--gradient-accumulation-steps", 1, "--r", RANK, "--lora-alpha", RANK,
+            "--weight-decay", 0.001, "--lr-scheduler-type", "constant", "--warmup-ratio", 0]
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        write_rows(model_dir, options.text.read_text(), length, scratch)
+
+        def ferrotune(name, device, dtype, steps, learning_rate):
+            command = [*ours, "--dataset", scratch / "rows.jsonl", "--output-dir", scratch / name, "--device", device, "--dtype", dtype,
+                       "--max-steps", steps, "--learning-rate", learning_rate]
+            return losses(run(list(map(str, command)), options.threads)[0])
+
+        def peer(device):
+            return losses(run([sys.executable, __file__, "--peer-curve", str(model_dir), str(scratch / "start"),
+                               str(scratch / "rows.json"), str(options.steps), device, str(learning_rate)], options.threads)[0])
+
+        def losses(lines):
+            found = [float(match[1]) for _, line in lines if (match := re.search(r"\bloss[ =:]+([0-9.]+)", line))]
+            return found[: options.steps]  # a summary follows
+
+        ferrotune("start", "cpu", "float32", 1, 1e-30)  # leaves A as it is drawn
+        curves = {"ferrotune, CPU, f32": ferrotune("cpu", "cpu", "float32", options.steps, learning_rate),
+                  "transformers + peft, CPU, f32": peer("cpu"),
+                  "ferrotune, GPU, bf16": ferrotune("gpu", "cuda", "bfloat16", options.steps, learning_rate),
+                  "transformers + peft, GPU, bf16": peer("cuda")}
+    steps = [step for step in (1, 5, 10, 20, 30, 45, 60) if step <= options.steps]
+    print(f"| {model_dir.name} | " + " | ".join(f"step {step}" for step in steps) + " | largest difference to the first row |")
+    print("|---|" + "---|" * (len(steps) + 1))
+    first = next(iter(curves.values()))
+    for name, curve in curves.items():
+        apart = max(abs(a - b) / b for a, b in zip(curve, first, strict=True))
+        print(f"| {name} | " + " | ".join(f"{curve[step - 1]:.4f}" for step in steps) + f" | {apart:.1e} |")
+
+
 def quantize_nf4(model):
     """Every linear layer of the decoder as bitsandbytes' NF4 with double quantisation, one after another."""
     import bitsandbytes as bnb
@@ -99,7 +158,7 @@ def compare_gpu(options):
     import importlib.util
     shape = pathlib.Path(__file__).resolve().parent.parent / "src/cli/shapes" / f"{options.gpu}.json"
     common = ["--batch", options.batch, "--seq", options.seq, "--steps", options.steps]
-    flags = [flag for flag, given in (("--use-gradient-checkpointing", options.use_gradient_checkpointing),
+    flags = [flag for flag, given in ((f"--use-gradient-checkpointing={options.use_gradient_checkpointing}", options.use_gradient_checkpointing),
                                       ("--load-in-4bit", options.load_in_4bit)) if given]
     command = [options.ferrotune.resolve(), "bench", "train", "--shape", options.gpu, *common, *flags, "--device", "cuda", "--json"]
     ours = json.loads("".join(line for _, line in run([str(part) for part in command], options.threads)[0]))
@@ -112,7 +171,7 @@ def compare_gpu(options):
             print(f"not installed, not run: {peer}", file=sys.stderr)
             continue
         arguments = ["--peer-train-gpu", peer, shape, options.batch, options.seq, options.steps,
-                     int(options.use_gradient_checkpointing), int(options.load_in_4bit)]
+                     int(options.use_gradient_checkpointing is not None), int(options.load_in_4bit)]
         try:
             lines, _ = run([sys.executable, __file__, *map(str, arguments)], options.threads)
         except SystemExit as failure:
@@ -228,13 +287,17 @@ def main():
     arguments.add_argument("--steps", type=int, default=40, help="steps of a tiny model; the 60M model takes a quarter")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--gpu", metavar="SHAPE", help="compare LoRA steps of this shape on the GPU instead")
+    arguments.add_argument("--loss-curve", metavar="MODEL_DIR", type=pathlib.Path, help="compare losses on the CPU and on the GPU instead")
+    arguments.add_argument("--text", type=pathlib.Path, help="what --loss-curve trains on: a long text")
     arguments.add_argument("--batch", type=int, default=2)
     arguments.add_argument("--seq", type=int, default=2048)
-    arguments.add_argument("--use-gradient-checkpointing", action="store_true")
+    arguments.add_argument("--use-gradient-checkpointing", nargs="?", const="on", choices=["on", "unsloth"])
     arguments.add_argument("--load-in-4bit", action="store_true")
     options = arguments.parse_args()
     if options.gpu:
         return compare_gpu(options)
+    if options.loss_curve:
+        return compare_curves(options)
     ferrotune, this = options.ferrotune.resolve(), [sys.executable, __file__]
     text = (options.data / "datasets/tinyshakespeare/input.txt").read_text()
 
@@ -286,6 +349,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--peer-train-gpu"]:
         numbers = [int(number) for number in sys.argv[4:]]
         peer_train_gpu(sys.argv[2], pathlib.Path(sys.argv[3]), *numbers)
+    elif sys.argv[1:2] == ["--peer-curve"]:
+        peer_curve(*sys.argv[2:5], int(sys.argv[5]), sys.argv[6], float(sys.argv[7]))
     elif sys.argv[1:2] == ["--make-llama-60m"]:
         make_llama_60m(sys.argv[2], sys.argv[3])
     elif sys.argv[1:2] == ["--peer-generate"]:

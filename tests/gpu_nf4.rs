@@ -193,7 +193,7 @@ fn models_in_4_bits_on_the_gpu() {
     }
 
     // In tiles, and with attention's output on the host.
-    let long: Vec<i64> = (0..8200).map(|i| (i * i + 3 * i) % 50).collect();
+    let long: Vec<i64> = (0..16_400).map(|i| (i * i + 3 * i) % 50).collect();
     let [whole, tiled] = [Policy::Keep, Policy::Host].map(|p| gradients_on(&[&long], Kind::Float, device, p));
     for (key, found) in &tiled {
         let distance = rel(found, &whole[key]);

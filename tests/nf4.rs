@@ -239,7 +239,7 @@ fn a_model_in_4_bits_trains_as_its_dense_twin() {
 /// The tiles of a long batch share what is dequantised once for them.
 #[test]
 fn long_batches_give_the_same_gradients_in_tiles() {
-    let sequences: Vec<Vec<i64>> = (0..911).map(|i| (0..9).map(|j| (i * 5 + j) % 16).collect()).collect();
+    let sequences: Vec<Vec<i64>> = (0..1265).map(|i| (0..13).map(|j| (i * 5 + j) % 16).collect()).collect();
     let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
     let gradients = |policy| {
         let mut model = load(&folder("nested"), Kind::Float, false);
