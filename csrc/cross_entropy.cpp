@@ -19,10 +19,10 @@ namespace {
 
 constexpr int64_t kIgnore = -100;
 
-// Rows a chunk: on the CPU f32 logits of at most 64 MiB (they should stay near the caches), on a GPU of at most 256 MiB, in
-// whole tiles of the products: 512 rows with 128,256 words, where both products still run at the rate of large ones.
+// Rows a chunk: on the CPU f32 logits of at most 64 MiB (they should stay near the caches), on a GPU 1024, or what 1 GiB
+// holds: with 128,256 words the logits take 501 MiB, and both products still run at the rate of large ones.
 int64_t chunk_rows(const Tensor& hidden, int64_t vocab) {
-  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 26) / vocab / 128 * 128, 128, 1024);
+  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 30) / (4 * vocab), 1, 1024);
   return std::max<int64_t>(16, (int64_t{1} << 26) / (4 * vocab));
 }
 
