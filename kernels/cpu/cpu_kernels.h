@@ -38,6 +38,16 @@ struct CpuRowAttention {
   float scale, softcap;
 };
 
+// One AdamW step as factors; csrc/optim.cpp has the formula.
+struct CpuAdamW {
+  float grad_factor;  // gradients are multiplied by it
+  float beta1, rest1, beta2, rest2;  // rest = 1 - beta
+  float decay;        // 1 - lr weight_decay
+  float rate;         // lr / (1 - beta1^t)
+  float root_factor;  // 1 / sqrt(1 - beta2^t)
+  float epsilon;
+};
+
 struct CpuKernels {
   const char* name;
   // Threads should split products at multiples of these.
@@ -72,6 +82,9 @@ struct CpuKernels {
   void (*row_product)(int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y, bool add);
   // o [group, D]; scores: room for keys + 16 floats.
   void (*row_attention)(const CpuRowAttention& attention, float* o, float* scores);
+  // n elements of the parameter, its gradient and its two moments.
+  void (*adamw)(int64_t n, float* p, const float* g, float* m, float* v, const CpuAdamW& step);
+  double (*sum_of_squares)(int64_t n, const float* x);
 };
 
 // Floats that attention_forward and attention_backward need as scratch.

@@ -46,6 +46,13 @@ inline void store_some(float* p, V v, int64_t n) {
 inline V max(V a, V b) { return b > a ? b : a; }
 inline V min(V a, V b) { return b < a ? b : a; }
 
+#if defined(__AVX512F__)
+// By mask: gcc 12 warns of the plain one's undefined operand.
+inline V sqrt(V v) { return _mm512_maskz_sqrt_ps(0xffff, v); }
+#else
+inline V sqrt(V v) { return _mm256_sqrt_ps(v); }
+#endif
+
 inline float sum(V v) {
   float lanes[kLanes];
   store(lanes, v);
