@@ -19,6 +19,7 @@ mod gpu_speed;
 mod hub;
 mod nf4;
 mod ops;
+mod optim;
 mod parity;
 mod run_log;
 mod schedule;
