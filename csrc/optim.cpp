@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/optim.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -20,37 +20,6 @@ TensorList grads_of(const TensorList& params) {
     if (param.grad().defined()) grads.push_back(param.grad());
   }
   return grads;
-}
-
-// f32 on the CPU goes over the elements of all tensors in one parallel loop: LoRA has hundreds of tensors of a few thousand
-// elements, none of which is worth a loop of its own (0.4 ms a step of tinystories-656k, by ATen's multi-tensor functions).
-// A run is a part of one tensor; where it starts does not depend on the number of threads, nor does a sum over runs.
-struct Run {
-  size_t tensor;
-  int64_t begin, count;
-};
-
-std::vector<Run> runs_of(const TensorList& tensors) {
-  constexpr int64_t kElements = 4096;
-  std::vector<Run> runs;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t n = tensors[i].numel();
-    for (int64_t begin = 0; begin < n; begin += kElements) runs.push_back({i, begin, std::min(kElements, n - begin)});
-  }
-  return runs;
-}
-
-template <typename Body>
-void each_run(const std::vector<Run>& runs, const Body& body) {
-  constexpr int64_t kGrain = 8;  // about 10 us
-  at::parallel_for(0, static_cast<int64_t>(runs.size()), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) body(r, runs[r]);
-  });
-}
-
-const CpuKernels* cpu_kernels_for_all(const TensorList& tensors) {
-  const auto fits = [](const Tensor& x) { return x.is_contiguous() && cpu_kernels_for(x) != nullptr; };
-  return std::all_of(tensors.begin(), tensors.end(), fits) ? cpu_kernels() : nullptr;
 }
 
 Tensor grad_norm_cpu(const CpuKernels& kernels, const TensorList& grads) {
@@ -67,16 +36,7 @@ Tensor grad_norm_cpu(const CpuKernels& kernels, const TensorList& grads) {
 void adamw_cpu(const CpuKernels& kernels, const TensorList& p, const TensorList& g, const TensorList& m,
                const TensorList& v, const AdamWStep& step) {
   if (step.skip.item<float>() != 0) return;
-  const double t = step.step.item<double>(), lr = step.learning_rate.item<double>();
-  const CpuAdamW factors{static_cast<float>(1 / step.grad_scale.item<double>()),
-                         static_cast<float>(step.beta1),
-                         static_cast<float>(1 - step.beta1),
-                         static_cast<float>(step.beta2),
-                         static_cast<float>(1 - step.beta2),
-                         static_cast<float>(1 - lr * step.weight_decay),
-                         static_cast<float>(lr / (1 - std::pow(step.beta1, t))),
-                         static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, t))),
-                         static_cast<float>(step.epsilon)};
+  const CpuAdamW factors = cpu_factors(step);
   each_run(runs_of(p), [&](int64_t, const Run& run) {
     const auto at = [&](const TensorList& list) { return list[run.tensor].mutable_data_ptr<float>() + run.begin; };
     kernels.adamw(run.count, at(p), at(g), at(m), at(v), factors);
@@ -84,6 +44,34 @@ void adamw_cpu(const CpuKernels& kernels, const TensorList& p, const TensorList&
 }
 
 }  // namespace
+
+std::vector<Run> runs_of(const TensorList& tensors) {
+  constexpr int64_t kElements = 4096;
+  std::vector<Run> runs;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t n = tensors[i].numel();
+    for (int64_t begin = 0; begin < n; begin += kElements) runs.push_back({i, begin, std::min(kElements, n - begin)});
+  }
+  return runs;
+}
+
+const CpuKernels* cpu_kernels_for_all(const TensorList& tensors) {
+  const auto fits = [](const Tensor& x) { return x.is_contiguous() && cpu_kernels_for(x) != nullptr; };
+  return std::all_of(tensors.begin(), tensors.end(), fits) ? cpu_kernels() : nullptr;
+}
+
+CpuAdamW cpu_factors(const AdamWStep& step) {
+  const double t = step.step.item<double>(), lr = step.learning_rate.item<double>();
+  return {static_cast<float>(1 / step.grad_scale.item<double>()),
+          static_cast<float>(step.beta1),
+          static_cast<float>(1 - step.beta1),
+          static_cast<float>(step.beta2),
+          static_cast<float>(1 - step.beta2),
+          static_cast<float>(1 - lr * step.weight_decay),
+          static_cast<float>(lr / (1 - std::pow(step.beta1, t))),
+          static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, t))),
+          static_cast<float>(step.epsilon)};
+}
 
 std::unique_ptr<TensorList> tensor_list() { return std::make_unique<TensorList>(); }
 

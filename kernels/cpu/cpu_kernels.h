@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "../dynamic_map.h"
+
 namespace ferrotune {
 
 // Element (i, j) lies at data[i * row + j * col].
@@ -84,6 +86,9 @@ struct CpuKernels {
   void (*row_attention)(const CpuRowAttention& attention, float* o, float* scores);
   // n elements of the parameter, its gradient and its two moments.
   void (*adamw)(int64_t n, float* p, const float* g, float* m, float* v, const CpuAdamW& step);
+  // The same with moments as indices of the maps; n at most kDynamicBlock.
+  void (*adamw_8bit)(int64_t n, float* p, const float* g, uint8_t* state1, uint8_t* state2, float* absmax1, float* absmax2,
+                     const DynamicMaps& maps, const CpuAdamW& step);
   double (*sum_of_squares)(int64_t n, const float* x);
 };
 
