@@ -220,6 +220,7 @@ extern "C" int adamw_8bit(const KernelAdamW8bit* tensors, int64_t count, const v
     int64_t total = 0;
     for (; next < count && batch.count < kTensors; ++next) {
       const int64_t blocks = ceil_div(tensors[next].n, kDynamicBlock);
+      if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
       if (total + blocks > 0x7fffffff) break;
       if (blocks == 0) continue;
       batch.tensors[batch.count] = tensors[next];
