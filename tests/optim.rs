@@ -11,7 +11,7 @@ const SIZES: [i64; 9] = [1, 15, 16, 17, 255, 4096, 4097, 3 * 4096, 50_001];
 /// One parameter has no gradient.
 const WITHOUT: usize = 1;
 
-fn scalar(value: f64) -> Tensor {
+pub fn scalar(value: f64) -> Tensor {
     Tensor::full([0i64; 0], value, (Kind::Float, Device::Cpu))
 }
 
@@ -83,26 +83,26 @@ fn the_norm_of_all_gradients_is_summed_in_f64() {
 }
 
 /// A parameter of `n` elements with moments in 8 bits.
-struct Trained8bit {
-    parameter: Tensor,
-    moments: Moments8bit,
+pub struct Trained8bit {
+    pub parameter: Tensor,
+    pub moments: Moments8bit,
 }
 
 impl Trained8bit {
-    fn new(start: &Tensor) -> Trained8bit {
+    pub fn new(start: &Tensor) -> Trained8bit {
         let parameter = start.copy().set_requires_grad(true);
         let moments = Moments8bit::zeros(start.numel() as i64, start.device()).unwrap();
         Trained8bit { parameter, moments }
     }
 
-    fn states(&self) -> [&Tensor; 4] {
+    pub fn states(&self) -> [&Tensor; 4] {
         let moments = &self.moments;
         [&moments.state1, &moments.state2, &moments.absmax1, &moments.absmax2]
     }
 }
 
 /// A step with these gradients: the settings of the golden file.
-fn step_8bit(trained: &[Trained8bit], grads: &[Tensor], step: i64, skip: f64) {
+pub fn step_8bit(trained: &[Trained8bit], grads: &[Tensor], step: i64, skip: f64) {
     let device = trained[0].parameter.device();
     let there = |value: f64| scalar(value).to_device(device);
     for (Trained8bit { parameter, .. }, grad) in trained.iter().zip(grads) {
@@ -127,16 +127,20 @@ fn step_8bit(trained: &[Trained8bit], grads: &[Tensor], step: i64, skip: f64) {
 
 #[test]
 fn bytes_are_those_of_bitsandbytes() {
+    check_golden(Device::Cpu);
+}
+
+pub fn check_golden(device: Device) {
     let golden = tensors(&root().join("optim.safetensors"));
     for name in ["short_end", "with_zeros"] {
         let of = |key: &str| &golden[&format!("{name}.{key}")];
-        let trained = [Trained8bit::new(&of("param").to_kind(Kind::Float))];
+        let trained = [Trained8bit::new(&of("param").to_kind(Kind::Float).to_device(device))];
         for step in 1..=5 {
             let grad = of("grad").to_kind(Kind::Float).roll([37 * step], [0]) * 0.5f64.powi(step as i32);
             step_8bit(&trained, &[grad], step, 0.0);
         }
         for (key, ours) in ["state1", "state2", "absmax1", "absmax2"].into_iter().zip(trained[0].states()) {
-            assert_eq!(ours, of(key), "{name}.{key}");
+            assert_eq!(&ours.to_device(Device::Cpu), of(key), "{name}.{key}");
         }
         let distance = rel(&trained[0].parameter, of("updated"));
         assert!(distance.iter().all(|&distance| distance <= 1e-6), "{name}: {distance:?}");

@@ -15,6 +15,7 @@ mod generate;
 mod golden;
 mod gpu;
 mod gpu_nf4;
+mod gpu_optim;
 mod gpu_speed;
 mod hub;
 mod nf4;
