@@ -14,6 +14,7 @@ fn main() {
     let include = torch_lib.parent().expect("lib lies in torch").join("include");
     // One translation unit: libtorch's headers are nearly all of the compile time, 10 s a file.
     let stems = [
+        "adamw_8bit",
         "attention",
         "attention_formula",
         "attention_fused",
@@ -69,6 +70,7 @@ fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-changed=kernels/cpu");
     println!("cargo:rerun-if-changed=kernels/kernels.h");
+    println!("cargo:rerun-if-changed=kernels/dynamic_map.h");
     println!("cargo:rerun-if-changed=src/ffi.rs");
 
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch_lib.display());

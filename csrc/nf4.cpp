@@ -90,27 +90,13 @@ void quantize_loop(const T* x, int64_t n, uint8_t* packed, float* absmax) {
   });
 }
 
-// The "dynamic" 8-bit values of arXiv:1511.04561: for each decimal exponent i - 6, the midpoints of 2^i equal steps from
-// 0.1 to 1, both signs; 0 and 1.
-Tensor nested_quant_map() {
-  TensorList values{at::zeros({1}), at::ones({1})};
-  for (int64_t i = 0; i < 7; ++i) {
-    const Tensor edges = at::linspace(0.1, 1, (int64_t{1} << i) + 1, at::kFloat);
-    const Tensor means = (edges.slice(0, 0, -1) + edges.slice(0, 1)) / 2.0;
-    const double power = std::pow(10.0, static_cast<double>(i - 6));
-    values.push_back(means * power);
-    values.push_back(means * -power);
-  }
-  return std::get<0>(at::cat(values).sort());
-}
-
 // bitsandbytes finds the index of a value y in [-1, 1] by a table of 65536 equal steps: that of the step's own value,
 // the number of midpoints below it. Where the map is finer than a step (below 2e-5) that is not always the nearest.
 struct NestedIndex {
   std::array<uint8_t, 65536> of_step;
 
   NestedIndex() {
-    const Tensor map = nested_quant_map();
+    const Tensor map = dynamic_map(true);
     const float* values = map.const_data_ptr<float>();
     int index = 0;
     for (int step = 0; step < 65536; ++step) {
@@ -267,7 +253,7 @@ std::unique_ptr<Tensor> nf4_quant_map() {
   return std::make_unique<Tensor>(at::tensor(at::ArrayRef<float>(kQuantMap), at::kFloat));
 }
 
-std::unique_ptr<Tensor> nf4_nested_quant_map() { return std::make_unique<Tensor>(nested_quant_map()); }
+std::unique_ptr<Tensor> nf4_nested_quant_map() { return std::make_unique<Tensor>(dynamic_map(true)); }
 
 void nf4_quantize(const Tensor& x, const Tensor& packed, const Tensor& absmax) {
   const int64_t n = x.numel(), blocks = ceil_div(n, kBlock);

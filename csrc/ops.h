@@ -107,4 +107,13 @@ void drop_grads(const TensorList& params);
 void adamw_step(const TensorList& params, const TensorList& exp_avg, const TensorList& exp_avg_sq,
                 const AdamWStep& step);
 
+// ---- adamw_8bit.cpp
+// The "dynamic" 8-bit values of arXiv:1511.04561, ascending: for each decimal exponent i - 6, i < 7, the midpoints of 2^i
+// equal steps from 0.1 to 1 with both signs (twice as many without), 0 and 1. f32 [256].
+Tensor dynamic_map(bool has_sign);
+// DynamicMaps of kernels/dynamic_map.h as uint8, on the CPU.
+std::unique_ptr<Tensor> adamw_8bit_maps();
+void adamw_8bit_step(const TensorList& params, const TensorList& state1, const TensorList& state2,
+                     const TensorList& absmax1, const TensorList& absmax2, const Tensor& maps, const AdamWStep& step);
+
 }  // namespace ferrotune

@@ -1,7 +1,13 @@
 // Multi-tensor optimizer steps: one pass over all parameters.
+//
+// AdamW, arXiv:1711.05101, with g divided by grad_scale and t counted from 1:
+//   m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+//   p = (1 - lr wd) p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 #include <torch/csrc/autograd/autograd.h>
 
-#include "ferrotune/csrc/ops.h"
+#include <cmath>
+
+#include "ferrotune/csrc/optim.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -16,7 +22,56 @@ TensorList grads_of(const TensorList& params) {
   return grads;
 }
 
+Tensor grad_norm_cpu(const CpuKernels& kernels, const TensorList& grads) {
+  const std::vector<Run> runs = runs_of(grads);
+  std::vector<double> squares(runs.size());
+  each_run(runs, [&](int64_t r, const Run& run) {
+    squares[r] = kernels.sum_of_squares(run.count, grads[run.tensor].const_data_ptr<float>() + run.begin);
+  });
+  double total = 0;
+  for (const double square : squares) total += square;
+  return at::scalar_tensor(std::sqrt(total), grads[0].options());
+}
+
+void adamw_cpu(const CpuKernels& kernels, const TensorList& p, const TensorList& g, const TensorList& m,
+               const TensorList& v, const AdamWStep& step) {
+  if (step.skip.item<float>() != 0) return;
+  const CpuAdamW factors = cpu_factors(step);
+  each_run(runs_of(p), [&](int64_t, const Run& run) {
+    const auto at = [&](const TensorList& list) { return list[run.tensor].mutable_data_ptr<float>() + run.begin; };
+    kernels.adamw(run.count, at(p), at(g), at(m), at(v), factors);
+  });
+}
+
 }  // namespace
+
+std::vector<Run> runs_of(const TensorList& tensors) {
+  constexpr int64_t kElements = 4096;
+  std::vector<Run> runs;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t n = tensors[i].numel();
+    for (int64_t begin = 0; begin < n; begin += kElements) runs.push_back({i, begin, std::min(kElements, n - begin)});
+  }
+  return runs;
+}
+
+const CpuKernels* cpu_kernels_for_all(const TensorList& tensors) {
+  const auto fits = [](const Tensor& x) { return x.is_contiguous() && cpu_kernels_for(x) != nullptr; };
+  return std::all_of(tensors.begin(), tensors.end(), fits) ? cpu_kernels() : nullptr;
+}
+
+CpuAdamW cpu_factors(const AdamWStep& step) {
+  const double t = step.step.item<double>(), lr = step.learning_rate.item<double>();
+  return {static_cast<float>(1 / step.grad_scale.item<double>()),
+          static_cast<float>(step.beta1),
+          static_cast<float>(1 - step.beta1),
+          static_cast<float>(step.beta2),
+          static_cast<float>(1 - step.beta2),
+          static_cast<float>(1 - lr * step.weight_decay),
+          static_cast<float>(lr / (1 - std::pow(step.beta1, t))),
+          static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, t))),
+          static_cast<float>(step.epsilon)};
+}
 
 std::unique_ptr<TensorList> tensor_list() { return std::make_unique<TensorList>(); }
 
@@ -32,6 +87,9 @@ std::unique_ptr<Tensor> grad_norm(const TensorList& params) {
   if (grads.empty()) {
     const auto options = params.empty() ? at::TensorOptions() : params[0].options().requires_grad(false);
     return std::make_unique<Tensor>(at::zeros({}, options));
+  }
+  if (const CpuKernels* kernels = cpu_kernels_for_all(grads)) {
+    return std::make_unique<Tensor>(grad_norm_cpu(*kernels, grads));
   }
   return std::make_unique<Tensor>(at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2))));
 }
@@ -65,6 +123,10 @@ void adamw_step(const TensorList& params, const TensorList& exp_avg, const Tenso
     v.push_back(exp_avg_sq[i]);
   }
   if (p.empty()) return;
+  const CpuKernels* kernels = cpu_kernels_for_all(p);
+  if (kernels != nullptr && cpu_kernels_for_all(g) && cpu_kernels_for_all(m) && cpu_kernels_for_all(v)) {
+    return adamw_cpu(*kernels, p, g, m, v, step);
+  }
   const TensorList steps(p.size(), step.step);
   at::_fused_adamw_(p, g, m, v, {}, steps, step.learning_rate, step.beta1, step.beta2, step.weight_decay, step.epsilon,
                     /*amsgrad=*/false, /*maximize=*/false, step.grad_scale, step.skip);

@@ -95,7 +95,8 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_rope(x, cos, sin);
   const bool angles = fits_row(cos) && fits_row(sin);
   if (is_row(x) && angles) return row_rope(x, cos, sin);
-  return Rope::apply(x, cos, sin);
+  // Inside a block's own node nothing is recorded.
+  return at::GradMode::is_enabled() ? Rope::apply(x, cos, sin) : rotate(x, cos, sin, false);
 }
 
 std::unique_ptr<Tensor> op_rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 5
+#define FERROTUNE_KERNELS_ABI 6
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -27,8 +27,18 @@ struct KernelAttention {
   int dtype;
 };
 
+// One tensor of adamw_8bit: n elements, their moments in blocks of 256.
+struct KernelAdamW8bit {
+  float* p;
+  const float* g;
+  uint8_t *state1, *state2;  // [n]
+  float *absmax1, *absmax2;  // [ceil(n / 256)]
+  int64_t n;
+};
+
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
+  ROW(adamw_8bit)               \
   ROW(nf4_dequantize)           \
   ROW(nf4_quantize)             \
   ROW(rms_norm_forward)         \
@@ -46,6 +56,12 @@ struct KernelAttention {
 extern "C" {
 
 int ferrotune_kernels_abi(void);
+
+// `count` tensors, listed in the host's memory, which is read before the call returns; maps is a DynamicMaps
+// (kernels/dynamic_map.h) on the device; step, learning_rate, grad_scale and skip are f32 scalars there.
+int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void* maps, const float* step,
+               const float* learning_rate, const float* grad_scale, const float* skip, double beta1, double beta2,
+               double epsilon, double weight_decay, void* stream);
 
 // y [rows, in] with row stride y_stride, from the tensors of csrc/nf4.h. absmax is f32 where nested_absmax is null, else
 // uint8. Both block sizes are powers of two, blocksize at least 32.

@@ -254,6 +254,16 @@ pub(crate) mod bridge {
             exp_avg_sq: &TensorList,
             step: &AdamWStep,
         ) -> Result<()>;
+        fn adamw_8bit_maps() -> Result<UniquePtr<Tensor>>;
+        fn adamw_8bit_step(
+            params: &TensorList,
+            state1: &TensorList,
+            state2: &TensorList,
+            absmax1: &TensorList,
+            absmax2: &TensorList,
+            maps: &Tensor,
+            step: &AdamWStep,
+        ) -> Result<()>;
     }
 }
 

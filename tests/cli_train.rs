@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ferrotune::train::checkpoint::latest;
+use ferrotune::train::checkpoint::{OPTIMIZER, latest};
 use rustix::process::{Pid, Signal, kill_process};
 
 const WORDS: [&str; 12] =
@@ -130,10 +130,23 @@ const LORA: [&str; 10] = [
 
 #[test]
 fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
+    killed_again_and_again(&LORA);
+}
+
+/// Of a rank at which tensors are large enough for moments in 8 bits.
+#[test]
+fn moments_in_8_bits_survive_kills_to_the_byte() {
+    let mut flags = LORA.to_vec();
+    flags[1] = "128";
+    flags.extend(["--optim", "adamw_8bit"]);
+    killed_again_and_again(&flags);
+}
+
+fn killed_again_and_again(flags: &[&str]) {
     let place = Workplace::with_model();
-    place.train("model", "whole", &LORA);
+    place.train("model", "whole", flags);
     let metrics = place.path("killed/metrics.jsonl");
-    let resumed = [&LORA[..], &["--resume-from-checkpoint"]].concat();
+    let resumed = [flags, &["--resume-from-checkpoint"]].concat();
     for step in [2, 9, 20, 31] {
         let mut child = place.command("model", "killed", &resumed).spawn().unwrap();
         wait_for_step(&metrics, step, &mut child);
@@ -154,6 +167,13 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         .filter(|name| name.starts_with("checkpoint-") || name.ends_with(".tmp"))
         .collect();
     assert_eq!(left.len(), 2, "{left:?}");
+    let [whole, killed] = ["whole", "killed"].map(|run| {
+        let folder = latest(&place.path(run)).unwrap().unwrap().folder;
+        fs::read(folder.join(OPTIMIZER)).unwrap()
+    });
+    assert!(whole == killed, "the moments differ");
+    let names = String::from_utf8_lossy(&whole);
+    assert_eq!(names.contains("lora_A.weight.state1"), flags.contains(&"adamw_8bit"), "{flags:?}");
 }
 
 #[test]
@@ -212,6 +232,7 @@ fn qlora_by_flag_by_configuration_and_by_checkpoint_is_one_run() {
     let flags = ["--r", "4", "--lora-dropout", "0.1", "--max-steps", "6", "--use-gradient-checkpointing"];
     let stdout = place.train("model", "flag", &[&flags[..], &["--load-in-4bit"]].concat());
     assert!(stdout.contains("LoRA r 4, lora_alpha 16 on 4-bit weights"), "{stdout}");
+    assert!(stdout.contains("adamw_8bit, moments in 8 bits"), "{stdout}");
     place.train("model", "dense", &flags);
     assert!(place.adapter("flag") != place.adapter("dense"), "nothing was quantised");
 
@@ -225,6 +246,15 @@ fn qlora_by_flag_by_configuration_and_by_checkpoint_is_one_run() {
     quantize.args(["quantize", "--device", "cpu", "--model"]).arg(place.path("model"));
     succeeded(quantize.arg("--output-dir").arg(place.path("nf4")).output().unwrap());
     place.train("nf4", "stored", &flags);
+    for (run, optim) in [("flag", "adamw_8bit"), ("stored", "adamw_8bit"), ("dense", "adamw_torch")] {
+        let written = fs::read_to_string(place.path(run).join("run.yaml")).unwrap();
+        assert!(written.contains(&format!("optim: {optim}")), "{written}");
+    }
+    // The optimizer of a run is that of its checkpoint.
+    let resumed = [&flags[..], &["--load-in-4bit", "--resume-from-checkpoint"]].concat();
+    succeeded(place.command("model", "flag", &resumed).output().unwrap());
+    let other = [&resumed[..], &["--optim", "adamw_torch"]].concat();
+    failed(&mut place.command("model", "flag", &other), 2, "--optim: ");
     assert!(place.adapter("stored") == place.adapter("flag"), "the adapters differ");
 }
 

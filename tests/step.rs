@@ -9,7 +9,7 @@ use ferrotune::models::{Config, FastLanguageModel};
 use ferrotune::nn::LoadOptions;
 use ferrotune::ops::{Pass, Policy};
 use ferrotune::train::{
-    GradientCheckpointing, Objective, Sft, StepOutcome, Stepper, TrainingArguments, objective,
+    GradientCheckpointing, Objective, Optim, Sft, StepOutcome, Stepper, TrainingArguments, objective,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -156,9 +156,14 @@ pub fn check_deterministic_steps(device: Device) {
         TrainingArguments { use_gradient_checkpointing: GradientCheckpointing::On, ..lora.clone() };
     let host =
         TrainingArguments { use_gradient_checkpointing: GradientCheckpointing::Unsloth, ..lora.clone() };
-    for (name, arguments) in
-        [("LoRA", lora), ("embedding", embedding), ("recompute", recompute), ("host", host)]
-    {
+    let moments = TrainingArguments { optim: Some(Optim::Adamw8bit), ..embedding.clone() };
+    for (name, arguments) in [
+        ("LoRA", lora),
+        ("embedding", embedding),
+        ("recompute", recompute),
+        ("host", host),
+        ("8-bit moments", moments),
+    ] {
         for kind in [Kind::Float, Kind::BFloat16] {
             let (first, first_weights) = ten_steps(&arguments, kind, device, true);
             for (what, graphs) in [("again", true), ("without graphs", false)] {

@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "../dynamic_map.h"
+
 namespace ferrotune {
 
 // Element (i, j) lies at data[i * row + j * col].
@@ -36,6 +38,16 @@ struct CpuRowAttention {
   const float *q, *k, *v;
   int64_t keys, dim, group;
   float scale, softcap;
+};
+
+// One AdamW step as factors; csrc/optim.cpp has the formula.
+struct CpuAdamW {
+  float grad_factor;  // gradients are multiplied by it
+  float beta1, rest1, beta2, rest2;  // rest = 1 - beta
+  float decay;        // 1 - lr weight_decay
+  float rate;         // lr / (1 - beta1^t)
+  float root_factor;  // 1 / sqrt(1 - beta2^t)
+  float epsilon;
 };
 
 struct CpuKernels {
@@ -72,6 +84,12 @@ struct CpuKernels {
   void (*row_product)(int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y, bool add);
   // o [group, D]; scores: room for keys + 16 floats.
   void (*row_attention)(const CpuRowAttention& attention, float* o, float* scores);
+  // n elements of the parameter, its gradient and its two moments.
+  void (*adamw)(int64_t n, float* p, const float* g, float* m, float* v, const CpuAdamW& step);
+  // The same with moments as indices of the maps; n at most kDynamicBlock.
+  void (*adamw_8bit)(int64_t n, float* p, const float* g, uint8_t* state1, uint8_t* state2, float* absmax1, float* absmax2,
+                     const DynamicMaps& maps, const CpuAdamW& step);
+  double (*sum_of_squares)(int64_t n, const float* x);
 };
 
 // Floats that attention_forward and attention_backward need as scratch.

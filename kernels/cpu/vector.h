@@ -46,6 +46,27 @@ inline void store_some(float* p, V v, int64_t n) {
 inline V max(V a, V b) { return b > a ? b : a; }
 inline V min(V a, V b) { return b < a ? b : a; }
 
+// gather: base[index]. gather_bytes reads four bytes at each place. By mask where gcc 12 warns of the plain one's undefined
+// operand.
+#if defined(__AVX512F__)
+inline V sqrt(V v) { return _mm512_maskz_sqrt_ps(0xffff, v); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V gather(const float* base, I index) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, reinterpret_cast<__m512i>(index), base, 4);
+}
+inline I gather_bytes(const uint8_t* base, I index) {
+  const __m512i at = reinterpret_cast<__m512i>(index);
+  return reinterpret_cast<I>(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, at, base, 1)) & 255;
+}
+#else
+inline V sqrt(V v) { return _mm256_sqrt_ps(v); }
+inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V gather(const float* base, I index) { return _mm256_i32gather_ps(base, reinterpret_cast<__m256i>(index), 4); }
+inline I gather_bytes(const uint8_t* base, I index) {
+  return reinterpret_cast<I>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), reinterpret_cast<__m256i>(index), 1)) & 255;
+}
+#endif
+
 inline float sum(V v) {
   float lanes[kLanes];
   store(lanes, v);

@@ -24,7 +24,7 @@ use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor, Work};
 use crate::train::kernel_times::KernelTimes;
-use crate::train::{Dtype, GradientCheckpointing, Sft, Stepper, TrainingArguments};
+use crate::train::{Dtype, GradientCheckpointing, Optim, Sft, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
@@ -64,6 +64,9 @@ pub struct BenchTrainArgs {
     pub deterministic: bool,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
+    /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
+    #[arg(long, value_enum)]
+    pub optim: Option<Optim>,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
     pub r: u32,
     #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
@@ -87,6 +90,7 @@ struct Report {
     gradient_accumulation_steps: usize,
     use_gradient_checkpointing: GradientCheckpointing,
     deterministic: bool,
+    optim: Optim,
     tokens_per_step: usize,
     /// Shapes that are launched as CUDA graphs.
     graphs: usize,
@@ -162,6 +166,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let arguments = TrainingArguments {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
         deterministic: args.deterministic,
+        optim: args.optim,
         r: args.r,
         // Both matrices random: with B zero half of the gradients would be zeros, on which a GPU runs faster.
         init_lora_weights: InitLoraWeights::Random,
@@ -251,6 +256,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         use_gradient_checkpointing: args.use_gradient_checkpointing,
         deterministic: args.deterministic,
+        optim: arguments.optim_for(decoder.is_quantized()),
         tokens_per_step,
         graphs,
         not_recorded,
@@ -290,10 +296,11 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}{}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
+                report.optim,
                 report.dtype,
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
                 match report.use_gradient_checkpointing {

@@ -1,5 +1,6 @@
 //! `ferrotune selftest`: every fused op against its reference on this machine, with its time.
 
+mod adamw_8bit;
 mod blocks;
 mod case;
 mod cases;

@@ -24,7 +24,7 @@ use crate::nn::LoadOptions;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver};
-use crate::train::{Sft, Trainer, TrainingArguments, memory};
+use crate::train::{Optim, Sft, Trainer, TrainingArguments, memory};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -32,7 +32,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     for warning in args.warnings() {
         tracing::warn!("{warning}");
     }
-    let resume = if args.dry_run { None } else { checkpoint_to_resume(&args)? };
+    let resume = if args.dry_run { None } else { checkpoint_to_resume(&mut args)? };
     // A checkpoint continues to the bit only with its own number of threads.
     let threads = args.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
     let device = init_device(&args.device)?;
@@ -42,6 +42,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     args.threads = Some(tch::get_num_threads() as usize);
 
     let mut model = load_model(&args, device)?;
+    args.optim = Some(args.optim_for(model.decoder.is_quantized()));
     if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now)
         && let Some(tokenizer) = model.tokenizer_mut()
     {
@@ -93,7 +94,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
 }
 
 /// What `--resume-from-checkpoint` means; refuses to write over the model or another run.
-fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> {
+fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
     if let (Ok(model), Ok(output)) = (fs::canonicalize(&args.model), fs::canonicalize(&args.output_dir))
         && model == output
     {
@@ -117,6 +118,16 @@ fn checkpoint_to_resume(args: &TrainingArguments) -> Result<Option<Checkpoint>> 
         let mut before = TrainingArguments::from_yaml(&text, &file)?;
         // Taken over from the checkpoint if not given.
         before.threads = args.threads;
+        // Versions without this flag knew one optimizer.
+        let optim = before.optim.unwrap_or(Optim::AdamwTorch);
+        if args.optim.is_some_and(|given| given != optim) {
+            bail!(Error::Usage(format!(
+                "--optim: {} holds the moments of --optim {optim}; continue with that, or start a new run",
+                checkpoint.folder.display()
+            )));
+        }
+        args.optim = Some(optim);
+        before.optim = args.optim;
         for change in before.differences(args) {
             tracing::warn!(
                 "{}: the run was started with other settings: {change}",
@@ -244,6 +255,11 @@ fn banner(
         ),
         ("trains", format!("{}, {method}", trainable(trained as u64, decoder.num_parameters() as u64))),
     ];
+    let optimizer = match args.optim_for(decoder.is_quantized()) {
+        optim @ Optim::AdamwTorch => optim.to_string(),
+        optim @ Optim::Adamw8bit => format!("{optim}, moments in 8 bits"),
+    };
+    lines.push(("optimizer", optimizer));
     for (label, report) in ["data", "evaluation"].into_iter().zip(reports) {
         lines.push((label, report.to_string()));
     }

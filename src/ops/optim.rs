@@ -1,7 +1,7 @@
 //! What an optimizer does to all parameters at once.
 
 use anyhow::Result;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{checked, op_error};
 use crate::ffi::{self, bridge};
@@ -47,16 +47,72 @@ pub fn adamw_step<'a>(
     exp_avg_sq: impl IntoIterator<Item = &'a Tensor>,
     adamw: AdamW,
 ) -> Result<()> {
-    let step = bridge::AdamWStep {
-        step: ffi::borrow(adamw.step),
-        learning_rate: ffi::borrow(adamw.learning_rate),
-        grad_scale: ffi::borrow(adamw.grad_scale),
-        skip: ffi::borrow(adamw.skip),
-        beta1: adamw.beta1,
-        beta2: adamw.beta2,
-        epsilon: adamw.epsilon,
-        weight_decay: adamw.weight_decay,
-    };
-    bridge::adamw_step(&ffi::list(params), &ffi::list(exp_avg), &ffi::list(exp_avg_sq), &step)
+    bridge::adamw_step(&ffi::list(params), &ffi::list(exp_avg), &ffi::list(exp_avg_sq), &adamw.view())
         .map_err(op_error)
+}
+
+impl<'a> AdamW<'a> {
+    fn view(&self) -> bridge::AdamWStep<'a> {
+        bridge::AdamWStep {
+            step: ffi::borrow(self.step),
+            learning_rate: ffi::borrow(self.learning_rate),
+            grad_scale: ffi::borrow(self.grad_scale),
+            skip: ffi::borrow(self.skip),
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+}
+
+/// AdamW's moments of one parameter in 8 bits, by the words of bitsandbytes' state (arXiv:2110.02861): in blocks of 256
+/// elements, `values[index] * absmax` with the values of a "dynamic" map.
+#[derive(Debug)]
+pub struct Moments8bit {
+    /// Indices of exp_avg and exp_avg_sq, uint8 `[n]`.
+    pub state1: Tensor,
+    pub state2: Tensor,
+    /// f32 `[ceil(n / 256)]`.
+    pub absmax1: Tensor,
+    pub absmax2: Tensor,
+}
+
+impl Moments8bit {
+    /// Elements that share one absmax.
+    pub const BLOCKSIZE: i64 = 256;
+
+    /// Moments of zero, for a parameter of `n` elements.
+    pub fn zeros(n: i64, device: Device) -> Result<Moments8bit> {
+        let index = || Tensor::f_zeros([n], (Kind::Uint8, device));
+        let absmax =
+            || Tensor::f_zeros([(n as u64).div_ceil(Self::BLOCKSIZE as u64) as i64], (Kind::Float, device));
+        Ok(Moments8bit { state1: index()?, state2: index()?, absmax1: absmax()?, absmax2: absmax()? })
+    }
+}
+
+/// The maps that [`adamw_8bit_step`] reads.
+pub fn adamw_8bit_maps(device: Device) -> Result<Tensor> {
+    Ok(checked(bridge::adamw_8bit_maps())?.f_to_device(device)?)
+}
+
+/// The same as [`adamw_step`] with moments in 8 bits: they are read, updated and stored again as the nearest values.
+/// Parameters are f32 or f64. On the CPU and by the kernel of a GPU, bytes are the same.
+pub fn adamw_8bit_step<'a>(
+    params: impl IntoIterator<Item = &'a Tensor>,
+    moments: &[&Moments8bit],
+    maps: &Tensor,
+    adamw: AdamW,
+) -> Result<()> {
+    let list = |tensor: fn(&Moments8bit) -> &Tensor| ffi::list(moments.iter().map(|moments| tensor(moments)));
+    bridge::adamw_8bit_step(
+        &ffi::list(params),
+        &list(|moments| &moments.state1),
+        &list(|moments| &moments.state2),
+        &list(|moments| &moments.absmax1),
+        &list(|moments| &moments.absmax2),
+        ffi::borrow(maps),
+        &adamw.view(),
+    )
+    .map_err(op_error)
 }

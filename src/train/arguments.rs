@@ -15,7 +15,7 @@ use crate::train::schedule::SchedulerType;
 
 mod values;
 
-pub use values::{Dtype, EvalStrategy, GradientCheckpointing};
+pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim};
 use values::{list, target_modules};
 
 const MODEL: &str = "Model";
@@ -132,6 +132,9 @@ pub struct TrainingArguments {
     /// Forward passes before the weights are updated
     #[arg(long, value_name = "N", help_heading = OPTIM, default_value_t = 2)]
     pub gradient_accumulation_steps: usize,
+    /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
+    #[arg(long, help_heading = OPTIM, value_enum)]
+    pub optim: Option<Optim>,
     /// Peak learning rate [default: 2e-4 for LoRA, 2e-5 for full fine-tuning]
     #[arg(long, value_name = "LR", help_heading = OPTIM)]
     pub learning_rate: Option<f64>,
@@ -240,6 +243,11 @@ impl TrainingArguments {
     /// Whether every weight is trained, rather than an adapter.
     pub fn trains_all_weights(&self) -> bool {
         self.full_finetuning || self.from_scratch
+    }
+
+    /// `optim`, or its default for such weights.
+    pub fn optim_for(&self, weights_in_4bit: bool) -> Optim {
+        self.optim.unwrap_or(if weights_in_4bit { Optim::Adamw8bit } else { Optim::AdamwTorch })
     }
 
     /// The arguments as YAML, every key with its value: what `--config` reads.

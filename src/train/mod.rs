@@ -16,7 +16,7 @@ mod step;
 pub mod tensorboard;
 mod trainer;
 
-pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, TrainingArguments};
+pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, TrainingArguments};
 pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;

@@ -2,22 +2,25 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
+use super::Optim;
 use crate::error::Error;
 use crate::models::{Parameter, ParameterRole};
-use crate::ops;
+use crate::ops::{self, Moments8bit};
 
-/// AdamW (arXiv:1711.05101) as torch.optim.AdamW computes it, moments in f32. Weight decay applies to matrices, not to
-/// biases and norms, as transformers' Trainer groups them.
+/// AdamW (arXiv:1711.05101) as torch.optim.AdamW computes it, moments in f32 or in 8 bits. Weight decay applies to matrices,
+/// not to biases and norms, as transformers' Trainer groups them.
 ///
 /// What changes from step to step is on the device, and nothing is read back, so that [`AdamW::update`] can be recorded as
 /// a CUDA graph.
 pub struct AdamW {
     params: Vec<Parameter>,
-    exp_avg: Vec<Tensor>,
-    exp_avg_sq: Vec<Tensor>,
+    moments: Vec<Moments>,
+    optim: Optim,
+    /// What 8-bit moments are read and written by.
+    maps: Tensor,
     betas: (f64, f64),
     epsilon: f64,
     weight_decay: f64,
@@ -26,19 +29,76 @@ pub struct AdamW {
     learning_rate: Tensor,
 }
 
+/// Of one parameter.
+enum Moments {
+    Full { exp_avg: Tensor, exp_avg_sq: Tensor },
+    Bits8(Moments8bit),
+}
+
+impl Moments {
+    /// As bitsandbytes and transformers choose them: f32 for tensors so small that 8 bits save nothing, and for embeddings,
+    /// whose gradients are zeros but for few rows.
+    fn zeros(param: &Parameter, optim: Optim) -> Result<Moments> {
+        const LEAST: usize = 4096;
+        let small = param.tensor.numel() < LEAST || param.name.ends_with("embed_tokens.weight");
+        if optim == Optim::Adamw8bit && !small {
+            let moments = Moments8bit::zeros(param.tensor.numel() as i64, param.tensor.device())?;
+            return Ok(Moments::Bits8(moments));
+        }
+        let zeros = || Tensor::f_zeros_like(&param.tensor.detach());
+        Ok(Moments::Full { exp_avg: zeros()?, exp_avg_sq: zeros()? })
+    }
+
+    /// Each by what its name ends in.
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Moments::Full { exp_avg, exp_avg_sq } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
+            Moments::Bits8(moments) => vec![
+                ("state1", &moments.state1),
+                ("state2", &moments.state2),
+                ("absmax1", &moments.absmax1),
+                ("absmax2", &moments.absmax2),
+            ],
+        }
+    }
+
+    fn full(&self) -> Option<(&Tensor, &Tensor)> {
+        match self {
+            Moments::Full { exp_avg, exp_avg_sq } => Some((exp_avg, exp_avg_sq)),
+            Moments::Bits8(_) => None,
+        }
+    }
+
+    fn bits8(&self) -> Option<&Moments8bit> {
+        match self {
+            Moments::Full { .. } => None,
+            Moments::Bits8(moments) => Some(moments),
+        }
+    }
+}
+
 impl AdamW {
-    pub fn new(params: Vec<Parameter>, betas: (f64, f64), epsilon: f64, weight_decay: f64) -> Result<AdamW> {
-        let zeros = |param: &Parameter| Tensor::f_zeros_like(&param.tensor.detach());
-        let exp_avg = params.iter().map(zeros).collect::<Result<_, _>>()?;
-        let exp_avg_sq = params.iter().map(zeros).collect::<Result<_, _>>()?;
+    pub fn new(
+        params: Vec<Parameter>,
+        optim: Optim,
+        betas: (f64, f64),
+        epsilon: f64,
+        weight_decay: f64,
+    ) -> Result<AdamW> {
+        let moments = params.iter().map(|param| Moments::zeros(param, optim)).collect::<Result<_>>()?;
         let device = params.first().map_or(Device::Cpu, |param| param.tensor.device());
+        let maps = ops::adamw_8bit_maps(device)?;
         let scalar = || Tensor::f_zeros([0i64; 0], (Kind::Float, device));
         let (step, learning_rate) = (scalar()?, scalar()?);
-        Ok(AdamW { params, exp_avg, exp_avg_sq, betas, epsilon, weight_decay, step, learning_rate })
+        Ok(AdamW { params, moments, optim, maps, betas, epsilon, weight_decay, step, learning_rate })
     }
 
     pub fn params(&self) -> &[Parameter] {
         &self.params
+    }
+
+    pub fn optim(&self) -> Optim {
+        self.optim
     }
 
     /// For the updates that follow.
@@ -63,23 +123,26 @@ impl AdamW {
         };
         let _ = self.step.f_add_(&finite)?;
         for role in [ParameterRole::Matrix, ParameterRole::Vector] {
-            let group =
-                || self.params.iter().enumerate().filter(|(_, param)| param.role == role).map(|(i, _)| i);
-            ops::adamw_step(
-                group().map(|i| &self.params[i].tensor),
-                group().map(|i| &self.exp_avg[i]),
-                group().map(|i| &self.exp_avg_sq[i]),
-                ops::AdamW {
-                    step: &self.step,
-                    learning_rate: &self.learning_rate,
-                    grad_scale: &grad_scale,
-                    skip: &skip,
-                    beta1: self.betas.0,
-                    beta2: self.betas.1,
-                    epsilon: self.epsilon,
-                    weight_decay: if role == ParameterRole::Matrix { self.weight_decay } else { 0.0 },
-                },
-            )?;
+            let adamw = ops::AdamW {
+                step: &self.step,
+                learning_rate: &self.learning_rate,
+                grad_scale: &grad_scale,
+                skip: &skip,
+                beta1: self.betas.0,
+                beta2: self.betas.1,
+                epsilon: self.epsilon,
+                weight_decay: if role == ParameterRole::Matrix { self.weight_decay } else { 0.0 },
+            };
+            let group = || self.params.iter().zip(&self.moments).filter(|(param, _)| param.role == role);
+            let full = || {
+                group()
+                    .filter_map(|(param, moments)| Some((&param.tensor, moments.full()?)))
+                    .map(|(param, (exp_avg, exp_avg_sq))| (param, exp_avg, exp_avg_sq))
+            };
+            ops::adamw_step(full().map(|f| f.0), full().map(|f| f.1), full().map(|f| f.2), adamw)?;
+            let (params, moments): (Vec<&Tensor>, Vec<&Moments8bit>) =
+                group().filter_map(|(param, moments)| Some((&param.tensor, moments.bits8()?))).unzip();
+            ops::adamw_8bit_step(params, &moments, &self.maps, adamw)?;
         }
         Ok(norm)
     }
@@ -94,21 +157,43 @@ impl AdamW {
         ops::drop_grads(self.params.iter().map(|param| &param.tensor))
     }
 
-    /// The moments as `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, and the number of updates as `step`.
+    /// Of all moments.
+    pub fn state_bytes(&self) -> u64 {
+        let tensors = self.moments.iter().flat_map(Moments::tensors);
+        tensors.map(|(_, tensor)| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
+    }
+
+    /// The moments as `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, in 8 bits as `<parameter>.state1`, `.state2`,
+    /// `.absmax1` and `.absmax2`, and the number of updates as `step`.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let step = self.step.to_kind(Kind::Int64).to_device(Device::Cpu).reshape([1]);
         let mut state = vec![("step".to_string(), step)];
-        for ((param, m), v) in self.params.iter().zip(&self.exp_avg).zip(&self.exp_avg_sq) {
-            state.push((format!("{}.exp_avg", param.name), m.shallow_clone()));
-            state.push((format!("{}.exp_avg_sq", param.name), v.shallow_clone()));
+        for (param, moments) in self.params.iter().zip(&self.moments) {
+            for (suffix, tensor) in moments.tensors() {
+                state.push((format!("{}.{suffix}", param.name), tensor.shallow_clone()));
+            }
         }
         state
     }
 
     /// Restores what [`AdamW::state`] gave. `file` is named in errors.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where it is the state of another `--optim`.
     pub fn load_state(&mut self, mut state: HashMap<String, Tensor>, file: &str) -> Result<()> {
-        let mut take = |name: String, shape: Vec<i64>| -> Result<Tensor> {
+        let other = match self.optim {
+            Optim::AdamwTorch => (Optim::Adamw8bit, "state1"),
+            Optim::Adamw8bit => (Optim::AdamwTorch, "exp_avg"),
+        };
+        let mut take = |param: &str, suffix: &str, shape: Vec<i64>| -> Result<Tensor> {
+            let name = if param.is_empty() { suffix.to_string() } else { format!("{param}.{suffix}") };
             let Some(tensor) = state.remove(&name) else {
+                if state.contains_key(&format!("{param}.{}", other.1)) {
+                    bail!(Error::Usage(format!(
+                        "--optim {}: {file} holds the moments of --optim {}; continue with that, or start a new run",
+                        self.optim, other.0
+                    )));
+                }
                 return Err(Error::MissingTensor { file: file.into(), name }.into());
             };
             if tensor.size() != shape {
@@ -117,14 +202,11 @@ impl AdamW {
             }
             Ok(tensor)
         };
-        let _ = self.step.f_fill_(take("step".into(), vec![1])?.int64_value(&[0]))?;
-        for (i, param) in self.params.iter().enumerate() {
-            for (suffix, moment) in
-                [("exp_avg", &mut self.exp_avg[i]), ("exp_avg_sq", &mut self.exp_avg_sq[i])]
-            {
-                moment.f_copy_(
-                    &take(format!("{}.{suffix}", param.name), param.tensor.size())?.to_kind(Kind::Float),
-                )?;
+        let _ = self.step.f_fill_(take("", "step", vec![1])?.int64_value(&[0]))?;
+        for (param, moments) in self.params.iter().zip(&self.moments) {
+            for (suffix, tensor) in moments.tensors() {
+                let saved = take(&param.name, suffix, tensor.size())?.f_to_kind(tensor.kind())?;
+                tensor.shallow_clone().f_copy_(&saved)?;
             }
         }
         Ok(())

@@ -58,6 +58,7 @@ impl<'a> Stepper<'a> {
         }
         let optimizer = AdamW::new(
             decoder.trainable(),
+            arguments.optim_for(decoder.is_quantized()),
             (arguments.adam_beta1, arguments.adam_beta2),
             arguments.adam_epsilon,
             arguments.weight_decay,

@@ -98,7 +98,7 @@ impl Trainer<'_> {
         if let Some(checkpoint) = resume {
             at = self.restore(checkpoint, &mut stepper.optimizer, total_steps)?;
         }
-        write_atomically(&args.output_dir.join(RUN_CONFIG), args.to_yaml()?.as_bytes())?;
+        write_atomically(&args.output_dir.join(RUN_CONFIG), self.config(&stepper.optimizer)?.as_bytes())?;
         let device = self.model.decoder.device;
         let model_memory = memory::in_use(device);
         self.observer.on_start(&RunStart {
@@ -270,11 +270,12 @@ impl Trainer<'_> {
             best: at.best.clone(),
             ..TrainerState::default()
         };
+        let config = self.config(optimizer)?;
         let model = &*self.model;
         let saved = checkpoints.save(&state, |folder: &Path| {
             model.save_trained(folder)?;
             crate::io::write_safetensors(&folder.join(OPTIMIZER), &optimizer.state())?;
-            write_atomically(&folder.join(RUN_CONFIG), args.to_yaml()?.as_bytes())
+            write_atomically(&folder.join(RUN_CONFIG), config.as_bytes())
         });
         match saved {
             Ok(folder) => self.observer.on_checkpoint(at.step, &folder),
@@ -285,6 +286,11 @@ impl Trainer<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// The effective configuration.
+    fn config(&self, optimizer: &AdamW) -> Result<String> {
+        TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()
     }
 
     /// Puts a checkpoint's weights, moments, data cursor and counters in place.
@@ -372,8 +378,8 @@ impl Trainer<'_> {
 
     fn check_disk(&mut self, optimizer: &AdamW) -> Result<()> {
         let elements: usize = optimizer.params().iter().map(|param| param.tensor.numel()).sum();
-        // Weights and two moments, f32.
-        let bytes = 12 * elements as u64;
+        // Weights in f32, and their moments.
+        let bytes = 4 * elements as u64 + optimizer.state_bytes();
         let kept = self.arguments.save_total_limit.unwrap_or(2) as u64;
         match checkpoint::check_free_space(&self.arguments.output_dir, bytes, kept)? {
             Some(warning) => self.observer.on_warning(&warning),

@@ -29,7 +29,7 @@ pub fn cases() -> Vec<Case> {
     ]);
     cases.extend([cross_entropy("cross_entropy", None), cross_entropy("cross_entropy, softcap", Some(30.0))]);
     cases.extend(blocks::blocks());
-    cases.push(adamw());
+    cases.extend([adamw(), super::adamw_8bit::adamw_8bit()]);
     cases
 }
 

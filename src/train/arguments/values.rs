@@ -1,5 +1,7 @@
 //! What single arguments can be, and how run.yaml says it.
 
+use std::fmt;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -59,6 +61,28 @@ impl<'de> Deserialize<'de> for GradientCheckpointing {
         };
         GradientCheckpointing::from_str(&word, false).map_err(|_| {
             serde::de::Error::custom(format!("{word:?}: expected off, on, unsloth, true or false"))
+        })
+    }
+}
+
+/// What updates the weights, in transformers' words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+pub enum Optim {
+    /// AdamW
+    #[value(name = "adamw_torch", alias = "adamw_torch_fused")]
+    #[serde(rename = "adamw_torch", alias = "adamw_torch_fused")]
+    AdamwTorch,
+    /// AdamW with moments in 8 bits, a quarter of the memory
+    #[value(name = "adamw_8bit", alias = "adamw_bnb_8bit")]
+    #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit")]
+    Adamw8bit,
+}
+
+impl fmt::Display for Optim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Optim::AdamwTorch => "adamw_torch",
+            Optim::Adamw8bit => "adamw_8bit",
         })
     }
 }
