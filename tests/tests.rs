@@ -22,6 +22,7 @@ mod nf4;
 mod ops;
 mod optim;
 mod parity;
+mod plan;
 mod run_log;
 mod schedule;
 mod selftest;

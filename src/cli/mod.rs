@@ -9,6 +9,7 @@ pub mod format;
 pub mod generate;
 pub mod hub_env;
 pub mod model_args;
+pub mod plan;
 pub mod progress;
 pub mod quantize;
 pub mod sampling_args;
@@ -49,6 +50,8 @@ enum Command {
     /// Measure this machine on a model's shape, beside the least time it could take
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Predict the memory of a training run, without a GPU, and what would make it fit
+    Plan(plan::PlanArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
     Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
@@ -77,6 +80,7 @@ pub fn run() -> ExitCode {
         Command::Chat(arguments) => chat::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
+        Command::Plan(arguments) => plan::run(arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Selftest(arguments) => selftest::run(arguments),

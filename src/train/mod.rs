@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod objective;
 pub mod observer;
 mod optim;
+pub mod plan;
 pub mod plot;
 pub mod schedule;
 mod step;
