@@ -1,10 +1,8 @@
 //! `ferrotune bench`: how fast this machine trains a model of a given shape, and how fast it could.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use clap::builder::PossibleValuesParser;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng};
@@ -15,12 +13,12 @@ use super::banner::table;
 use super::format::{bytes, percent, rate};
 use super::model_args::{MachineArgs, kind_of};
 use super::progress::BARS;
-use super::shapes;
+use super::shapes::ShapeArgs;
 use crate::data::Batch;
 use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
-use crate::models::{Config, FastLanguageModel};
+use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor, Work};
 use crate::train::kernel_times::KernelTimes;
@@ -35,12 +33,8 @@ pub enum BenchCommand {
 /// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
 #[derive(Debug, Args)]
 pub struct BenchTrainArgs {
-    /// Shape of a known model
-    #[arg(long, value_parser = PossibleValuesParser::new(shapes::names()), required_unless_present = "model")]
-    pub shape: Option<String>,
-    /// Folder whose config.json gives the shape instead; its weights are not read
-    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     /// Rows of a forward pass
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub batch: usize,
@@ -137,20 +131,9 @@ pub fn run(command: BenchCommand) -> Result<()> {
     Ok(())
 }
 
-fn shape(args: &BenchTrainArgs) -> Result<(String, Config)> {
-    match (&args.shape, &args.model) {
-        (Some(name), _) => {
-            let config = shapes::config(name).context("--shape")?;
-            Ok((name.clone(), config?))
-        }
-        (None, Some(dir)) => Ok((dir.display().to_string(), Config::from_dir(dir).context("--model")?)),
-        (None, None) => bail!(Error::Usage("--shape or --model: give one of them".into())),
-    }
-}
-
 fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let start = Instant::now();
-    let (name, config) = shape(args)?;
+    let (name, config) = args.shape.config()?;
     let sample_lengths = if args.packing.is_empty() { vec![args.seq] } else { args.packing.clone() };
     for (flag, zero) in [
         ("--batch", args.batch == 0),

@@ -1,29 +1,21 @@
 //! `ferrotune plan`: the memory of a run before it starts, and what would make it fit.
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
-use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 
 use super::banner::table;
 use super::format::{bytes, count};
-use super::shapes;
+use super::shapes::ShapeArgs;
 use crate::error::Error;
-use crate::models::Config;
 use crate::train::plan::{Memory, Work};
 use crate::train::{GradientCheckpointing, Optim};
 
 /// Predicts the memory of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// Shape of a known model
-    #[arg(long, value_parser = PossibleValuesParser::new(shapes::names()), required_unless_present = "model")]
-    pub shape: Option<String>,
-    /// Folder whose config.json gives the shape instead; its weights are not read
-    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     /// Samples of a forward pass
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub per_device_train_batch_size: usize,
@@ -77,7 +69,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
             bail!(Error::Usage(format!("{flag}: 0, expected at least 1")));
         }
     }
-    let (shape, config) = shape(&args)?;
+    let (shape, config) = args.shape.config()?;
     let work = |load_in_4bit, use_gradient_checkpointing| Work {
         config: &config,
         rows: args.per_device_train_batch_size,
@@ -122,17 +114,6 @@ pub fn run(args: PlanArgs) -> Result<()> {
     match plan.fits {
         Some(false) => bail!("the run does not fit --max-memory"),
         _ => Ok(()),
-    }
-}
-
-fn shape(args: &PlanArgs) -> Result<(String, Config)> {
-    match (&args.shape, &args.model) {
-        (Some(name), _) => {
-            let config = shapes::config(name).context("--shape")?;
-            Ok((name.clone(), config?))
-        }
-        (None, Some(dir)) => Ok((dir.display().to_string(), Config::from_dir(dir).context("--model")?)),
-        (None, None) => bail!(Error::Usage("--shape or --model: give one of them".into())),
     }
 }
 

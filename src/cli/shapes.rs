@@ -1,7 +1,12 @@
 //! Shapes of well-known models, as the lines of their config.json that decide time and memory.
 
-use anyhow::Result;
+use std::path::PathBuf;
 
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+
+use crate::error::Error;
 use crate::models::Config;
 
 /// (name, config.json)
@@ -14,13 +19,38 @@ const SHAPES: [(&str, &str); 6] = [
     ("phi-4", include_str!("shapes/phi-4.json")),
 ];
 
-pub(super) fn names() -> Vec<&'static str> {
+fn names() -> Vec<&'static str> {
     SHAPES.iter().map(|(name, _)| *name).collect()
 }
 
 /// The shape's description; none for an unknown name.
-pub(super) fn config(name: &str) -> Option<Result<Config>> {
+fn config(name: &str) -> Option<Result<Config>> {
     SHAPES.iter().find(|(known, _)| *known == name).map(|(_, json)| Config::from_json(json))
+}
+
+/// The shape of a model that need not be there.
+#[derive(Debug, Args)]
+pub struct ShapeArgs {
+    /// Shape of a known model
+    #[arg(long, value_parser = PossibleValuesParser::new(names()), required_unless_present = "model")]
+    pub shape: Option<String>,
+    /// Folder whose config.json gives the shape instead; its weights are not read
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    pub model: Option<PathBuf>,
+}
+
+impl ShapeArgs {
+    /// Its name and description.
+    pub fn config(&self) -> Result<(String, Config)> {
+        match (&self.shape, &self.model) {
+            (Some(name), _) => {
+                let config = config(name).context("--shape")?;
+                Ok((name.clone(), config?))
+            }
+            (None, Some(dir)) => Ok((dir.display().to_string(), Config::from_dir(dir).context("--model")?)),
+            (None, None) => bail!(Error::Usage("--shape or --model: give one of them".into())),
+        }
+    }
 }
 
 #[cfg(test)]
