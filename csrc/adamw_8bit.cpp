@@ -92,7 +92,7 @@ struct Trained {
 void by_cpu_kernels(const CpuKernels& kernels, const Trained& all, const DynamicMaps& maps, const AdamWStep& step) {
   if (step.skip.item<float>() != 0) return;
   const CpuAdamW factors = cpu_factors(step);
-  each_run(runs_of(all.p), [&](int64_t, const Run& run) {
+  each_run(runs_of(all.p), k8bitGrain, [&](int64_t, const Run& run) {
     float* const p = all.p[run.tensor].mutable_data_ptr<float>();
     const float* const g = all.g[run.tensor].const_data_ptr<float>();
     uint8_t* const state1 = all.state1[run.tensor].mutable_data_ptr<uint8_t>();

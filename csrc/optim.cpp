@@ -25,7 +25,7 @@ TensorList grads_of(const TensorList& params) {
 Tensor grad_norm_cpu(const CpuKernels& kernels, const TensorList& grads) {
   const std::vector<Run> runs = runs_of(grads);
   std::vector<double> squares(runs.size());
-  each_run(runs, [&](int64_t r, const Run& run) {
+  each_run(runs, kPlainGrain, [&](int64_t r, const Run& run) {
     squares[r] = kernels.sum_of_squares(run.count, grads[run.tensor].const_data_ptr<float>() + run.begin);
   });
   double total = 0;
@@ -37,7 +37,7 @@ void adamw_cpu(const CpuKernels& kernels, const TensorList& p, const TensorList&
                const TensorList& v, const AdamWStep& step) {
   if (step.skip.item<float>() != 0) return;
   const CpuAdamW factors = cpu_factors(step);
-  each_run(runs_of(p), [&](int64_t, const Run& run) {
+  each_run(runs_of(p), kPlainGrain, [&](int64_t, const Run& run) {
     const auto at = [&](const TensorList& list) { return list[run.tensor].mutable_data_ptr<float>() + run.begin; };
     kernels.adamw(run.count, at(p), at(g), at(m), at(v), factors);
   });

@@ -14,10 +14,12 @@ struct Run {
 
 std::vector<Run> runs_of(const TensorList& tensors);
 
+// Runs worth a thread, about 100 us of them: of plain AdamW (1.5 us a run) and of the 8-bit one (16 us).
+constexpr int64_t kPlainGrain = 64, k8bitGrain = 8;
+
 template <typename Body>
-void each_run(const std::vector<Run>& runs, const Body& body) {
-  constexpr int64_t kGrain = 8;  // about 10 us
-  at::parallel_for(0, static_cast<int64_t>(runs.size()), kGrain, [&](int64_t begin, int64_t end) {
+void each_run(const std::vector<Run>& runs, int64_t grain, const Body& body) {
+  at::parallel_for(0, static_cast<int64_t>(runs.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) body(r, runs[r]);
   });
 }
