@@ -8,7 +8,7 @@ use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::io::Weights;
 use crate::nn::{Init, KvCache, LoadOptions, Loader, Rope};
-use crate::ops::{self, AttentionBlock, Linear, MlpBlock, Pass, RmsNorm, Rows};
+use crate::ops::{self, AttentionBlock, LayerCache, Linear, MlpBlock, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
@@ -156,35 +156,48 @@ impl Decoder {
         watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
-            let (cos, sin) = &input.angles[self.config.layers[index].rope];
-            let rows = Rows { cos, sin, segments: &input.segments };
             let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
-            let attention = AttentionBlock {
-                layer: index,
-                norm: &layer.input_norm,
-                qkv: &layer.qkv,
-                o: &layer.o,
-                q_norm: layer.q_norm.as_ref(),
-                k_norm: layer.k_norm.as_ref(),
-                post_norm: layer.post_attention_norm.as_ref(),
-                spec: &self.config.layers[index].attention,
-            };
-            x = ops::attention_block(&x, &attention, &rows, layer_cache, pass)?;
-            let mlp = MlpBlock {
-                layer: index,
-                norm: &layer.mlp_norm,
-                gate_up: &layer.gate_up,
-                down: &layer.down,
-                post_norm: layer.post_mlp_norm.as_ref(),
-                activation: self.config.hidden_act,
-            };
-            x = ops::mlp_block(&x, &mlp, pass)?;
+            x = self.layer_output(index, &x, input, layer_cache, pass)?;
             watch(Some(layer), &layer_input, &x)?;
         }
         if let Some(cache) = cache {
             cache.advance(n);
         }
         ops::rms_norm(&x, &self.norm)
+    }
+
+    /// Both blocks of layer `index` on `x`.
+    pub(super) fn layer_output(
+        &self,
+        index: usize,
+        x: &Tensor,
+        input: &DeviceInput,
+        cache: Option<LayerCache>,
+        pass: Pass,
+    ) -> Result<Tensor> {
+        let layer = &self.layers[index];
+        let (cos, sin) = &input.angles[self.config.layers[index].rope];
+        let rows = Rows { cos, sin, segments: &input.segments };
+        let attention = AttentionBlock {
+            layer: index,
+            norm: &layer.input_norm,
+            qkv: &layer.qkv,
+            o: &layer.o,
+            q_norm: layer.q_norm.as_ref(),
+            k_norm: layer.k_norm.as_ref(),
+            post_norm: layer.post_attention_norm.as_ref(),
+            spec: &self.config.layers[index].attention,
+        };
+        let x = ops::attention_block(x, &attention, &rows, cache, pass)?;
+        let mlp = MlpBlock {
+            layer: index,
+            norm: &layer.mlp_norm,
+            gate_up: &layer.gate_up,
+            down: &layer.down,
+            post_norm: layer.post_mlp_norm.as_ref(),
+            activation: self.config.hidden_act,
+        };
+        ops::mlp_block(&x, &mlp, pass)
     }
 
     /// # Errors

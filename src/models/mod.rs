@@ -11,6 +11,7 @@ mod non_finite;
 mod parameters;
 mod phi3;
 mod qwen;
+mod sensitivity;
 
 use anyhow::Result;
 
@@ -19,6 +20,7 @@ pub use decoder::{Decoder, Input};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;
 pub use parameters::{LoraModule, Parameter, ParameterRole};
+pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
 
 /// A row a `model_type`: how its config.json is read.
 pub struct Architecture {

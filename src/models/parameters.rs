@@ -267,7 +267,7 @@ impl Decoder {
         &self.prefix
     }
 
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.layers.iter().flat_map(DecoderLayer::linears)
     }
 
@@ -277,7 +277,7 @@ impl Decoder {
 }
 
 impl DecoderLayer {
-    fn linears(&self) -> [&Linear; 4] {
+    pub(super) fn linears(&self) -> [&Linear; 4] {
         [&self.qkv, &self.o, &self.gate_up, &self.down]
     }
 
