@@ -19,7 +19,7 @@ pub mod proof;
 
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;
-pub use nf4::{Nested, Nf4, Nf4Quantizer};
+pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };

@@ -469,7 +469,7 @@ fn weights_are_4_bits_on_disk() {
     let place = tempfile::tempdir().unwrap();
     let source = root().join("llama_bf16");
     let out = place.path().join("out");
-    ferrotune::export::quantize(&source, &out, Device::Cpu, |_, _| ()).unwrap();
+    ferrotune::export::quantize(&source, &out, Device::Cpu, None, |_, _| ()).unwrap();
     let weights = Weights::open(&out).unwrap();
     let state = weights.quant_state("model.layers.0.mlp.gate_proj.weight").unwrap().unwrap();
     assert_eq!((state.dtype.as_str(), &state.shape[..]), ("bfloat16", &[40, 32][..]));

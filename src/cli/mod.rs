@@ -11,6 +11,7 @@ pub mod hub_env;
 pub mod model_args;
 pub mod plan;
 pub mod progress;
+mod quant_args;
 pub mod quantize;
 pub mod sampling_args;
 pub mod score;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use tch::{Device, Kind};
 
+use super::quant_args::QuantArgs;
 use super::sources;
 use crate::device;
 use crate::models::FastLanguageModel;
@@ -28,6 +29,8 @@ pub struct ModelArgs {
     /// Quantise the weights of the layers to 4 bits (NF4) while they load; a checkpoint in 4 bits needs no flag
     #[arg(long)]
     pub load_in_4bit: bool,
+    #[command(flatten)]
+    pub quant: QuantArgs,
     /// Type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -86,7 +89,10 @@ impl ModelArgs {
         };
         let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
         let options = LoadOptions { kind, device, load_in_4bit: self.load_in_4bit };
-        let mut model = FastLanguageModel::from_pretrained_with(&folder, options).context("--model")?;
+        let plan = self.quant.plan_to_load(&folder, options)?;
+        let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
+        let mut model =
+            FastLanguageModel::from_pretrained_keeping(&folder, options, &kept).context("--model")?;
         if let Some(adapter) = &self.adapter {
             model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter")?;
         }

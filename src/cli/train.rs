@@ -12,6 +12,7 @@ use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
 use super::model_args::{init_device, kind_of};
 use super::progress::Progress;
+use super::quant_args::{self, QuantArgs};
 use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
@@ -19,12 +20,13 @@ use crate::data::{
 };
 use crate::device;
 use crate::error::Error;
+use crate::export::{DYNAMIC_PLAN, DynamicPlan};
 use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver};
-use crate::train::{Optim, Sft, Trainer, TrainingArguments, memory};
+use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments, memory};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -145,7 +147,9 @@ fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageMo
         FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {
         let options = LoadOptions { kind, device, load_in_4bit: args.load_in_4bit };
-        FastLanguageModel::from_pretrained_with(&dir, options)?
+        let plan = load_plan(args, &dir, options)?;
+        let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
+        FastLanguageModel::from_pretrained_keeping(&dir, options, &kept)?
     };
     match args.trains_all_weights() {
         true => model.train_all()?,
@@ -163,6 +167,29 @@ fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageMo
         }
     }
     Ok(model)
+}
+
+/// What `--quant dynamic-nf4` keeps: judged once a run. It stands in the output folder, where a resumed run finds it: on a GPU
+/// another judgement could differ in its last bits.
+fn load_plan(args: &TrainingArguments, dir: &Path, options: LoadOptions) -> Result<Option<DynamicPlan>> {
+    if args.resume_from_checkpoint.is_some() && args.output_dir.join(DYNAMIC_PLAN).is_file() {
+        return (args.quant == Quant::DynamicNf4).then(|| DynamicPlan::load(&args.output_dir)).transpose();
+    }
+    let quant = QuantArgs {
+        quant: args.quant,
+        quant_budget: args.quant_budget,
+        calibration_dataset: args.calibration_dataset.clone(),
+    };
+    let plan = quant.plan_to_load(dir, options)?;
+    if let Some(plan) = &plan {
+        print!("{}", quant_args::table(plan));
+        if !args.dry_run {
+            fs::create_dir_all(&args.output_dir)
+                .with_context(|| format!("creating {}", args.output_dir.display()))?;
+            plan.save(&args.output_dir)?;
+        }
+    }
+    Ok(plan)
 }
 
 /// Training batches, evaluation batches, and what became of the rows of both.

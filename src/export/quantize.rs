@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
+use super::DynamicPlan;
 use crate::error::Error;
 use crate::io::{NF4, QuantKeys, QuantState, TensorFile, Weights, write_atomically, write_folder_atomically};
 use crate::models::{Config, Decoder};
@@ -25,8 +26,8 @@ pub struct Quantized {
     pub after: u64,
 }
 
-/// Writes `model_dir` with every projection of its layers in NF4 to `output_dir`: sharded as before, with tokenizer and
-/// generation config, all of it or nothing. Each matrix is quantised on `device`; at most one stands in memory. `progress`
+/// Writes `model_dir` with every projection of its layers in NF4, but for those that `plan` keeps, to `output_dir`: sharded as
+/// before, with tokenizer, generation config and plan, all of it or nothing. Each matrix is quantised on `device`; at most one stands in memory. `progress`
 /// hears the bytes read so far and those to read.
 ///
 /// # Errors
@@ -35,6 +36,7 @@ pub fn quantize(
     model_dir: &Path,
     output_dir: &Path,
     device: Device,
+    plan: Option<&DynamicPlan>,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Quantized> {
     let config = Config::from_dir(model_dir)?;
@@ -42,10 +44,15 @@ pub fn quantize(
     if weights.is_quantized() {
         bail!(Error::Usage(format!("{} is quantised already", model_dir.display())));
     }
-    let projections: HashMap<String, [i64; 2]> =
+    let mut projections: HashMap<String, [i64; 2]> =
         Decoder::projections(&config, &weights)?.into_iter().collect();
     for (name, shape) in &projections {
         weights.expect_shape(name, shape)?;
+    }
+    for module in plan.iter().flat_map(|plan| plan.kept()) {
+        projections
+            .remove(&format!("{module}.weight"))
+            .with_context(|| format!("{}: the plan keeps {module}, which it has not", model_dir.display()))?;
     }
     let (mut read, before, mut after) = (0, weights.bytes(), 0);
     write_folder_atomically(output_dir, |folder| {
@@ -100,8 +107,9 @@ pub fn quantize(
                 &serde_json::to_vec_pretty(&index)?,
             )?;
         }
-        write_config(model_dir, folder, &weights, &projections)?;
-        copy_companions(model_dir, folder)
+        write_config(model_dir, folder, &weights, &projections, plan)?;
+        copy_companions(model_dir, folder)?;
+        plan.map_or(Ok(()), |plan| plan.save(folder))
     })?;
     Ok(Quantized { before, after })
 }
@@ -165,6 +173,7 @@ fn write_config(
     folder: &Path,
     weights: &Weights,
     projections: &HashMap<String, [i64; 2]>,
+    plan: Option<&DynamicPlan>,
 ) -> Result<()> {
     let path = model_dir.join("config.json");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -181,7 +190,13 @@ fn write_config(
             }
         }
     }
-    let first = projections.keys().min().context("the model has no projections")?;
+    // transformers may know a module by another name than the checkpoint.
+    for module in plan.iter().flat_map(|plan| &plan.modules) {
+        if module.kept && !skipped.contains(&module.loaded_as) {
+            skipped.push(module.loaded_as.clone());
+        }
+    }
+    let first = projections.keys().min().context("no projection is left to quantise")?;
     config["quantization_config"] = json!({
         "_load_in_4bit": true,
         "_load_in_8bit": false,

@@ -1,5 +1,7 @@
 //! The decoder: embedding, layers of two ops each, final norm, head.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -63,8 +65,19 @@ impl Decoder {
 
     /// As [`Decoder::load`], with more to choose.
     pub fn load_with(config: Config, weights: &Weights, options: LoadOptions) -> Result<Decoder> {
+        Decoder::load_keeping(config, weights, options, &BTreeSet::new())
+    }
+
+    /// As [`Decoder::load_with`]; the modules `kept` are not quantised.
+    pub fn load_keeping(
+        config: Config,
+        weights: &Weights,
+        options: LoadOptions,
+        kept: &BTreeSet<String>,
+    ) -> Result<Decoder> {
         let prefix = prefix_of(weights)?;
-        let decoder = Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), options })?;
+        let decoder =
+            Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), options, kept })?;
         // The reading threads worked on a stream of their own.
         crate::device::synchronize(options.device)?;
         // What they freed only they could use again.
@@ -92,7 +105,7 @@ impl Decoder {
     /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
     pub fn random_with(config: Config, options: LoadOptions, generator: Device) -> Result<Decoder> {
         let init = Init::Random { std: config.initializer_range, generator };
-        Decoder::build(config, PREFIXES[0], &Loader { init, options })
+        Decoder::build(config, PREFIXES[0], &Loader { init, options, kept: &BTreeSet::new() })
     }
 
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {

@@ -1,6 +1,6 @@
 //! A checkpoint ready to use: decoder, tokenizer, and the adapter on it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -38,12 +38,22 @@ impl FastLanguageModel {
     /// As [`FastLanguageModel::from_pretrained`], with more to choose: `load_in_4bit`. A checkpoint that bitsandbytes has
     /// quantised loads as it is, with and without that.
     pub fn from_pretrained_with(dir: &Path, options: LoadOptions) -> Result<FastLanguageModel> {
+        FastLanguageModel::from_pretrained_keeping(dir, options, &BTreeSet::new())
+    }
+
+    /// As [`FastLanguageModel::from_pretrained_with`]; `load_in_4bit` does not quantise the modules `kept`, named as in the
+    /// checkpoint.
+    pub fn from_pretrained_keeping(
+        dir: &Path,
+        options: LoadOptions,
+        kept: &BTreeSet<String>,
+    ) -> Result<FastLanguageModel> {
         let config = Config::from_dir(dir)?;
         let tokenizer = load_tokenizer(&config, dir)?;
         if config.ignores_vision {
             tracing::warn!("{}: the vision tower is ignored, only the text model is loaded", dir.display());
         }
-        let decoder = Decoder::load_with(config, &Weights::open(dir)?, options)?;
+        let decoder = Decoder::load_keeping(config, &Weights::open(dir)?, options, kept)?;
         Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
     }
 

@@ -1,5 +1,7 @@
 //! Building projections and norms: from a checkpoint, or at random from a config.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -34,6 +36,8 @@ pub struct LoadOptions {
 pub struct Loader<'a> {
     pub init: Init<'a>,
     pub options: LoadOptions,
+    /// Modules that `load_in_4bit` does not quantise.
+    pub kept: &'a BTreeSet<String>,
 }
 
 impl Loader<'_> {
@@ -67,12 +71,13 @@ impl Loader<'_> {
     }
 
     fn weight(&self, parts: &[(String, i64)], in_features: i64, total: i64) -> Result<Weight> {
-        let quantizes = self.options.load_in_4bit
+        let load_in_4bit = self.options.load_in_4bit
             && match &self.init {
                 Init::Checkpoint(weights) => !weights.is_quantized(),
                 Init::Random { .. } => true,
             };
-        let mut any_quantized = quantizes;
+        let quantizes = |name: &str| load_in_4bit && !self.kept.contains(name);
+        let mut any_quantized = parts.iter().any(|(name, _)| quantizes(name));
         for (name, rows) in parts {
             let name = format!("{name}.weight");
             if self.quantized(&name)?.is_some() {
@@ -91,6 +96,7 @@ impl Loader<'_> {
             return Ok(Weight::Joined(weight));
         }
         let part = |(name, rows): &(String, i64)| -> Result<PartWeight> {
+            let quantizes = quantizes(name);
             let (name, shape, device) = (format!("{name}.weight"), [*rows, in_features], self.options.device);
             if let Some(weights) = self.quantized(&name)? {
                 return Ok(PartWeight::Nf4(read_nf4(weights, &name, shape, device)?));

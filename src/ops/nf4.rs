@@ -128,6 +128,14 @@ impl Nf4Quantizer {
     }
 }
 
+/// Bytes of a `[rows, in]` matrix that is quantised here: packed elements and both levels of scales. The maps, the same for
+/// all, are not counted.
+pub fn nf4_bytes([rows, in_features]: [i64; 2]) -> u64 {
+    let n = rows * in_features;
+    let blocks = ceil_div(n, BLOCK);
+    (ceil_div(n, 2) + blocks + 4 * ceil_div(blocks, NESTED_BLOCK)) as u64
+}
+
 fn ceil_div(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
 }

@@ -15,7 +15,7 @@ use crate::train::schedule::SchedulerType;
 
 mod values;
 
-pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim};
+pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant};
 use values::{list, target_modules};
 
 const MODEL: &str = "Model";
@@ -46,6 +46,16 @@ pub struct TrainingArguments {
     /// 4 bits needs no flag
     #[arg(long, help_heading = MODEL)]
     pub load_in_4bit: bool,
+    /// What load_in_4bit makes of them; dynamic-nf4 leaves those as they are whose quantisation costs the loss most a byte
+    #[arg(long, help_heading = MODEL, value_enum, default_value_t = Quant::Nf4)]
+    pub quant: Quant,
+    /// Bytes that dynamic-nf4 may spend on them, as a share of the layers' bytes in NF4
+    #[arg(long, value_name = "SHARE", help_heading = MODEL, default_value_t = 0.1)]
+    pub quant_budget: f64,
+    /// Data that dynamic-nf4 judges by: files, globs or a hub id [default: a text that comes with ferrotune]
+    #[arg(long, value_name = "FILE|ID", help_heading = MODEL, value_delimiter = ',')]
+    #[serde(deserialize_with = "list")]
+    pub calibration_dataset: Vec<String>,
     /// Type of weights and activations
     #[arg(long, help_heading = MODEL, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -347,6 +357,7 @@ impl TrainingArguments {
             ("adam-epsilon", self.adam_epsilon),
             ("max-grad-norm", self.max_grad_norm),
             ("early-stopping-threshold", self.early_stopping_threshold),
+            ("quant-budget", self.quant_budget),
         ] {
             finite(flag, value)?;
         }
@@ -374,6 +385,10 @@ impl TrainingArguments {
         refuse(
             self.load_in_4bit && self.trains_all_weights(),
             "--load-in-4bit and --full-finetuning: 4-bit weights do not train; leave one of them out",
+        )?;
+        refuse(
+            self.quant == Quant::DynamicNf4 && !self.load_in_4bit,
+            "--quant dynamic-nf4 says how --load-in-4bit loads: give both",
         )?;
         refuse(
             self.overwrite_output_dir && self.resume_from_checkpoint.is_some(),

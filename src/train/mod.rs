@@ -17,7 +17,7 @@ mod step;
 pub mod tensorboard;
 mod trainer;
 
-pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, TrainingArguments};
+pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, TrainingArguments};
 pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;

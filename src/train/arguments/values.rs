@@ -22,6 +22,16 @@ pub enum Dtype {
     Bf16,
 }
 
+/// How layers become 4 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quant {
+    /// Every projection in NF4
+    Nf4,
+    /// NF4, but for the projections where it costs the loss most a byte
+    DynamicNf4,
+}
+
 /// What of a layer is kept between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
