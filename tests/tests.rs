@@ -11,6 +11,7 @@ mod cli_generate;
 mod cli_train;
 mod cpu;
 mod data;
+mod dynamic;
 mod generate;
 mod golden;
 mod gpu;

@@ -96,7 +96,7 @@ pub fn table(plan: &DynamicPlan) -> String {
             text,
             "  {:width$}  {:>10}  {:>9}  {:>10.2e}  {}",
             module.module,
-            bytes(module.extra_bytes()),
+            small_bytes(module.extra_bytes()),
             percent(module.score / all.max(f64::MIN_POSITIVE)),
             module.score,
             if module.kept { "kept" } else { "4 bits" }
@@ -112,9 +112,14 @@ pub fn table(plan: &DynamicPlan) -> String {
         "  {} of {} modules kept: {} instead of {} of NF4 (+{})",
         plan.kept().len(),
         plan.modules.len(),
-        bytes(plan.bytes),
-        bytes(plan.nf4_bytes),
+        small_bytes(plan.bytes),
+        small_bytes(plan.nf4_bytes),
         percent(more)
     );
     text
+}
+
+/// Single modules of small models are less than [`bytes`] shows.
+fn small_bytes(count: u64) -> String {
+    if count < 10 << 20 { format!("{:.1} KiB", count as f64 / 1024.0) } else { bytes(count) }
 }
