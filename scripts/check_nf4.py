@@ -4,7 +4,8 @@
     scripts/check_nf4.py --ferrotune target/release/ferrotune
 
 Of random models in several architectures and dtypes: the bytes of every weight and its quant_state against what
-bitsandbytes makes of it on this CPU, and log-probabilities (computed in f32; at most 1e-5 apart). Needs a Python with
+bitsandbytes makes of it on this CPU, and log-probabilities (computed in f32; at most 1e-5 apart). And the embedded model in dynamic 4-bit: the modules that its plan keeps are the
+ones that transformers loads as plain layers. Needs a Python with
 torch, transformers and bitsandbytes.
 """
 import argparse
@@ -81,6 +82,21 @@ def compare_bytes(source, quantized):
     return count
 
 
+def check_dynamic(ferrotune, model, place):
+    """The distance of the embedded model in dynamic 4-bit; exits where transformers quantises other modules than the plan."""
+    run(ferrotune, "quantize", "--device", "cpu", "--model", model, "--quant", "dynamic-nf4", "--output-dir", place)
+    modules = json.loads((place / "dynamic_nf4.json").read_text())["modules"]
+    kept = {module["loaded_as"] for module in modules if module["kept"]}
+    loaded = {name for name, module in load(place).named_modules() if isinstance(module, torch.nn.Linear)
+              and not isinstance(module, bitsandbytes.nn.Linear4bit)} - {"lm_head"}
+    if not kept or kept != loaded:
+        sys.exit(f"{place}: the plan keeps {sorted(kept)}, transformers loads {sorted(loaded)} unquantised")
+    compare_bytes(model, place)
+    found = distance(ferrotune, place, [1, 57, 300, 8, 44, 260, 99, 17, 5])
+    print(f"dynamic 4-bit of {model}: {', '.join(sorted(kept))} kept; log-probabilities {found:.1e}", flush=True)
+    return found
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--ferrotune", default="target/release/ferrotune")
@@ -104,6 +120,9 @@ def main():
             print(f"{model_type:8} {str(dtype)[6:]:9} {weights:3} weights, same bytes; log-probabilities of ours {found['ours']:.1e}, "
                   f"of theirs {found['theirs']:.1e}", flush=True)
             worst = max(worst, *found.values())
+    model = pathlib.Path(__file__).resolve().parent.parent / "examples/tiny/model"
+    with tempfile.TemporaryDirectory() as place:
+        worst = max(worst, check_dynamic(ferrotune, model, pathlib.Path(place) / "dynamic"))
     if not worst <= 1e-5:
         sys.exit(f"{worst:.1e} apart, allowed 1e-5")
 

@@ -51,9 +51,6 @@ fn changes_are_gradients_times_errors() {
         decoder.train_all().unwrap();
         for (index, sequence) in sequences.iter().enumerate() {
             let (_, gradients) = gradients_of(&decoder, &[*sequence], Policy::Keep);
-            for parameter in decoder.trainable() {
-                let _ = parameter.tensor.grad().zero_();
-            }
             for module in &found.modules {
                 let key = format!("{}.weight", module.module);
                 let weight = &weights[&key];
@@ -64,6 +61,10 @@ fn changes_are_gradients_times_errors() {
                 let scale = gradient.norm().double_value(&[]) * error.norm().double_value(&[]);
                 let distance = (module.changes[index] - expected).abs() / scale;
                 distances.push((format!("{name}, {}, sample {index}", module.module), distance));
+            }
+            // They are views of what the next sample would add to.
+            for parameter in decoder.trainable() {
+                let _ = parameter.tensor.grad().zero_();
             }
         }
         assert!(found.modules.iter().all(|module| module.module.contains("layers.")), "{name}");

@@ -202,7 +202,7 @@ fn models_in_4_bits_on_the_gpu() {
 
     let place = tempfile::tempdir().unwrap();
     let write = |device, name: &str| {
-        export::quantize(&nf4.join("source"), &place.path().join(name), device, |_, _| ()).unwrap();
+        export::quantize(&nf4.join("source"), &place.path().join(name), device, None, |_, _| ()).unwrap();
         fs::read(place.path().join(name).join("model.safetensors")).unwrap()
     };
     assert!(write(Device::Cpu, "cpu") == write(device, "cuda"), "the files differ");
