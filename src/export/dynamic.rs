@@ -3,13 +3,17 @@
 //! The loss of a text after quantising module m alone, to second order, with `E = NF4(W) - W` and `G_s` the gradient of the
 //! summed cross-entropy of sample s towards W:
 //!
-//!     dL = sum_s <G_s, E> + 1/2 E^T H E
+//! ```text
+//! dL = sum_s <G_s, E> + 1/2 E^T H E
+//! ```
 //!
 //! Near a minimum the first term is small and its sign is noise: with n tokens its estimate is off by about
 //! sqrt(2 score / n), more than the whole effect of a module for any affordable n. The Hessian H of a cross-entropy is, where
 //! the model fits the text, the Fisher matrix `sum_s G_s G_s^T`; so a module's score is
 //!
-//!     score = 1/2 sum_s <G_s, E>^2 / targets         (nats a token, never negative)
+//! ```text
+//! score = 1/2 sum_s <G_s, E>^2 / targets         (nats a token, never negative)
+//! ```
 //!
 //! Interactions between modules are left out. What was tried beside it: docs/numerics.md. The budget goes to the modules
 //! with the highest score for each byte that 16 bits cost more, one after another, as long as they fit.
