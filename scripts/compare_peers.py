@@ -80,25 +80,31 @@ def peer_train_gpu(peer, shape, batch, seq, steps, checkpointing, four_bit):
     print(json.dumps({"ms": statistics.median(times[5:]), "peak": peak, "loss": loss}), flush=True)
 
 
+def peer_steps(model, rows, steps, learning_rate):
+    """Trains on the same rows again and again; prints a loss a step."""
+    import torch
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.001, fused=True)
+    input_ids = torch.tensor(json.loads(pathlib.Path(rows).read_text()), device=model.device)
+    model.train()
+    for step in range(steps):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1} loss {loss.item():.6f}", flush=True)
+
+
 def peer_curve(model_dir, adapter, rows, steps, device, learning_rate):
-    """LoRA steps from a given adapter; prints a loss a line."""
+    """LoRA steps from a given adapter."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
     model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)  # LoRA itself in f32
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.001)
-    input_ids = torch.tensor(json.loads(pathlib.Path(rows).read_text()), device=device)
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=input_ids, labels=input_ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"loss {loss.item():.6f}", flush=True)
+    peer_steps(model, rows, steps, learning_rate)
 
 
 def compare_curves(options):
@@ -191,17 +197,7 @@ def peer_train(model_dir, rows, steps):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.001, fused=True)
-    input_ids = torch.tensor(json.loads(pathlib.Path(rows).read_text()))
-    model.train()
-    for step in range(steps):
-        loss = model(input_ids=input_ids, labels=input_ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"step {step + 1} loss {loss.item():.6f}", flush=True)
+    peer_steps(model, rows, steps, LEARNING_RATE)
 
 
 def peer_generate(model_dir, prompt_ids, repeats):

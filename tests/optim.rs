@@ -29,6 +29,12 @@ fn random() -> Run {
     Run { parameters: draw(1.0), grads: [draw(10.0), draw(10.0), draw(10.0)] }
 }
 
+/// Those of the golden file; the scalars are step, learning rate, gradient scale and skip.
+fn settings([step, learning_rate, grad_scale, skip]: &[Tensor; 4]) -> ops::AdamW<'_> {
+    let (beta1, beta2, epsilon, weight_decay) = (0.9, 0.999, 1e-8, 0.1);
+    ops::AdamW { step, learning_rate, grad_scale, skip, beta1, beta2, epsilon, weight_decay }
+}
+
 /// Copies that train, with those gradients.
 fn with_grads(parameters: &[Tensor], grads: &[Tensor], kind: Kind) -> Vec<Tensor> {
     let copies = parameters.iter().zip(grads).enumerate().map(|(i, (parameter, grad))| {
@@ -48,16 +54,8 @@ fn three_steps(run: &Run, kind: Kind) -> Vec<Tensor> {
     let (exp_avg, exp_avg_sq) = (zeros(), zeros());
     for (grads, (step, skip)) in run.grads.iter().zip([(1.0, 0.0), (2.0, 1.0), (2.0, 0.0)]) {
         let trained = with_grads(&parameters, grads, kind);
-        let adamw = ops::AdamW {
-            step: &scalar(step),
-            learning_rate: &scalar(1e-2),
-            grad_scale: &scalar(4.0),
-            skip: &scalar(skip),
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.1,
-        };
+        let scalars = [step, 1e-2, 4.0, skip].map(scalar);
+        let adamw = settings(&scalars);
         ops::adamw_step(&trained, &exp_avg, &exp_avg_sq, adamw).unwrap();
         parameters = trained.iter().map(Tensor::detach).collect();
     }
@@ -104,22 +102,13 @@ impl Trained8bit {
 /// A step with these gradients: the settings of the golden file.
 pub fn step_8bit(trained: &[Trained8bit], grads: &[Tensor], step: i64, skip: f64) {
     let device = trained[0].parameter.device();
-    let there = |value: f64| scalar(value).to_device(device);
+    let scalars = [step as f64, 1e-2, 1.0, skip].map(|value| scalar(value).to_device(device));
     for (Trained8bit { parameter, .. }, grad) in trained.iter().zip(grads) {
         let mut parameter = parameter.shallow_clone();
         parameter.zero_grad();
         (&parameter * grad.to_kind(parameter.kind()).to_device(device)).sum(parameter.kind()).backward();
     }
-    let adamw = ops::AdamW {
-        step: &there(step as f64),
-        learning_rate: &there(1e-2),
-        grad_scale: &there(1.0),
-        skip: &there(skip),
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
-    };
+    let adamw = settings(&scalars);
     let moments: Vec<&Moments8bit> = trained.iter().map(|trained| &trained.moments).collect();
     let maps = ops::adamw_8bit_maps(device).unwrap();
     ops::adamw_8bit_step(trained.iter().map(|trained| &trained.parameter), &moments, &maps, adamw).unwrap();
