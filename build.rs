@@ -25,6 +25,7 @@ fn main() {
         "device",
         "kernels",
         "linear",
+        "mlp_columns",
         "nf4",
         "optim",
         "profile",

@@ -9,6 +9,7 @@
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/cuda_library.h"
 #include "ferrotune/csrc/linear.h"
+#include "ferrotune/csrc/mlp_columns.h"
 #include "ferrotune/csrc/node.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -57,7 +58,7 @@ struct AttentionBlock {
   struct Kept {
     Tensor rstd, normed, qkv_z;       // normed: the input of qkv
     Tensor projected;                 // [N, (H + 2K) D]: v, and q and k where they have norms
-    Tensor q_rstd, k_rstd, qk;        // qk [N, H + K, D]: turned
+    Tensor q_rstd, k_rstd, qk;        // qk [N, H + K, D]: turned; columns of projected where they have no norms
     Tensor attended, lse, o_z;
     Tensor out, post_rstd;            // out: the input of post_norm
 
@@ -118,6 +119,10 @@ struct AttentionBlock {
       k.qk = at::empty({x.size(0), heads + kv_heads, head_dim}, x.options());
       rotate_into(k.qk.narrow(1, 0, heads), q_normed, cos, sin, false);
       rotate_into(k.qk.narrow(1, heads, kv_heads), k_normed, cos, sin, false);
+    } else if (x.size(0) > 1) {
+      // In place: nothing needs them as they were.
+      k.qk = query_key_rows(k.projected);
+      rotate_into(k.qk, k.qk, cos, sin, false);
     } else {
       k.qk = rope(query_key_rows(k.projected), cos, sin);
     }
@@ -200,11 +205,11 @@ struct MlpBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    const int64_t tail = norm.weight.defined() ? linear_tail(x, gate_up) : 0;
-    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr, tail);
+    const int64_t width = tail(x);
+    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr, width);
     Tensor* const z = keeps ? &k.gate_up_z : nullptr;
-    k.gated = tail > 0 ? linear_with_tail(k.normed, gate_up, z) : linear_forward(k.normed, gate_up, z);
-    if (tail > 0) k.normed = k.normed.narrow(1, 0, x.size(1));
+    k.gated = width > 0 ? linear_with_tail(k.normed, gate_up, z) : linear_forward(k.normed, gate_up, z);
+    if (width > 0) k.normed = k.normed.narrow(1, 0, x.size(1));
     if (!gate_up.needs_input()) k.normed = Tensor();
     k.product = keeps ? swiglu_forward(k.gated, activation) : swiglu(k.gated, activation);
     if (!whole && !post_norm.weight.defined()) {
@@ -240,36 +245,61 @@ struct MlpBlock {
            std::none_of(down.parts.begin(), down.parts.end(), drops);
   }
 
-  // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles.
+  // Columns of a run of mlp_columns.h, or 0. Its product is not kept, and post_norm's backward would need what follows it.
+  int64_t columns(const Tensor& x) const { return post_norm.weight.defined() ? 0 : mlp_columns(x, gate_up, down); }
+
+  int64_t tail(const Tensor& x) const { return norm.weight.defined() ? linear_tail(x, gate_up) : 0; }
+
+  // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles, or in runs of columns
+  // for each.
   template <typename Body>
   void each_tile(const Tensor& x, const Body& body) const {
     MlpBlock block = *this;
-    block.gate_up.dequantize(x.scalar_type(), norm.weight.defined() ? linear_tail(x, gate_up) : 0);
-    block.down.dequantize(x.scalar_type(), 0);
+    if (columns(x) == 0) {
+      block.gate_up.dequantize(x.scalar_type(), tail(x));
+      block.down.dequantize(x.scalar_type(), 0);
+    }
     for (int64_t first = 0; first < x.size(0); first += kTile) body(block, first, std::min(kTile, x.size(0) - first));
   }
 
+  // Of as many rows as are worked on at once.
+  Tensor tile_forward(const Tensor& x) const {
+    const int64_t run = columns(x);
+    if (run == 0) return forward(x, nullptr, true);
+    return x + linear_forward(mlp_product(norm.forward(x, nullptr, tail(x)), gate_up, activation, run), down, nullptr);
+  }
+
+  Tensor tile_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    const int64_t run = columns(x);
+    if (run == 0) {
+      forward(x, &kept, false);
+      return backward(dy, x, kept, true, need_dx, grads);
+    }
+    Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
+    const bool need_normed = need_dx || norm.weight.requires_grad();
+    const Tensor d_normed =
+        mlp_columns_backward(dy, norm.forward(x, &kept.rstd, tail(x)), gate_up, down, activation, run, need_normed,
+                             gate_up_grads, down_grads);
+    return need_normed ? norm.backward(d_normed, x, kept.rstd, grads[0], dy) : Tensor();
+  }
+
   Tensor forward_only(const Tensor& x) const {
-    if (!in_tiles(x)) return forward(x, nullptr, true);
+    if (!in_tiles(x)) return tile_forward(x);
     const Tensor y = at::empty_like(x);
     each_tile(x, [&](const MlpBlock& block, int64_t first, int64_t rows) {
-      y.narrow(0, first, rows).copy_(block.forward(x.narrow(0, first, rows), nullptr, true));
+      y.narrow(0, first, rows).copy_(block.tile_forward(x.narrow(0, first, rows)));
     });
     return y;
   }
 
   Tensor recomputed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
-    if (!in_tiles(x)) {
-      forward(x, &kept, false);
-      return backward(dy, x, kept, true, need_dx, grads);
-    }
+    if (!in_tiles(x)) return tile_backward(dy, x, kept, need_dx, grads);
     Tensor dx;
     each_tile(x, [&](MlpBlock& block, int64_t first, int64_t rows) {
       Kept k;
       std::vector<Tensor> found(block.visit().size());
       const Tensor some_x = x.narrow(0, first, rows);
-      block.forward(some_x, &k, false);
-      const Tensor some_dx = block.backward(dy.narrow(0, first, rows), some_x, k, true, need_dx, found.data());
+      const Tensor some_dx = block.tile_backward(dy.narrow(0, first, rows), some_x, k, need_dx, found.data());
       if (some_dx.defined()) {
         if (!dx.defined()) dx = at::empty_like(x);
         dx.narrow(0, first, rows).copy_(some_dx);
@@ -318,11 +348,13 @@ struct BlockNode : Function<BlockNode<Block>> {
     typename Block::Kept kept;
     Tensor x;
     if (saved.empty()) {
-      // The last first, as they come back.
+      // The last first, as they come back. While this block works, those of the next are on their way: three where this one
+      // is an MLP, only its x where attention fetched three itself, and memory is shortest.
+      constexpr int kBothBlocks = 4;
       const Stash stash = held<Stash>(ctx->saved_data["stash"]);
       const std::vector<Tensor*> dear = block.dear(kept);
-      for (size_t i = dear.size(); i > 0; --i) *dear[i - 1] = stash[i]->fetch();
-      x = stash[0]->fetch();
+      for (int i = static_cast<int>(dear.size()); i > 0; --i) *dear[i - 1] = stash[i]->fetch(i);
+      x = stash[0]->fetch(kBothBlocks - static_cast<int>(stash.size()));
     } else {
       x = saved[0];
     }

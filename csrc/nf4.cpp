@@ -188,6 +188,20 @@ Nf4::Nf4(const Nf4View& v)
               nested_blocksize);
 }
 
+Nf4 Nf4::some_rows(int64_t first, int64_t count) const {
+  TORCH_CHECK(first >= 0 && count > 0 && first + count <= rows && splits_at(first), "nf4: rows ", first, " to ",
+              first + count, " of [", rows, ", ", in, "] do not start with a block");
+  Nf4 some = *this;
+  const int64_t begin = first * in, n = count * in, block = begin / blocksize, blocks = ceil_div(n, blocksize);
+  some.rows = count;
+  some.packed = packed.narrow(0, begin / 2, ceil_div(n, 2));
+  some.absmax = absmax.narrow(0, block, blocks);
+  if (nested()) {
+    some.nested_absmax = nested_absmax.narrow(0, block / nested_blocksize, ceil_div(blocks, nested_blocksize));
+  }
+  return some;
+}
+
 template <typename T>
 void dequantize_run(const Nf4& w, int64_t begin, int64_t end, T* out) {
   const uint8_t* packed = w.packed.const_data_ptr<uint8_t>();

@@ -24,6 +24,10 @@ struct Nf4 {
   // Throws where the sizes do not belong together.
   explicit Nf4(const Nf4View& view);
   bool nested() const { return nested_absmax.defined(); }
+  // Whether rows `first`, 2 `first`, .. start with a scale of their own, and with a run of scales where these are nested.
+  bool splits_at(int64_t first) const { return first * in % (blocksize * (nested() ? nested_blocksize : 1)) == 0; }
+  // Rows first .. first + count, where splits_at(first).
+  Nf4 some_rows(int64_t first, int64_t count) const;
 };
 
 // Writes the matrix into `destination` [rows, in], whose rows may lie apart.

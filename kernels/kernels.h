@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 6
+#define FERROTUNE_KERNELS_ABI 7
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -93,12 +93,14 @@ int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, f
 int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D, int64_t R,
          int64_t x_stride, int64_t y_stride, int inverse, int dtype, void* stream);
 
-// gate_up [N, 2F], y [N, F].
-int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activation, int dtype, void* stream);
+// gate_up [N, 2F], y [N, F] with row stride y_stride.
+int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int64_t y_stride, int activation, int dtype,
+                   void* stream);
 
-// dy [N, F], gate_up [N, 2F], dgate_up [N, 2F].
-int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t N, int64_t F, int activation,
-                    int dtype, void* stream);
+// dy [N, F] with row stride dy_stride, gate_up [N, 2F], dgate_up [N, 2F], which may be gate_up. y, unless null, receives
+// what the forward wrote, in rows as far apart as dy's, and may be dy.
+int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, void* y, int64_t N, int64_t F,
+                    int64_t dy_stride, int activation, int dtype, void* stream);
 
 // logits [N, V] f32, labels [N] (negative for none), losses [N] f32. With gradient != 0 the memory of logits then holds
 // the gradient of the sum of losses in dtype, each row from where it started. softcap 0 for none.

@@ -159,7 +159,7 @@ fn nf4_past_two_to_the_31_elements() {
 fn models_in_4_bits_on_the_gpu() {
     let Some(device) = gpu("4-bit models") else { return };
     let load = |dir: &Path, kind, device, load_in_4bit| {
-        let options = LoadOptions { kind, device, load_in_4bit };
+        let options = LoadOptions { load_in_4bit, ..LoadOptions::new(kind, device) };
         FastLanguageModel::from_pretrained_with(dir, options).unwrap_or_else(|error| panic!("{error:#}"))
     };
     let nf4 = root().join("nf4");

@@ -23,7 +23,7 @@ fn model(arguments: &TrainingArguments, kind: Kind, device: Device) -> FastLangu
     let config = Config::from_json(CONFIG).unwrap();
     tch::manual_seed(1);
     let mut model =
-        FastLanguageModel::untrained(config, LoadOptions { kind, device, load_in_4bit: false }).unwrap();
+        FastLanguageModel::untrained(config, LoadOptions::new(kind, device)).unwrap();
     model.get_peft_model(arguments.adapter_config("model"), 7).unwrap();
     model
 }

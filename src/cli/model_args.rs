@@ -31,6 +31,12 @@ pub struct ModelArgs {
     pub load_in_4bit: bool,
     #[command(flatten)]
     pub quant: QuantArgs,
+    /// Leave the embedding in the host's memory
+    #[arg(long)]
+    pub offload_embedding: bool,
+    /// Quantise the head to 4 bits (NF4); of a model whose head is its embedding, a copy of it
+    #[arg(long)]
+    pub nf4_head: bool,
     /// Type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -88,7 +94,12 @@ impl ModelArgs {
             (dtype, _) => kind_of(dtype, device),
         };
         let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
-        let options = LoadOptions { kind, device, load_in_4bit: self.load_in_4bit };
+        let options = LoadOptions {
+            load_in_4bit: self.load_in_4bit,
+            offload_embedding: self.offload_embedding,
+            nf4_head: self.nf4_head,
+            ..LoadOptions::new(kind, device)
+        };
         let plan = self.quant.plan_to_load(&folder, options)?;
         let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
         let mut model =

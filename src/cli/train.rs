@@ -146,7 +146,12 @@ fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageMo
     let mut model = if args.from_scratch {
         FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {
-        let options = LoadOptions { kind, device, load_in_4bit: args.load_in_4bit };
+        let options = LoadOptions {
+            load_in_4bit: args.load_in_4bit,
+            offload_embedding: args.offload_embedding,
+            nf4_head: args.nf4_head,
+            ..LoadOptions::new(kind, device)
+        };
         let plan = load_plan(args, &dir, options)?;
         let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
         FastLanguageModel::from_pretrained_keeping(&dir, options, &kept)?

@@ -56,6 +56,12 @@ pub struct TrainingArguments {
     #[arg(long, value_name = "FILE|ID", help_heading = MODEL, value_delimiter = ',')]
     #[serde(deserialize_with = "list")]
     pub calibration_dataset: Vec<String>,
+    /// Leave the embedding in the host's memory, from where each batch takes its rows
+    #[arg(long, help_heading = MODEL)]
+    pub offload_embedding: bool,
+    /// Quantise the head to 4 bits (NF4); of a model whose head is its embedding, a copy of it
+    #[arg(long, help_heading = MODEL)]
+    pub nf4_head: bool,
     /// Type of weights and activations
     #[arg(long, help_heading = MODEL, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,

@@ -99,8 +99,11 @@ impl<'a> Stepper<'a> {
     ) -> Result<StepOutcome> {
         let args = self.arguments;
         let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
-        // All uploads before the first forward pass: none stands between two of them.
-        let uploaded = batches.iter().map(|batch| upload(decoder, batch)).collect::<Result<Vec<_>>>()?;
+        // All uploads before the first forward pass: none stands between two of them. But rows of an embedding in the host's
+        // memory, large and slow to gather, are uploaded while the device is busy with the micro-batch before.
+        let mut uploads = batches.iter().map(|batch| upload(decoder, batch));
+        let ahead: Vec<_> =
+            if decoder.offloads_embedding() { Vec::new() } else { uploads.by_ref().collect() };
         self.optimizer.set_learning_rate(learning_rate)?;
         if let Some(casts) = &self.casts {
             casts.refresh()?;
@@ -108,10 +111,10 @@ impl<'a> Stepper<'a> {
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
         let policy = args.use_gradient_checkpointing.policy();
-        for (micro_batch, batch) in uploaded.into_iter().enumerate() {
+        for (micro_batch, batch) in ahead.into_iter().chain(uploads).enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
             let pass = Pass { policy, dropout, ..Pass::INFERENCE };
-            self.micro_batch(decoder, batch, pass, micro_batch == 0)?;
+            self.micro_batch(decoder, batch?, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
         let numbers =
