@@ -17,7 +17,7 @@ use crate::nf4::matrices;
 use crate::parity::gradients_of;
 use crate::tolerance::{self, What};
 
-fn on(nf4: &Nf4, device: Device) -> Nf4 {
+pub fn on(nf4: &Nf4, device: Device) -> Nf4 {
     let there = |tensor: &Tensor| tensor.to_device(device);
     Nf4 {
         packed: there(&nf4.packed),

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::banner::table;
 use super::format::{bytes, percent, rate};
-use super::model_args::{MachineArgs, kind_of};
+use super::model_args::{MachineArgs, kind_of, name_of};
 use super::progress::BARS;
 use super::shapes::ShapeArgs;
 use crate::data::Batch;
@@ -169,7 +169,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         .with_style(ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?);
     let bar = BARS.add(bar);
     bar.set_message("random weights");
-    let kind = kind_of(args.dtype, device);
+    let kind = kind_of(args.dtype, device, config.overflows_f16());
     let options = LoadOptions {
         load_in_4bit: args.load_in_4bit,
         offload_embedding: args.offload_embedding,
@@ -245,7 +245,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     Ok(Report {
         shape: name,
         device: device::describe(device),
-        dtype: if kind == tch::Kind::BFloat16 { "bf16" } else { "f32" },
+        dtype: name_of(kind),
         load_in_4bit: args.load_in_4bit,
         offload_embedding: args.offload_embedding,
         nf4_head: args.nf4_head,

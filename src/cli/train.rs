@@ -6,11 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
-use super::model_args::{init_device, kind_of};
+use super::model_args::{init_device, kind_of, name_of, overflows_f16};
 use super::progress::Progress;
 use super::quant_args::{self, QuantArgs};
 use super::{signals, sources};
@@ -142,7 +142,7 @@ fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoin
 
 fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
     let dir = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
-    let kind = kind_of(args.dtype, device);
+    let kind = kind_of(args.dtype, device, overflows_f16(&dir).context("--model")?);
     let mut model = if args.from_scratch {
         FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
     } else {
@@ -259,7 +259,7 @@ fn banner(
     let decoder = &model.decoder;
     let config = &decoder.config;
     let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
-    let dtype = if decoder.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+    let dtype = name_of(decoder.kind);
     let method = match &model.adapter {
         Some(adapter) => {
             let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };

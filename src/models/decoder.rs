@@ -8,9 +8,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
+use crate::error::Error;
 use crate::io::Weights;
 use crate::nn::{Init, KvCache, LoadOptions, Loader, Rope};
-use crate::error::Error;
 use crate::ops::{self, AttentionBlock, Head, LayerCache, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
@@ -115,6 +115,10 @@ impl Decoder {
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let LoadOptions { kind, device, offload_embedding, nf4_head, .. } = loader.options;
+        if kind == Kind::Half && config.overflows_f16() {
+            let what = format!("{} in f16, which its hidden states overflow,", config.model_type);
+            return Err(Error::Unsupported { what, supported: "bf16, f32".to_string() }.into());
+        }
         if offload_embedding && config.tie_word_embeddings && !nf4_head {
             let what = "offload_embedding where the embedding is also the head".to_string();
             let supported = "it with nf4_head, which gives the head a copy of its own".to_string();
@@ -148,7 +152,8 @@ impl Decoder {
                 }
                 _ => {
                     let own = head.unwrap_or("lm_head.weight");
-                    loader.nf4_matrix(if config.tie_word_embeddings { stored } else { own }, [vocab, hidden])?
+                    loader
+                        .nf4_matrix(if config.tie_word_embeddings { stored } else { own }, [vocab, hidden])?
                 }
             });
         } else if !config.tie_word_embeddings {

@@ -202,7 +202,8 @@ impl Decoder {
         );
         // A 4-bit copy of a tied embedding is no weight of its own.
         let in_4_bits = self.nf4_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
-        let head = self.lm_head.as_ref().map_or(0, count) + in_4_bits.map_or(0, |nf4| nf4.shape[0] * nf4.shape[1]);
+        let head =
+            self.lm_head.as_ref().map_or(0, count) + in_4_bits.map_or(0, |nf4| nf4.shape[0] * nf4.shape[1]);
         layers.sum::<i64>() + count(&self.embed_tokens) + count(&self.norm.weight) + head
     }
 

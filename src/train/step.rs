@@ -37,12 +37,22 @@ pub struct StepOutcome {
     pub loss: f64,
     /// 2-norm of the gradient, before clipping.
     pub grad_norm: f64,
+    /// In f16, the scale of the next step's loss.
+    pub loss_scale: Option<f64>,
 }
 
 impl StepOutcome {
     /// Whether the weights were updated: a step whose loss or gradient is not finite changes nothing.
     pub fn is_finite(&self) -> bool {
         self.loss.is_finite() && self.grad_norm.is_finite()
+    }
+
+    /// Whether only the scaled gradient was not finite: the step was left out, and the next one has half the scale. Not where
+    /// the scale is so small that it cannot be the reason.
+    pub fn overflowed(&self) -> bool {
+        self.loss.is_finite()
+            && !self.grad_norm.is_finite()
+            && self.loss_scale.is_some_and(|scale| scale >= 1.0)
     }
 }
 
@@ -56,13 +66,16 @@ impl<'a> Stepper<'a> {
         if arguments.deterministic && decoder.device.is_cuda() {
             device::use_deterministic_algorithms();
         }
-        let optimizer = AdamW::new(
+        let mut optimizer = AdamW::new(
             decoder.trainable(),
             arguments.optim_for(decoder.is_quantized()),
             (arguments.adam_beta1, arguments.adam_beta2),
             arguments.adam_epsilon,
             arguments.weight_decay,
         )?;
+        if decoder.kind == Kind::Half {
+            optimizer = optimizer.with_loss_scale()?;
+        }
         let kind = if decoder.kind == Kind::Double { Kind::Double } else { Kind::Float };
         let scalar = || Tensor::f_zeros([0i64; 0], (kind, decoder.device));
         let (loss, targets) = (scalar()?, scalar()?);
@@ -117,10 +130,13 @@ impl<'a> Stepper<'a> {
             self.micro_batch(decoder, batch?, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
-        let numbers =
-            Tensor::f_stack(&[self.loss.f_to_kind(Kind::Double)?, grad_norm.f_to_kind(Kind::Double)?], 0)?;
-        let numbers: Vec<f64> = numbers.try_into()?;
-        Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1] })
+        let scalars: Vec<Tensor> = [&self.loss, &grad_norm]
+            .into_iter()
+            .chain(self.optimizer.loss_scale())
+            .map(|scalar| scalar.f_to_kind(Kind::Double))
+            .collect::<Result<_, _>>()?;
+        let numbers: Vec<f64> = Tensor::f_stack(&scalars, 0)?.try_into()?;
+        Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1], loss_scale: numbers.get(2).copied() })
     }
 
     fn micro_batch(
@@ -180,7 +196,10 @@ impl<'a> Stepper<'a> {
     fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass<'static>) -> Result<()> {
         let pass = Pass { casts: self.casts.as_ref(), ..pass };
         let loss = self.objective.loss_sum(decoder, batch, pass)?.f_div(&self.targets)?;
-        loss.f_backward()?;
+        match self.optimizer.loss_scale() {
+            Some(scale) => loss.f_mul(scale)?.f_backward()?,
+            None => loss.f_backward()?,
+        }
         let _ = self.loss.shallow_clone().f_add_(&loss.detach())?;
         Ok(())
     }
