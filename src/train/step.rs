@@ -9,9 +9,9 @@ use std::collections::HashMap;
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use super::TrainingArguments;
 use super::objective::{Objective, upload};
 use super::optim::AdamW;
+use super::{GradientCheckpointing, TrainingArguments};
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
@@ -81,7 +81,9 @@ impl<'a> Stepper<'a> {
         let (loss, targets) = (scalar()?, scalar()?);
         // A mask is a function of the step's number, which a recorded step would repeat.
         let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
-        let casts = decoder.lora_casts()?;
+        // Where memory is short each product makes its own: no measurable time at 8B with r 16 for 78 MiB.
+        let spares_memory = arguments.use_gradient_checkpointing == GradientCheckpointing::Unsloth;
+        let casts = if spares_memory { None } else { decoder.lora_casts()? };
         Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, graphs })
     }
 
