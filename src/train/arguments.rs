@@ -393,6 +393,11 @@ impl TrainingArguments {
             "--load-in-4bit and --full-finetuning: 4-bit weights do not train; leave one of them out",
         )?;
         refuse(
+            (self.offload_embedding || self.nf4_head) && self.trains_all_weights(),
+            "--offload-embedding, --nf4-head and --full-finetuning: an embedding in the host's memory and a head in 4 bits do \
+             not train; leave them out",
+        )?;
+        refuse(
             self.quant == Quant::DynamicNf4 && !self.load_in_4bit,
             "--quant dynamic-nf4 says how --load-in-4bit loads: give both",
         )?;
