@@ -25,6 +25,7 @@ fn main() {
         "device",
         "kernels",
         "linear",
+        "lora",
         "mlp_columns",
         "nf4",
         "optim",

@@ -36,15 +36,40 @@ struct Norm {
     return y;
   }
 
-  // Plus `residual`, the gradient that reaches x around the norm, if there is one.
-  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight,
-                  const Tensor& residual = {}) const {
+  // Plus `residual`, the gradient that reaches x around the norm, if there is one. `room`: see rms_norm_backward.
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight, const Tensor& residual = {},
+                  int64_t room = 0) const {
     if (!weight.defined()) return residual.defined() ? dy + residual : dy;
-    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual);
+    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual, room);
     dweight = dw;
     return dx;
   }
 };
+
+// l(norm(x)). normed is the input of l, or undefined where the backward does not need it; `room`: see linear_with_tail.
+Tensor norm_linear(const Norm& norm, const Linear& l, const Tensor& x, Tensor* rstd, Tensor& normed, Tensor* z,
+                   int64_t room = 0) {
+  const int64_t tail = norm.weight.defined() ? linear_tail(x, l) : 0;
+  normed = norm.forward(x, rstd, tail);
+  const Tensor y = tail > 0 ? linear_with_tail(normed, l, z, room) : linear_forward(normed, l, z);
+  if (tail > 0) normed = normed.narrow(1, 0, x.size(1));
+  if (!l.needs_input()) normed = Tensor();
+  return y;
+}
+
+// Columns behind the rows of d [N, C] that are nobody's: a block's backward leaves room there (rms_norm_backward), and as no
+// other tensor holds the memory, nobody sees what is written.
+int64_t room_behind(const Tensor& d) {
+  const bool alone = d.dim() == 2 && d.stride(1) == 1 && d.storage_offset() == 0 && d.storage().use_count() == 1 &&
+                     static_cast<int64_t>(d.storage().nbytes()) >= d.size(0) * d.stride(0) * d.element_size();
+  return alone ? std::max<int64_t>(d.stride(0) - d.size(1), 0) : 0;
+}
+
+// The tail for linear_backward: what l wants, if d has room for it.
+int64_t tail_behind(const Tensor& d, const Linear& l) {
+  const int64_t tail = linear_gradient_tail(d, l);
+  return room_behind(d) >= tail ? tail : 0;
+}
 
 struct AttentionBlock {
   Norm norm, q_norm, k_norm, post_norm;
@@ -109,9 +134,7 @@ struct AttentionBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr);
-    k.projected = linear_forward(k.normed, qkv, keeps ? &k.qkv_z : nullptr);
-    if (!qkv.needs_input()) k.normed = Tensor();
+    k.projected = norm_linear(norm, qkv, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.qkv_z : nullptr);
     Tensor q, key;
     if (q_norm.weight.defined()) {
       const Tensor q_normed = q_norm.forward(query_rows(k.projected), keeps ? &k.q_rstd : nullptr);
@@ -152,15 +175,17 @@ struct AttentionBlock {
     forward(x, &kept, false);
     // Made a third time, after attention's backward, which needs most memory: 16 us where it is 32 MiB (H200).
     if (norm.weight.defined()) kept.normed = Tensor();
+    if (kept.qkv_z.defined()) kept.qkv_z = kept.qkv_z.contiguous();  // it may stand behind normed, whose memory it would hold
     return backward(dy, x, kept, true, need_dx, grads);
   }
 
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
-    const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads);
+    const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o));
     const Tensor q = k.qk.narrow(1, 0, heads), key = k.qk.narrow(1, heads, kv_heads);
-    Tensor d_projected = at::empty(k.projected.sizes(), k.projected.options());
+    const int64_t rows = k.projected.size(1), tail = linear_gradient_tail(x, qkv);
+    const Tensor d_projected = at::empty({x.size(0), rows + tail}, x.options()).narrow(1, 0, rows);
     const bool normed = q_norm.weight.defined();
     const Tensor d_qk = normed ? at::empty(k.qk.sizes(), k.qk.options()) : query_key_rows(d_projected);
     const Tensor dq = d_qk.narrow(1, 0, heads), dk = d_qk.narrow(1, heads, kv_heads);
@@ -173,9 +198,9 @@ struct AttentionBlock {
     }
     const bool need_normed = need_dx || norm.weight.requires_grad();
     if (!k.normed.defined() && qkv.needs_input()) k.normed = norm.forward(x, nullptr);
-    const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads);
+    const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads, tail);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, o));
   }
 };
 
@@ -208,18 +233,19 @@ struct MlpBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    const int64_t width = tail(x);
-    k.normed = norm.forward(x, keeps ? &k.rstd : nullptr, width);
-    Tensor* const z = keeps ? &k.gate_up_z : nullptr;
-    k.gated = width > 0 ? linear_with_tail(k.normed, gate_up, z) : linear_forward(k.normed, gate_up, z);
-    if (width > 0) k.normed = k.normed.narrow(1, 0, x.size(1));
-    if (!gate_up.needs_input()) k.normed = Tensor();
-    k.product = keeps ? swiglu_forward(k.gated, activation) : swiglu(k.gated, activation);
-    if (!whole && !post_norm.weight.defined()) {
+    // The backward may put the gradient of gated into its memory.
+    const int64_t room = keeps ? linear_gradient_tail(x, gate_up) : 0;
+    k.gated = norm_linear(norm, gate_up, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.gate_up_z : nullptr, room);
+    const bool last = whole || post_norm.weight.defined();
+    const int64_t tail = last ? linear_tail(x, down) : 0;
+    k.product = keeps || tail > 0 ? swiglu_forward(k.gated, activation, tail) : swiglu(k.gated, activation);
+    if (!last) {
       k.down_z = linear_z(k.product, down);
       return {};
     }
-    k.out = linear_forward(k.product, down, keeps ? &k.down_z : nullptr);
+    Tensor* const z = keeps ? &k.down_z : nullptr;
+    k.out = tail > 0 ? linear_with_tail(k.product, down, z) : linear_forward(k.product, down, z);
+    if (tail > 0) k.product = k.product.narrow(1, 0, down.in());
     if (!down.needs_input()) k.product = Tensor();
     const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
     if (!post_norm.weight.defined()) k.out = Tensor();
@@ -230,12 +256,15 @@ struct MlpBlock {
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool ours, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
-    const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads);
-    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, ours);
+    const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads,
+                                             tail_behind(d_out, down));
+    const int64_t tail = linear_gradient_tail(x, gate_up);
+    const bool in_place = ours && k.gated.stride(0) >= k.gated.size(1) + tail;
+    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, in_place, tail);
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads);
+    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads, tail);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, down));
   }
 
   // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.
@@ -260,7 +289,7 @@ struct MlpBlock {
     MlpBlock block = *this;
     if (columns(x) == 0) {
       block.gate_up.dequantize(x.scalar_type(), tail(x));
-      block.down.dequantize(x.scalar_type(), 0);
+      block.down.dequantize(x.scalar_type(), linear_tail(x, down));
     }
     for (int64_t first = 0; first < x.size(0); first += kTile) body(block, first, std::min(kTile, x.size(0) - first));
   }
@@ -282,8 +311,9 @@ struct MlpBlock {
     const bool need_normed = need_dx || norm.weight.requires_grad();
     const Tensor d_normed =
         mlp_columns_backward(dy, norm.forward(x, &kept.rstd, tail(x)), gate_up, down, activation, run, need_normed,
-                             gate_up_grads, down_grads);
-    return need_normed ? norm.backward(d_normed, x, kept.rstd, grads[0], dy) : Tensor();
+                             gate_up_grads, down_grads, tail_behind(dy, down));
+    if (!need_normed) return {};
+    return norm.backward(d_normed, x, kept.rstd, grads[0], dy, linear_gradient_tail(x, down));
   }
 
   Tensor forward_only(const Tensor& x) const {
@@ -363,7 +393,7 @@ struct BlockNode : Function<BlockNode<Block>> {
     }
     const std::vector<Tensor*> weights = block.visit();
     std::vector<Tensor> grads(weights.size());
-    const Tensor d = dy[0].contiguous();
+    const Tensor d = room_behind(dy[0]) > 0 ? dy[0] : dy[0].contiguous();
     const bool need_dx = ctx->needs_input_grad(0);
     Tensor dx;
     if (saved.size() <= 1) {

@@ -1,6 +1,7 @@
 #include "ferrotune/csrc/mlp_columns.h"
 
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/lora.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -68,10 +69,9 @@ struct GateUp {
   // [2 columns, in + tail]: gate's rows, then up's; scale B in the tail.
   Tensor weight(int64_t run) const {
     const Tensor w = at::empty({2 * columns, in + tail}, x.options());
-    for (int64_t half = 0; half < 2; ++half) {
-      dequantize_into(nf4_part(linear, half)->some_rows(run * columns, columns),
-                      w.narrow(0, half * columns, columns).narrow(1, 0, in));
-    }
+    const Nf4 gate = nf4_part(linear, 0)->some_rows(run * columns, columns);
+    const Nf4 up = nf4_part(linear, 1)->some_rows(run * columns, columns);
+    dequantize_into({&gate, &up}, w.narrow(1, 0, in));
     if (tail > 0) {
       const Tensor behind = w.narrow(1, in, tail).zero_();
       for (const Place& place : places) {
@@ -125,16 +125,29 @@ Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation
 // matrices, for gate and up of sums over the runs (G) and run by run (dB).
 Tensor mlp_columns_backward(const Tensor& dy, Tensor given, const Linear& gate_up, const Linear& down,
                             Activation activation, int64_t columns, bool need_dx, Tensor* gate_up_grads,
-                            Tensor* down_grads) {
+                            Tensor* down_grads, int64_t tail) {
   const auto dtype = dy.scalar_type();
   const Lora& lora = down.parts[0];
+  const int64_t n = dy.size(0), rows = down.rows();
   // dproduct, and behind the run that is worked on product.
-  const Tensor y = product(dy, down.dense(dtype));
-  Tensor down_a, down_g;
-  if (lora.a.defined()) {
+  Tensor y, down_a, down_g;
+  if (tail > 0) {
+    const LoraParts parts(down, dtype);
+    const Tensor wide = dy.as_strided({n, rows + tail}, {dy.stride(0), 1}), room = wide.narrow(1, rows, tail);
+    down_a = parts.a;
+    down_g = room.narrow(1, 0, parts.rank);
+    product_into(down_g, dy, lora.b_in(dtype), lora.scale, false);
+    room.narrow(1, parts.rank, tail - parts.rank).zero_();
+    const Tensor w = down.part_weights->joined(dtype, 0, tail);
+    lora_fill_rows(w.narrow(0, rows, tail), parts);
+    y = at::mm(wide, w);
+  } else {
+    y = product(dy, down.dense(dtype));
+  }
+  if (tail == 0 && lora.a.defined()) {
     const bool made = down.a_cast.defined() && down.a_cast.scalar_type() == dtype;
     down_a = made ? down.a_cast : lora.a.to(dtype);
-    down_g = at::empty({dy.size(0), lora.a.size(0)}, dy.options());
+    down_g = at::empty({n, lora.a.size(0)}, dy.options());
     product_into(down_g, dy, lora.b_in(dtype), lora.scale, false);
     product_into(y, down_g, down_a, 1, true);
   }

@@ -19,8 +19,8 @@ int64_t mlp_columns(const Tensor& x, const Linear& gate_up, const Linear& down);
 Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation, int64_t columns);
 
 // dX (undefined if not wanted) from x as above and dy, the gradient of down's output; into the two lists the gradients of
-// what trains, in the order of Linear::visit.
+// what trains, in the order of Linear::visit. `tail` as in linear_backward, for down.
 Tensor mlp_columns_backward(const Tensor& dy, Tensor x, const Linear& gate_up, const Linear& down, Activation activation,
-                            int64_t columns, bool need_dx, Tensor* gate_up_grads, Tensor* down_grads);
+                            int64_t columns, bool need_dx, Tensor* gate_up_grads, Tensor* down_grads, int64_t tail);
 
 }  // namespace ferrotune

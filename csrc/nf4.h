@@ -33,6 +33,9 @@ struct Nf4 {
 // Writes the matrix into `destination` [rows, in], whose rows may lie apart.
 void dequantize_into(const Nf4& weight, const Tensor& destination);
 
+// Matrices of one width below each other, on a GPU by one launch.
+void dequantize_into(const std::vector<const Nf4*>& weights, const Tensor& destination);
+
 // Elements begin .. end of the flattened matrix, on the CPU.
 template <typename T>
 void dequantize_run(const Nf4& weight, int64_t begin, int64_t end, T* out);

@@ -60,15 +60,18 @@ Tensor swiglu(const Tensor& gate_up, Activation activation);
 // y and rstd. The kernel leaves `tail` columns of y's rows for the caller to write: [N, C + tail].
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
                                             int64_t tail = 0);
-// dx, plus `residual` where it is defined, and dweight where it trains.
+// dx, plus `residual` where it is defined, and dweight where it trains. The kernel leaves `room` columns behind the rows of
+// dx [N, C], in memory that no other tensor holds.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset, const Tensor& residual = {});
+                                             double offset, const Tensor& residual = {}, int64_t room = 0);
 // By the opposite angles where `inverse`, which is the backward. y may have a token stride of its own, or be x.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
-Tensor swiglu_forward(const Tensor& gate_up, Activation activation);
-// in_place: a kernel may write over gate_up.
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false);
+// The kernel leaves `tail` columns of y's rows for the caller to write: [N, F + tail].
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail = 0);
+// in_place: a kernel may write over gate_up. Else it leaves `room` columns behind the rows of the result.
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false,
+                       int64_t room = 0);
 // Into y [N, F], whose rows may lie apart.
 void swiglu_forward_into(const Tensor& y, const Tensor& gate_up, Activation activation);
 // gate_up becomes its gradient, and dy, whose rows may lie apart, what the forward gave.

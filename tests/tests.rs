@@ -15,6 +15,7 @@ mod dynamic;
 mod generate;
 mod golden;
 mod gpu;
+mod gpu_lora;
 mod gpu_memory;
 mod gpu_nf4;
 mod gpu_optim;

@@ -144,16 +144,16 @@ impl Loader<'_> {
         Ok(Weight::Parts(parts.iter().map(part).collect::<Result<_>>()?))
     }
 
-    /// Room for a matrix `[rows, in]`. In 16 bits on a GPU, where it widens, its rows are 64 columns apart, into which LoRA's
-    /// B goes (csrc/linear.h: linear_tail).
+    /// Room for a matrix `[rows, in]`. In 16 bits on a GPU there are 64 columns behind it, into which LoRA's B goes, and 64
+    /// rows below it, into which A goes (csrc/linear.h: linear_tail, linear_gradient_tail): 1 % more memory.
     fn projection(&self, rows: i64, in_features: i64) -> Result<Tensor> {
-        const TAIL: i64 = 64;
+        const ROOM: i64 = 64;
         let sixteen_bit = matches!(self.options.kind, Kind::Half | Kind::BFloat16);
-        let folds = self.options.device.is_cuda() && sixteen_bit && rows >= 2 * in_features;
-        if !folds {
+        if !(self.options.device.is_cuda() && sixteen_bit) {
             return self.empty(&[rows, in_features]);
         }
-        Ok(self.empty(&[rows, in_features + TAIL])?.f_narrow(1, 0, in_features)?)
+        let wide = self.empty(&[rows + ROOM, in_features + ROOM])?;
+        Ok(wide.f_narrow(0, 0, rows)?.f_narrow(1, 0, in_features)?)
     }
 
     /// The checkpoint, if it has the weight `name` in 4 bits.
