@@ -5,6 +5,7 @@
 //! launched as a whole from then on; so is the update.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -15,7 +16,7 @@ use super::optim::AdamW;
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
-use crate::ops::{DropoutKey, LoraCasts, Pass};
+use crate::ops::{DropoutKey, LoraCasts, Pass, Policy};
 
 /// Runs the steps of one model, one after another.
 pub struct Stepper<'a> {
@@ -27,7 +28,21 @@ pub struct Stepper<'a> {
     /// and what the sums of its micro-batches are divided by.
     targets: Tensor,
     casts: Option<LoraCasts>,
+    /// What each layer keeps for the backward.
+    policies: Arc<[Policy]>,
+    /// Memory has no room for recorded steps beside others.
+    one_shape: bool,
     graphs: Graphs,
+}
+
+/// What a step keeps to, chosen before it runs (`train::plan`).
+#[derive(Debug, Clone)]
+pub struct RunPlan {
+    /// What each layer keeps for the backward.
+    pub policies: Vec<Policy>,
+    /// What a recorded step holds cannot be used by steps of other shapes; where memory is short of both, the first batch of
+    /// another shape ends the recording.
+    pub one_shape: bool,
 }
 
 /// What a step gave.
@@ -69,7 +84,15 @@ impl<'a> Stepper<'a> {
         // A mask is a function of the step's number, which a recorded step would repeat.
         let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
         let casts = decoder.lora_casts()?;
-        Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, graphs })
+        let policies = Arc::new([arguments.use_gradient_checkpointing.policy()]);
+        Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, policies, one_shape: false, graphs })
+    }
+
+    /// The same, keeping to a plan.
+    pub fn with_plan(mut self, plan: RunPlan) -> Stepper<'a> {
+        self.policies = plan.policies.into();
+        self.one_shape = plan.one_shape;
+        self
     }
 
     /// The same, launching every kernel by itself: to compare with.
@@ -107,10 +130,10 @@ impl<'a> Stepper<'a> {
         }
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
-        let policy = args.use_gradient_checkpointing.policy();
+        let policies = Arc::clone(&self.policies);
         for (micro_batch, batch) in uploaded.into_iter().enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
-            let pass = Pass { policy, dropout, ..Pass::INFERENCE };
+            let pass = Pass { policies: &policies, dropout, ..Pass::INFERENCE };
             self.micro_batch(decoder, batch, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
@@ -124,10 +147,14 @@ impl<'a> Stepper<'a> {
         &mut self,
         decoder: &Decoder,
         batch: DeviceBatch,
-        pass: Pass<'static>,
+        pass: Pass,
         first: bool,
     ) -> Result<()> {
         let shape = batch.shape();
+        if self.one_shape && self.graphs.lacks(&shape) {
+            self.graphs.stop();
+            device::empty_cache(decoder.device)?;
+        }
         if first {
             if let Some(recorded) =
                 self.graphs.first.as_mut().filter(|recorded| recorded.batch.shape() == shape)
@@ -174,7 +201,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Adds the gradients of the micro-batch's part of the mean loss, and that part to `self.loss`.
-    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass<'static>) -> Result<()> {
+    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<()> {
         let pass = Pass { casts: self.casts.as_ref(), ..pass };
         let loss = self.objective.loss_sum(decoder, batch, pass)?.f_div(&self.targets)?;
         loss.f_backward()?;
@@ -259,6 +286,18 @@ impl Graphs {
         let count = self.seen.entry(shape.clone()).or_insert(0);
         *count += 1;
         *count > REPEATS
+    }
+
+    /// Whether other shapes are recorded and this one is not.
+    fn lacks(&self, shape: &BatchShape) -> bool {
+        let first = self.first.as_ref().map(|recorded| recorded.batch.shape());
+        first.is_some_and(|first| first != *shape) && !self.adding.contains_key(shape)
+    }
+
+    /// Drops what is recorded and records no more.
+    fn stop(&mut self) {
+        *self = Graphs::new(false);
+        self.problem = Some("memory has no room for recorded steps beside batches of other shapes".into());
     }
 
     /// Goes on without: what a failed recording enqueued has not run.
