@@ -17,6 +17,7 @@ mod golden;
 mod gpu;
 mod gpu_nf4;
 mod gpu_optim;
+mod gpu_plan;
 mod gpu_speed;
 mod hub;
 mod nf4;

@@ -124,7 +124,7 @@ struct Report {
     device_memory: u64,
     /// Of steps that are profiled and not timed; none on the CPU.
     gpu: Option<KernelTimes>,
-    /// What was predicted, where a plan was asked for.
+    /// What was predicted, of 16 bits on a GPU.
     plan: Option<Plan>,
     floor: Floor,
     /// ms_per_step over the floor.
@@ -286,12 +286,9 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     })
 }
 
-/// The plan of these steps, where memory is bounded or the plan decides what is kept.
+/// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    let wanted = args.use_gradient_checkpointing == GradientCheckpointing::Auto
-        || args.max_memory.is_some()
-        || args.max_host_memory.is_some();
-    if !wanted || !device.is_cuda() {
+    if !device.is_cuda() || kind_of(args.dtype, device) == tch::Kind::Float {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {

@@ -58,6 +58,8 @@ struct Row {
     predicted_device: u64,
     /// What libtorch's allocator held at most, and what the process took of the GPU beside that.
     measured_device: u64,
+    /// Of it, what is not libtorch's allocator's.
+    measured_context: u64,
     predicted_allocated: u64,
     measured_allocated: u64,
     predicted_host: u64,
@@ -120,6 +122,7 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
             max_memory: budget.device,
             predicted_device: plan.memory.device(),
             measured_device: process - memory.reserved + memory.peak_reserved,
+            measured_context: process - memory.reserved,
             predicted_allocated: plan.memory.allocated(),
             measured_allocated: memory.peak_allocated,
             predicted_host: plan.memory.host,
@@ -139,10 +142,11 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
 
 fn print(row: &Row) {
     println!(
-        "{:>10} | of the GPU {:>10} predicted, {:>10} measured | allocated {:>10}, {:>10} | host {:>9} | {:7.1} ms, {:7.1} ms",
+        "{:>10} | of the GPU {:>10} predicted, {:>10} measured ({} CUDA) | allocated {:>10}, {:>10} | host {:>9} | {:7.1} ms, {:7.1} ms",
         bytes(row.max_memory),
         bytes(row.predicted_device),
         bytes(row.measured_device),
+        bytes(row.measured_context),
         bytes(row.predicted_allocated),
         bytes(row.measured_allocated),
         bytes(row.predicted_host),

@@ -37,9 +37,9 @@ pub enum Moment {
     Backward,
 }
 
-/// CUDA's context, the libraries' code and their own memory, beside what the allocator holds, which is 2 % more than tensors
-/// need: fitted to the runs of docs/gpu.md (H200, CUDA 13).
-pub(super) const CONTEXT: u64 = (6 << 30) / 5;
+/// CUDA's context, the libraries' code and their own memory: at most 0.82 GiB in the runs of docs/gpu.md (H200, CUDA 13). The
+/// allocator, once it is bounded (csrc/cuda/limit.cpp), holds up to 2 % more than tensors need.
+pub(super) const CONTEXT: u64 = 870 << 20;
 const UNUSED_SHARE: f64 = 0.02;
 /// Workspaces of cuBLAS and cuDNN that libtorch's allocator holds.
 const LIBRARIES: u64 = 100 << 20;
