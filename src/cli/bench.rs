@@ -233,6 +233,10 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     };
     let (graphs, not_recorded) = (stepper.graphs(), stepper.not_recorded().map(str::to_string));
     drop(stepper);
+    if planned.is_some() {
+        // What the floor is measured on is no part of the run.
+        device::limit_memory(device, u64::MAX >> 8, u64::MAX, 0)?;
+    }
     let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
     let work = floor::Work {
         config: &decoder.config,

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::bench::random_batch;
-use super::budget::{budget, run_plan};
+use super::budget::budget;
 use super::cards;
 use super::format::bytes;
 use super::model_args::{MachineArgs, kind_of};
@@ -86,6 +86,7 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
         TrainingArguments { init_lora_weights: InitLoraWeights::Random, ..TrainingArguments::default() };
     let options = LoadOptions { kind: kind_of(Dtype::Auto, device), device, load_in_4bit: args.load_in_4bit };
     let most = budget(None, args.max_host_memory, device)?;
+    device::limit_memory(device, Memory::allocator_limit(most.device), most.host, work.tokens)?;
     let mut model = FastLanguageModel::untrained(config, options)?;
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;
@@ -107,7 +108,7 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
         device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)?;
         device::empty_cache(device)?;
         device::reset_peak_memory(device)?;
-        let mut stepper = Stepper::new(&Sft, &arguments, decoder)?.with_plan(run_plan(&plan, budget));
+        let mut stepper = Stepper::new(&Sft, &arguments, decoder)?.with_plan(plan.run(budget));
         let mut times = Vec::new();
         for step in 0..WARM_UP + args.steps {
             let before = Instant::now();

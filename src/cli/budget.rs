@@ -41,12 +41,8 @@ pub fn plan_for(
     let card = cards::of_gpu(device)?;
     let plan = chosen(work, checkpointing, budget, &card).ok_or_else(|| refusal(work, checkpointing, budget, &card))?;
     device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)?;
-    Ok((plan.clone(), run_plan(&plan, budget), card))
-}
-
-pub fn run_plan(plan: &Plan, budget: Budget) -> RunPlan {
-    let beside = plan.memory.device() + plan.memory.kept + plan.memory.workspace;
-    RunPlan { policies: plan.policies.clone(), one_shape: beside > budget.device }
+    let run = plan.run(budget);
+    Ok((plan, run, card))
 }
 
 /// The plan that a word of the flag means; none if it does not fit.

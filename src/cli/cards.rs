@@ -20,11 +20,11 @@ pub const CARDS: [(&str, fn() -> Card); 1] = [("h200", h200)];
 fn h200() -> Card {
     Card {
         name: "NVIDIA H200".into(),
-        product_tflops: 700.0,
-        attention_forward_tflops: 500.0,
-        attention_backward_tflops: 370.0,
-        memory_gb_per_s: 4100.0,
-        bus_gb_per_s: 51.0,
+        product_tflops: 720.1,
+        attention_forward_tflops: 540.1,
+        attention_backward_tflops: 436.8,
+        memory_gb_per_s: 4225.0,
+        bus_gb_per_s: 54.3,
         gap_us: 0.6,
     }
 }

@@ -22,5 +22,5 @@ pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;
 pub use schedule::Schedule;
-pub use step::{RunPlan, StepOutcome, Stepper};
+pub use step::{Recording, RunPlan, StepOutcome, Stepper};
 pub use trainer::Trainer;

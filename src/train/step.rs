@@ -40,9 +40,17 @@ pub struct Stepper<'a> {
 pub struct RunPlan {
     /// What each layer keeps for the backward.
     pub policies: Vec<Policy>,
-    /// What a recorded step holds cannot be used by steps of other shapes; where memory is short of both, the first batch of
-    /// another shape ends the recording.
-    pub one_shape: bool,
+    pub recording: Recording,
+}
+
+/// Whether steps are recorded as CUDA graphs. A graph's memory is its own: nothing of it is returned while it is recorded, so
+/// that gaps between tensors stay, and steps of other shapes cannot use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recording {
+    No,
+    /// Until the first batch of another shape.
+    OneShape,
+    Yes,
 }
 
 /// What a step gave.
@@ -91,7 +99,10 @@ impl<'a> Stepper<'a> {
     /// The same, keeping to a plan.
     pub fn with_plan(mut self, plan: RunPlan) -> Stepper<'a> {
         self.policies = plan.policies.into();
-        self.one_shape = plan.one_shape;
+        self.one_shape = plan.recording == Recording::OneShape;
+        if plan.recording == Recording::No {
+            self.graphs.stop();
+        }
         self
     }
 
@@ -297,7 +308,7 @@ impl Graphs {
     /// Drops what is recorded and records no more.
     fn stop(&mut self) {
         *self = Graphs::new(false);
-        self.problem = Some("memory has no room for recorded steps beside batches of other shapes".into());
+        self.problem = Some("the memory that the run may take has no room for recorded steps".into());
     }
 
     /// Goes on without: what a failed recording enqueued has not run.

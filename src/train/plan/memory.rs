@@ -41,8 +41,10 @@ pub enum Moment {
 /// allocator, once it is bounded (csrc/cuda/limit.cpp), holds up to 2 % more than tensors need.
 pub(super) const CONTEXT: u64 = 870 << 20;
 const UNUSED_SHARE: f64 = 0.02;
-/// Workspaces of cuBLAS and cuDNN that libtorch's allocator holds.
-const LIBRARIES: u64 = 100 << 20;
+/// Workspaces of cuBLAS and cuDNN that libtorch's allocator holds, for the thread of the forward and for that of the backward.
+const LIBRARIES: u64 = 160 << 20;
+/// What the allocator holds in pieces that are too small for anything, whatever the size of the model.
+const PIECES: u64 = 64 << 20;
 
 /// csrc/blocks.cpp: an MLP of twice as many rows, of which nothing but the input is kept, is worked on by tiles of these.
 const TILE: u64 = 8192;
@@ -64,7 +66,7 @@ impl Memory {
 
     /// The part of it that no tensor holds.
     pub fn context(&self) -> u64 {
-        CONTEXT + (self.allocated() as f64 * UNUSED_SHARE) as u64
+        CONTEXT + PIECES + (self.allocated() as f64 * UNUSED_SHARE) as u64
     }
 
     /// What libtorch's allocator may hold of `device` bytes.
