@@ -21,10 +21,10 @@ pub mod proof;
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;
 pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
-pub use policy::Policy;
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };
+pub use policy::Policy;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
 #[derive(Debug)]

@@ -41,7 +41,8 @@ fn random_admitted_runs_stay_within_their_budget() {
             pick(&[0, 1]) == 1,
         );
         let config = Config::from_json(&text).unwrap_or_else(|error| panic!("{text}: {error:#}"));
-        let (batch, length) = (pick(&[1, 2, 3, 8]) as usize, pick(&[100, 256, 777, 1024, 2048, 4096]) as usize);
+        let (batch, length) =
+            (pick(&[1, 2, 3, 8]) as usize, pick(&[100, 256, 777, 1024, 2048, 4096]) as usize);
         let (r, load_in_4bit) = (pick(&[1, 8, 16, 64]) as u32, pick(&[0, 1]) == 1);
         let work = Work::uniform(&config, (batch, length), r, load_in_4bit, None);
         let host = if pick(&[0, 1]) == 1 { 8 << 30 } else { 0 };
@@ -53,7 +54,8 @@ fn random_admitted_runs_stay_within_their_budget() {
 
         let arguments = TrainingArguments { r, ..TrainingArguments::default() };
         let options = LoadOptions { kind: Kind::BFloat16, device, load_in_4bit };
-        device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens).unwrap();
+        device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)
+            .unwrap();
         let mut model = FastLanguageModel::untrained(config, options).unwrap();
         model.get_peft_model(AdapterConfig { r, ..AdapterConfig::default() }, 1).unwrap();
         device::empty_cache(device).unwrap();

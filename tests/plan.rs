@@ -126,7 +126,11 @@ fn plans_stay_within_their_budget_and_gain_by_a_larger_one() {
             }
             assert_eq!(admitted, 40);
             let keep = work.uniform_plan(Off.policy(), &card());
-            assert!(before <= keep.milliseconds * (1.0 + 1e-9), "{before} ms, {} keeping all", keep.milliseconds);
+            assert!(
+                before <= keep.milliseconds * (1.0 + 1e-9),
+                "{before} ms, {} keeping all",
+                keep.milliseconds
+            );
         }
     }
 }
@@ -136,9 +140,15 @@ fn plans_stay_within_their_budget_and_gain_by_a_larger_one() {
 fn what_does_not_fit_is_refused_with_the_smallest_change() {
     let (quantised, one) = ("--load-in-4bit", "--per-device-train-batch-size=1");
     for (flags, change) in [
-        (&[quantised, "--use-gradient-checkpointing=off", "--max-memory=12GiB"][..], "--use-gradient-checkpointing"),
+        (
+            &[quantised, "--use-gradient-checkpointing=off", "--max-memory=12GiB"][..],
+            "--use-gradient-checkpointing",
+        ),
         (&[quantised, "--max-memory=8500MiB", "--max-host-memory=1MiB"], "--max-host-memory"),
-        (&[quantised, "--max-memory=9GiB", "--per-device-train-batch-size=64"], "--per-device-train-batch-size"),
+        (
+            &[quantised, "--max-memory=9GiB", "--per-device-train-batch-size=64"],
+            "--per-device-train-batch-size",
+        ),
         (&[quantised, "--max-memory=8GiB", one, "--max-seq-length=100000"], "--max-seq-length"),
         (&["--max-memory=9GiB", one], "--load-in-4bit"),
         (&[quantised, "--max-memory=2GiB"], "--max-memory"),

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
-use tch::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use tch::Device;
 
 use super::banner::table;
 use super::budget::{budget, plan_for};
@@ -25,9 +25,7 @@ use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
 use crate::train::plan::{Plan, Work};
-use crate::train::{
-    Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments,
-};
+use crate::train::{Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
@@ -308,7 +306,12 @@ fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option
 }
 
 /// Rows of samples of `lengths` with random tokens, every one of them a target.
-pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, lengths: &[usize], vocab_size: i64) -> Batch {
+pub(super) fn random_batch(
+    random: &mut ChaCha8Rng,
+    rows: usize,
+    lengths: &[usize],
+    vocab_size: i64,
+) -> Batch {
     let samples: Vec<Vec<i64>> = (0..rows)
         .flat_map(|_| lengths)
         .map(|&length| (0..length).map(|_| random.random_range(0..vocab_size)).collect())

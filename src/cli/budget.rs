@@ -39,14 +39,20 @@ pub fn plan_for(
     device: Device,
 ) -> Result<(Plan, RunPlan, Card)> {
     let card = cards::of_gpu(device)?;
-    let plan = chosen(work, checkpointing, budget, &card).ok_or_else(|| refusal(work, checkpointing, budget, &card))?;
+    let plan = chosen(work, checkpointing, budget, &card)
+        .ok_or_else(|| refusal(work, checkpointing, budget, &card))?;
     device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)?;
     let run = plan.run(budget);
     Ok((plan, run, card))
 }
 
 /// The plan that a word of the flag means; none if it does not fit.
-pub fn chosen(work: &Work, checkpointing: GradientCheckpointing, budget: Budget, card: &Card) -> Option<Plan> {
+pub fn chosen(
+    work: &Work,
+    checkpointing: GradientCheckpointing,
+    budget: Budget,
+    card: &Card,
+) -> Option<Plan> {
     match checkpointing {
         GradientCheckpointing::Auto => work.fastest(card, budget),
         other => {
@@ -73,7 +79,12 @@ fn refusal(work: &Work, checkpointing: GradientCheckpointing, budget: Budget, ca
 }
 
 /// From what changes nothing but time to what changes the model: the first that fits.
-pub fn smallest_change(work: &Work, checkpointing: GradientCheckpointing, budget: Budget, card: &Card) -> String {
+pub fn smallest_change(
+    work: &Work,
+    checkpointing: GradientCheckpointing,
+    budget: Budget,
+    card: &Card,
+) -> String {
     let fits = |work: &Work, budget: Budget| work.fastest(card, budget).is_some();
     if checkpointing != GradientCheckpointing::Auto && fits(work, budget) {
         return "--use-gradient-checkpointing auto".into();
@@ -83,7 +94,8 @@ pub fn smallest_change(work: &Work, checkpointing: GradientCheckpointing, budget
         return format!("--max-host-memory {}", mebibytes(host.host));
     }
     let rows = work.tokens / work.sample.max(1);
-    let fewer = (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
+    let fewer =
+        (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
     if let Some(rows) = fewer {
         return format!("--per-device-train-batch-size {rows} (with more --gradient-accumulation-steps)");
     }
@@ -111,7 +123,8 @@ fn mebibytes(bytes: u64) -> String {
 /// What a plan says, as lines of a table.
 pub fn lines(plan: &Plan, budget: Budget, card: &Card) -> Vec<(&'static str, String)> {
     let memory = &plan.memory;
-    let kept: Vec<String> = plan.lines().into_iter().map(|(name, places)| format!("{name} {places}")).collect();
+    let kept: Vec<String> =
+        plan.lines().into_iter().map(|(name, places)| format!("{name} {places}")).collect();
     let mut lines = vec![(
         "plan",
         format!(

@@ -13,8 +13,11 @@ use crate::error::Error;
 use crate::io::write_atomically;
 use crate::train::plan::Card;
 
-/// (name in `--card`, what `Card::measure` gave on one)
-pub const CARDS: [(&str, fn() -> Card); 1] = [("h200", h200)];
+/// What `Card::measure` gave on one.
+type Measure = fn() -> Card;
+
+/// With its name in `--card`.
+const CARDS: [(&str, Measure); 1] = [("h200", h200)];
 
 /// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130.
 fn h200() -> Card {

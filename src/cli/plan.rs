@@ -181,7 +181,8 @@ fn render(report: &Report, args: &PlanArgs) -> String {
         .others
         .iter()
         .map(|other| {
-            let at_host = if other.host > 0 { format!(", {} at the host", bytes(other.host)) } else { String::new() };
+            let at_host =
+                if other.host > 0 { format!(", {} at the host", bytes(other.host)) } else { String::new() };
             let text = format!("{}{at_host}, {}", bytes(other.peak_device), milliseconds(other.ms_per_step));
             (word(other.use_gradient_checkpointing), text)
         })

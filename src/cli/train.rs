@@ -83,9 +83,8 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         stop: &stop,
     };
     let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
-        Some(plan) if matches!(error.downcast_ref(), Some(Error::OutOfMemory { .. })) => {
-            error.context(missed(plan))
-        }
+        // In a backward pass it comes from libtorch's own engine, as text.
+        Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
         _ => error,
     })?;
     drop(observer);

@@ -104,8 +104,11 @@ fn work(
         let weight = format!("{module}.weight");
         weights.names().any(|name| name.starts_with(&weight) && name.len() > weight.len())
     };
-    let stored: BTreeSet<&str> =
-        if weights.is_quantized() { ranks.keys().map(String::as_str).filter(|m| stored(m)).collect() } else { BTreeSet::new() };
+    let stored: BTreeSet<&str> = if weights.is_quantized() {
+        ranks.keys().map(String::as_str).filter(|m| stored(m)).collect()
+    } else {
+        BTreeSet::new()
+    };
     let module = |name: &str| Module {
         r: ranks.get(name).copied().unwrap_or(0),
         nf4: stored.contains(name) || (quantises && !dense.contains(name)),

@@ -181,7 +181,8 @@ impl BatchStream {
         if self.options.packing {
             return (rows * self.options.max_seq_length).min(self.data.num_tokens() as usize);
         }
-        let mut lengths: Vec<usize> = (0..self.data.len()).map(|sample| self.data.sample_len(sample)).collect();
+        let mut lengths: Vec<usize> =
+            (0..self.data.len()).map(|sample| self.data.sample_len(sample)).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         lengths.iter().take(rows).sum()
     }

@@ -170,7 +170,8 @@ impl Work {
     /// The same on projections in 4 bits; none if they are.
     pub fn in_4bit(&self) -> Option<Work> {
         let mut work = self.clone();
-        let linears = work.layers.iter_mut().flat_map(|l| [&mut l.qkv, &mut l.o, &mut l.gate_up, &mut l.down]);
+        let linears =
+            work.layers.iter_mut().flat_map(|l| [&mut l.qkv, &mut l.o, &mut l.gate_up, &mut l.down]);
         for part in linears.flat_map(|linear| linear.parts.iter_mut()) {
             part.module.nf4 = true;
         }

@@ -93,7 +93,17 @@ impl<'a> Stepper<'a> {
         let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
         let casts = decoder.lora_casts()?;
         let policies = Arc::new([arguments.use_gradient_checkpointing.policy()]);
-        Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, policies, one_shape: false, graphs })
+        Ok(Stepper {
+            objective,
+            arguments,
+            optimizer,
+            loss,
+            targets,
+            casts,
+            policies,
+            one_shape: false,
+            graphs,
+        })
     }
 
     /// The same, keeping to a plan.
@@ -154,13 +164,7 @@ impl<'a> Stepper<'a> {
         Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1] })
     }
 
-    fn micro_batch(
-        &mut self,
-        decoder: &Decoder,
-        batch: DeviceBatch,
-        pass: Pass,
-        first: bool,
-    ) -> Result<()> {
+    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass, first: bool) -> Result<()> {
         let shape = batch.shape();
         if self.one_shape && self.graphs.lacks(&shape) {
             self.graphs.stop();

@@ -200,7 +200,13 @@ fn attention_block(op: &'static str, nf4: bool, policy: Policy) -> Case {
                 };
                 let segments = Segments::new(&cu_seqlens, t[x].device())?;
                 let rows = ops::Rows { cos: &t[cos], sin: &t[sin], segments: &segments };
-                ops::attention_block(&t[x], &block, &rows, None, Pass { policies: &[policy], ..Pass::INFERENCE })
+                ops::attention_block(
+                    &t[x],
+                    &block,
+                    &rows,
+                    None,
+                    Pass { policies: &[policy], ..Pass::INFERENCE },
+                )
             }),
             plain: Box::new(move |t| {
                 let projected = plain_qkv.plain(&plain::rms_norm(&t[x], &norm(&t[weight]))?, t)?;

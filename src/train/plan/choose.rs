@@ -164,9 +164,15 @@ impl Work {
                 known.len() - 1
             });
             let worths = &known[found].1;
-            steps.extend((0..KINDS.len()).map(|kind| Step { layer: index, kind, ..Step::from(worths[kind]) }));
+            steps.extend((0..KINDS.len()).map(|kind| Step {
+                layer: index,
+                kind,
+                ..Step::from(worths[kind])
+            }));
         }
-        steps.sort_by(|a, b| b.ratio.total_cmp(&a.ratio).then(a.kind.cmp(&b.kind)).then(b.layer.cmp(&a.layer)));
+        steps.sort_by(|a, b| {
+            b.ratio.total_cmp(&a.ratio).then(a.kind.cmp(&b.kind)).then(b.layer.cmp(&a.layer))
+        });
         steps
     }
 

@@ -149,7 +149,8 @@ impl Work {
     pub fn evaluation(&self, tokens: u64) -> u64 {
         let work = Work { tokens, ..self.clone() };
         let policies = vec![Policy::RECOMPUTE; work.layers.len()];
-        let bytes = work.layers.iter().zip(&policies).map(|(layer, policy)| work.layer_bytes(layer, policy).forward);
+        let bytes =
+            work.layers.iter().zip(&policies).map(|(layer, policy)| work.layer_bytes(layer, policy).forward);
         let running = bytes.max().unwrap_or(0).max(work.loss());
         let training = work.memory(&policies);
         let workspace = running + 2 * tokens * (16 + 4 * self.layers[0].d * self.shape.ropes) + LIBRARIES;
@@ -177,7 +178,8 @@ impl Work {
         let qk_copy = if self.shape.qk_norm { layer.turned() } else { 0 };
         // Log-sum-exp and statistics in f32 count twice.
         let attended = query + 2 * layer.h;
-        let (qkv, output) = (projected + qk_copy + layer.qkv.rank(), if self.shape.post_norms { c } else { 0 });
+        let (qkv, output) =
+            (projected + qk_copy + layer.qkv.rank(), if self.shape.post_norms { c } else { 0 });
         let tail = tail_of(&layer.gate_up);
 
         let a = &policy.attention;
@@ -190,7 +192,8 @@ impl Work {
             + 2;
         let m = &policy.mlp;
         // Under a kept norm output the second input of gate and up lies behind it.
-        let behind = if m.normed == Place::Device { tail.max(layer.gate_up.rank()) } else { layer.gate_up.rank() };
+        let behind =
+            if m.normed == Place::Device { tail.max(layer.gate_up.rank()) } else { layer.gate_up.rank() };
         let tiled = n >= 2 * TILE && m.projected == Place::Recompute;
         let mlp_kept = device(m.input, c)
             + if tiled {
@@ -239,7 +242,8 @@ impl Work {
         };
         let forward = attention.max(mlp) + 2 * n * 2 * c;
 
-        let pinned = |place: Place, bytes: u64| if place == Place::Host { (n * bytes).next_power_of_two() } else { 0 };
+        let pinned =
+            |place: Place, bytes: u64| if place == Place::Host { (n * bytes).next_power_of_two() } else { 0 };
         let host = pinned(a.input, 2 * c)
             + pinned(m.input, 2 * c)
             + pinned(a.inner, 2 * query)

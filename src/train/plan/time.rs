@@ -41,7 +41,10 @@ impl Work {
                 backward += block.backward;
                 for (place, ms) in [
                     // Made again together with what is made from it.
-                    (if policy.projected == Place::Device { policy.normed } else { Place::Recompute }, block.normed),
+                    (
+                        if policy.projected == Place::Device { policy.normed } else { Place::Recompute },
+                        block.normed,
+                    ),
                     (policy.projected, block.projected),
                     (policy.inner, block.inner),
                     (policy.output, block.output),
@@ -103,7 +106,8 @@ impl Work {
             inner: attention_forward,
             output: if self.shape.post_norms { o[0] + post } else { 0.0 },
         };
-        let (gate_up, down) = (self.linear_ms(&layer.gate_up, true, card), self.linear_ms(&layer.down, false, card));
+        let (gate_up, down) =
+            (self.linear_ms(&layer.gate_up, true, card), self.linear_ms(&layer.down, false, card));
         let activation = moved(3.0 * f);
         let mlp = BlockMs {
             forward: norm + gate_up[0] + activation + down[0] + post + sum,
