@@ -320,6 +320,11 @@ pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
 }
 
+/// uint8 `[bytes]` in page-locked memory of the host, between which and a GPU copies run at the rate of the bus; not written.
+pub fn pinned(bytes: u64) -> Result<tch::Tensor> {
+    Ok(take(bridge::pinned(bytes as i64)?))
+}
+
 /// int64 `[n]` on `device`, without waiting for the work that it has still to do.
 pub fn upload(values: &[i64], device: tch::Device) -> Result<tch::Tensor> {
     match cuda_device(device) {

@@ -185,6 +185,7 @@ pub(crate) mod bridge {
         fn use_deterministic_algorithms();
         fn serial_ops();
         fn keep_freed_memory();
+        fn pinned(bytes: i64) -> Result<UniquePtr<Tensor>>;
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
         type Event;
         fn record_event(index: i32) -> Result<UniquePtr<Event>>;

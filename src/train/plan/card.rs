@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::device;
 use crate::ops::{self, AttentionSpec, Segments};
 use crate::train::floor::time;
 
@@ -87,7 +88,7 @@ impl Card {
         let from = random(&[COPIED])?;
         let mut to = from.f_empty_like()?;
         let copy = time(device, &mut || Ok(to.f_copy_(&from)?))?;
-        let mut there = from.f_narrow(0, 0, COPIED / 4)?.f_to_device(Device::Cpu)?.f_pin_memory(device)?;
+        let mut there = device::pinned(COPIED as u64 / 2)?.f_view_dtype(Kind::BFloat16)?;
         let mut here = to.f_narrow(0, 0, COPIED / 4)?;
         let out = time(device, &mut || Ok(there.f_copy_(&here)?))?;
         let back = time(device, &mut || Ok(here.f_copy_(&there)?))?;
