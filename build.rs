@@ -25,6 +25,8 @@ fn main() {
         "device",
         "kernels",
         "linear",
+        "lora",
+        "mlp_columns",
         "nf4",
         "optim",
         "profile",

@@ -8,6 +8,7 @@
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/cuda_library.h"
 #include "ferrotune/csrc/linear.h"
+#include "ferrotune/csrc/mlp_columns.h"
 #include "ferrotune/csrc/node.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -34,15 +35,40 @@ struct Norm {
     return y;
   }
 
-  // Plus `residual`, the gradient that reaches x around the norm, if there is one.
-  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight,
-                  const Tensor& residual = {}) const {
+  // Plus `residual`, the gradient that reaches x around the norm, if there is one. `room`: see rms_norm_backward.
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight, const Tensor& residual = {},
+                  int64_t room = 0) const {
     if (!weight.defined()) return residual.defined() ? dy + residual : dy;
-    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual);
+    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual, room);
     dweight = dw;
     return dx;
   }
 };
+
+// l(norm(x)). normed is the input of l, or undefined where the backward does not need it; `room`: see linear_with_tail.
+Tensor norm_linear(const Norm& norm, const Linear& l, const Tensor& x, Tensor* rstd, Tensor& normed, Tensor* z,
+                   int64_t room = 0) {
+  const int64_t tail = norm.weight.defined() ? linear_tail(x, l) : 0;
+  normed = norm.forward(x, rstd, tail);
+  const Tensor y = tail > 0 ? linear_with_tail(normed, l, z, room) : linear_forward(normed, l, z);
+  if (tail > 0) normed = normed.narrow(1, 0, x.size(1));
+  if (!l.needs_input()) normed = Tensor();
+  return y;
+}
+
+// Columns behind the rows of d [N, C] that are nobody's: a block's backward leaves room there (rms_norm_backward), and as no
+// other tensor holds the memory, nobody sees what is written.
+int64_t room_behind(const Tensor& d) {
+  const bool alone = d.dim() == 2 && d.stride(1) == 1 && d.storage_offset() == 0 && d.storage().use_count() == 1 &&
+                     static_cast<int64_t>(d.storage().nbytes()) >= d.size(0) * d.stride(0) * d.element_size();
+  return alone ? std::max<int64_t>(d.stride(0) - d.size(1), 0) : 0;
+}
+
+// The tail for linear_backward: what l wants, if d has room for it.
+int64_t tail_behind(const Tensor& d, const Linear& l) {
+  const int64_t tail = linear_gradient_tail(d, l);
+  return room_behind(d) >= tail ? tail : 0;
+}
 
 // A tensor of a block's forward, and where it waits for the backward.
 struct Waiting {
@@ -68,6 +94,8 @@ struct AttentionBlock {
 
     // The second inputs of LoRA and the statistics are a hundredth of the rest, and dear to compute again.
     std::vector<Waiting> waiting(const BlockPolicy& policy) {
+      // Behind normed, if that is where it lies, it would keep all of that.
+      if (policy.normed != Place::Device && qkv_z.defined()) qkv_z = qkv_z.contiguous();
       return {{&rstd, Place::Device},          {&normed, policy.normed},      {&qkv_z, policy.projected},
               {&projected, policy.projected},  {&q_rstd, policy.projected},   {&k_rstd, policy.projected},
               {&qk, policy.projected},         {&attended, policy.inner},     {&lse, policy.inner},
@@ -87,7 +115,8 @@ struct AttentionBlock {
     return keys >= kKeys * segments->rows();
   }
 
-  bool in_tiles(const Tensor&) const { return false; }
+  // Whether a block of which only x is kept has a way of its own.
+  bool has_frugal_way(const Tensor&) const { return false; }
 
   // The trainable tensors, in the order of the gradients; norms, then qkv, then o.
   std::vector<Tensor*> visit() {
@@ -116,8 +145,7 @@ struct AttentionBlock {
   // Query and key heads as attention takes them.
   Tensor turned(const Kept& k) const { return k.qk.defined() ? k.qk : query_key_rows(k.projected); }
 
-  void project(const Tensor& x, Kept& k, bool keeps) const {
-    k.projected = linear_forward(k.normed, qkv, keeps ? &k.qkv_z : nullptr);
+  void turn(const Tensor& x, Kept& k, bool keeps) const {
     if (!q_norm.weight.defined()) {
       const Tensor rows = query_key_rows(k.projected);
       // In place: nothing needs them as they were. Decoding on the CPU has a quicker way for one row.
@@ -141,10 +169,10 @@ struct AttentionBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    const bool projects = !k.projected.defined();
-    if (projects || (qkv.needs_input() && !k.normed.defined())) k.normed = norm.forward(x, keeps ? &k.rstd : nullptr);
-    if (projects) project(x, k, keeps);
-    if (!qkv.needs_input()) k.normed = Tensor();
+    if (!k.projected.defined()) {
+      k.projected = norm_linear(norm, qkv, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.qkv_z : nullptr);
+      turn(x, k, keeps);
+    }
     const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
     if (cache.k.defined()) {
       k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
@@ -166,16 +194,24 @@ struct AttentionBlock {
   Tensor forward_only(const Tensor& x) const { return forward(x, nullptr, true); }
 
   Tensor completed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    const bool waited = kept.normed.defined();
     forward(x, &kept, false);
+    // Made a third time, after attention's backward, which needs most memory: 16 us where it is 32 MiB (H200). qkv_z may stand
+    // behind it, and would hold its memory.
+    if (!waited && norm.weight.defined() && kept.normed.defined()) {
+      kept.normed = Tensor();
+      if (kept.qkv_z.defined()) kept.qkv_z = kept.qkv_z.contiguous();
+    }
     return backward(dy, x, kept, need_dx, grads);
   }
 
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
-    Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads);
+    Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o));
     const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
-    Tensor d_projected = at::empty(k.projected.sizes(), k.projected.options());
+    const int64_t rows = k.projected.size(1), tail = linear_gradient_tail(x, qkv);
+    const Tensor d_projected = at::empty({x.size(0), rows + tail}, x.options()).narrow(1, 0, rows);
     const bool normed = q_norm.weight.defined();
     const Tensor d_qk = normed ? at::empty(k.qk.sizes(), k.qk.options()) : query_key_rows(d_projected);
     const Tensor dq = d_qk.narrow(1, 0, heads), dk = d_qk.narrow(1, heads, kv_heads);
@@ -188,9 +224,10 @@ struct AttentionBlock {
     }
     k.projected = k.qk = k.attended = k.lse = d_attended = Tensor();
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads);
+    if (!k.normed.defined() && qkv.needs_input()) k.normed = norm.forward(x, nullptr);
+    const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads, tail);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, o));
   }
 };
 
@@ -206,8 +243,9 @@ struct MlpBlock {
     Tensor out, post_rstd;           // out: the input of post_norm
 
     std::vector<Waiting> waiting(const BlockPolicy& policy) {
-      // Behind normed, if that is where it lies, it would keep all of that.
+      // Behind normed or product, if that is where they lie, they would keep all of that.
       if (policy.normed != Place::Device && gate_up_z.defined()) gate_up_z = gate_up_z.contiguous();
+      if (policy.inner != Place::Device && down_z.defined()) down_z = down_z.contiguous();
       return {{&rstd, Place::Device},    {&normed, policy.normed}, {&gate_up_z, policy.projected},
               {&gated, policy.projected}, {&product, policy.inner}, {&down_z, Place::Device},
               {&out, policy.output},     {&post_rstd, policy.output}};
@@ -229,24 +267,24 @@ struct MlpBlock {
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
     if (!k.gated.defined()) {
-      const int64_t tail = norm.weight.defined() ? linear_tail(x, gate_up) : 0;
-      k.normed = norm.forward(x, keeps ? &k.rstd : nullptr, tail);
-      Tensor* const z = keeps ? &k.gate_up_z : nullptr;
-      k.gated = tail > 0 ? linear_with_tail(k.normed, gate_up, z) : linear_forward(k.normed, gate_up, z);
-      if (tail > 0) k.normed = k.normed.narrow(1, 0, x.size(1));
+      // The backward may put the gradient of gated into its memory.
+      const int64_t room = keeps ? linear_gradient_tail(x, gate_up) : 0;
+      k.gated = norm_linear(norm, gate_up, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.gate_up_z : nullptr, room);
     } else if (gate_up.needs_input() && !k.normed.defined()) {
       k.normed = norm.forward(x, &k.rstd);
     }
-    if (!gate_up.needs_input()) k.normed = Tensor();
-    const bool last_product = whole || (post_norm.weight.defined() && !k.out.defined());
-    if (!k.product.defined() && (last_product || down.needs_input())) {
-      k.product = keeps ? swiglu_forward(k.gated, activation) : swiglu(k.gated, activation);
+    const bool last = whole || (post_norm.weight.defined() && !k.out.defined());
+    const int64_t tail = last ? linear_tail(x, down) : 0;
+    if (last || (down.needs_input() && !k.product.defined())) {
+      k.product = keeps || tail > 0 ? swiglu_forward(k.gated, activation, tail) : swiglu(k.gated, activation);
     }
-    if (!last_product) {
+    if (!last) {
       if (!k.down_z.defined() && k.product.defined()) k.down_z = linear_z(k.product, down);
       return {};
     }
-    k.out = linear_forward(k.product, down, keeps ? &k.down_z : nullptr);
+    Tensor* const z = keeps ? &k.down_z : nullptr;
+    k.out = tail > 0 ? linear_with_tail(k.product, down, z) : linear_forward(k.product, down, z);
+    if (tail > 0) k.product = k.product.narrow(1, 0, down.in());
     if (!down.needs_input()) k.product = Tensor();
     const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
     if (!post_norm.weight.defined()) k.out = Tensor();
@@ -257,12 +295,15 @@ struct MlpBlock {
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
-    const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads);
-    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, /*in_place=*/true);
+    const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads,
+                                             tail_behind(d_out, down));
+    const int64_t tail = linear_gradient_tail(x, gate_up);
+    const bool in_place = k.gated.stride(0) >= k.gated.size(1) + tail;
+    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, in_place, tail);
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads);
+    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads, tail);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy);
+    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, down));
   }
 
   // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.
@@ -275,36 +316,69 @@ struct MlpBlock {
            std::none_of(down.parts.begin(), down.parts.end(), drops);
   }
 
-  // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles.
+  // Columns of a run of mlp_columns.h, or 0. Its product is not kept, and post_norm's backward would need what follows it.
+  int64_t columns(const Tensor& x) const { return post_norm.weight.defined() ? 0 : mlp_columns(x, gate_up, down); }
+
+  int64_t tail(const Tensor& x) const { return norm.weight.defined() ? linear_tail(x, gate_up) : 0; }
+
+  // Whether a block of which only x is kept has a way of its own.
+  bool has_frugal_way(const Tensor& x) const { return in_tiles(x) || columns(x) > 0; }
+
+  // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles, or in runs of columns
+  // for each.
   template <typename Body>
   void each_tile(const Tensor& x, const Body& body) const {
     MlpBlock block = *this;
-    block.gate_up.dequantize(x.scalar_type(), norm.weight.defined() ? linear_tail(x, gate_up) : 0);
-    block.down.dequantize(x.scalar_type(), 0);
+    if (columns(x) == 0) {
+      block.gate_up.dequantize(x.scalar_type(), tail(x));
+      block.down.dequantize(x.scalar_type(), linear_tail(x, down));
+    }
     for (int64_t first = 0; first < x.size(0); first += kTile) body(block, first, std::min(kTile, x.size(0) - first));
   }
 
+  // Of as many rows as are worked on at once.
+  Tensor tile_forward(const Tensor& x) const {
+    const int64_t run = columns(x);
+    if (run == 0) return forward(x, nullptr, true);
+    return x + linear_forward(mlp_product(norm.forward(x, nullptr, tail(x)), gate_up, activation, run), down, nullptr);
+  }
+
+  Tensor tile_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    const int64_t run = columns(x);
+    if (run == 0) {
+      forward(x, &kept, false);
+      return backward(dy, x, kept, need_dx, grads);
+    }
+    Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
+    const bool need_normed = need_dx || norm.weight.requires_grad();
+    const Tensor d_normed =
+        mlp_columns_backward(dy, norm.forward(x, &kept.rstd, tail(x)), gate_up, down, activation, run, need_normed,
+                             gate_up_grads, down_grads, tail_behind(dy, down));
+    if (!need_normed) return {};
+    return norm.backward(d_normed, x, kept.rstd, grads[0], dy, linear_gradient_tail(x, down));
+  }
+
   Tensor forward_only(const Tensor& x) const {
-    if (!in_tiles(x)) return forward(x, nullptr, true);
+    if (!in_tiles(x)) return tile_forward(x);
     const Tensor y = at::empty_like(x);
     each_tile(x, [&](const MlpBlock& block, int64_t first, int64_t rows) {
-      y.narrow(0, first, rows).copy_(block.forward(x.narrow(0, first, rows), nullptr, true));
+      y.narrow(0, first, rows).copy_(block.tile_forward(x.narrow(0, first, rows)));
     });
     return y;
   }
 
   Tensor completed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
-    if (!in_tiles(x) || kept.gated.defined()) {
+    if (kept.gated.defined() || !has_frugal_way(x)) {
       forward(x, &kept, false);
       return backward(dy, x, kept, need_dx, grads);
     }
+    if (!in_tiles(x)) return tile_backward(dy, x, kept, need_dx, grads);
     Tensor dx;
     each_tile(x, [&](MlpBlock& block, int64_t first, int64_t rows) {
       Kept k;
       std::vector<Tensor> found(block.visit().size());
       const Tensor some_x = x.narrow(0, first, rows);
-      block.forward(some_x, &k, false);
-      const Tensor some_dx = block.backward(dy.narrow(0, first, rows), some_x, k, need_dx, found.data());
+      const Tensor some_dx = block.tile_backward(dy.narrow(0, first, rows), some_x, k, need_dx, found.data());
       if (some_dx.defined()) {
         if (!dx.defined()) dx = at::empty_like(x);
         dx.narrow(0, first, rows).copy_(some_dx);
@@ -346,8 +420,8 @@ struct BlockNode : Function<BlockNode<Block>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Block& block, BlockPolicy wanted) {
     const CudaLibrary* const cuda = x.is_cuda() ? cuda_library() : nullptr;
     Saved saved{block, possible(wanted, block, cuda != nullptr), x, {}, {}};
-    const bool in_tiles = block.in_tiles(x) && saved.policy.projected == Place::Recompute;
-    const Tensor y = in_tiles ? block.forward_only(x) : block.forward(x, &saved.kept, true);
+    const bool frugal = block.has_frugal_way(x) && saved.policy.projected == Place::Recompute;
+    const Tensor y = frugal ? block.forward_only(x) : block.forward(x, &saved.kept, true);
     const auto leave = [&](Tensor& tensor, Place place) {
       saved.stash.push_back(place == Place::Host && tensor.defined() ? cuda->stash(tensor) : nullptr);
       if (place != Place::Device) tensor = Tensor();
@@ -363,15 +437,19 @@ struct BlockNode : Function<BlockNode<Block>> {
     TORCH_CHECK(!ctx->saved_data.empty(), "a block's gradient was taken already");
     Saved saved = taken<Saved>(ctx->saved_data["saved"]);
     ctx->saved_data.clear();
-    // The last first, as they come back.
+    // The last first, as they come back. While this block works, those of the next are on their way: three where this one is an
+    // MLP, only its x where attention fetched three itself, and memory is shortest.
+    constexpr int kBothBlocks = 4;
     const auto waiting = saved.kept.waiting(saved.policy);
+    int own = static_cast<int>(std::count_if(saved.stash.begin() + 1, saved.stash.end(), [](const auto& s) { return s != nullptr; }));
+    const int of_next = std::max(0, kBothBlocks - 1 - own);
     for (size_t i = waiting.size(); i > 0; --i) {
-      if (saved.stash[i]) *waiting[i - 1].tensor = saved.stash[i]->fetch();
+      if (saved.stash[i]) *waiting[i - 1].tensor = saved.stash[i]->fetch(own--);
     }
-    if (saved.stash[0]) saved.x = saved.stash[0]->fetch();
+    if (saved.stash[0]) saved.x = saved.stash[0]->fetch(of_next);
     const std::vector<Tensor*> weights = saved.block.visit();
     std::vector<Tensor> grads(weights.size());
-    const Tensor d = dy[0].contiguous();
+    const Tensor d = room_behind(dy[0]) > 0 ? dy[0] : dy[0].contiguous();
     const Tensor dx = saved.block.completed_backward(d, saved.x, saved.kept, ctx->needs_input_grad(0), grads.data());
     variable_list result{dx};
     for (size_t i = 0; i < weights.size(); ++i) {

@@ -60,6 +60,17 @@ void product_into(const Tensor& c, const Tensor& a, const Tensor& b, double alph
   split_gemm(*kernels, c, a, b, alpha, add);
 }
 
+void product_as(const Tensor& c, const Tensor& a, const Tensor& b, double alpha, bool add) {
+  if (c.scalar_type() == a.scalar_type()) return product_into(c, a, b, alpha, add);
+  if (a.is_cuda()) {
+    Tensor out = c;
+    at::addmm_out(out, out, a, b, c.scalar_type(), add ? 1 : 0, alpha);
+    return;
+  }
+  const Tensor sum = at::mm(a, b).to(c.scalar_type());
+  add ? c.add_(sum, alpha) : c.copy_(at::mul(sum, alpha));
+}
+
 CpuActivation cpu_activation(Activation activation) {
   switch (activation) {
     case Activation::Silu:

@@ -18,6 +18,9 @@ Tensor product(const Tensor& a, const Tensor& b);
 // c = alpha a b, added to c where `add`. The rows of c may lie apart.
 void product_into(const Tensor& c, const Tensor& a, const Tensor& b, double alpha, bool add);
 
+// The same for c of a dtype of its own: on a GPU f32 sums of 16-bit operands are stored as they are.
+void product_as(const Tensor& c, const Tensor& a, const Tensor& b, double alpha, bool add);
+
 // Calls body(begin, end) for runs of rows, on several threads if a row is worth `row_work` simple operations.
 template <typename Body>
 void cpu_rows(int64_t rows, int64_t row_work, const Body& body) {

@@ -5,9 +5,14 @@
 //   loss = sum_n (logsumexp(z_n) - z_n[label_n])
 //   dz   = p - onehot(label),   ds = dz (1 - (z / c)^2),   dh = ds W,   dW = ds^T h
 // The forward computes dh and dW for a loss gradient of 1; the backward multiplies them by what it is given.
+//
+// A head in 4 bits is dequantised in runs of words, once for the scores of a chunk and once for its dh: 1.3 GB of traffic each
+// at 128,256 words of 4096, 0.36 ms, beside 1.4 ms of product for 1024 rows (H200, derived). Keeping the runs' maxima and
+// sums instead, so that one pass over the words does, would save half of that for a kernel more.
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
-#include "ferrotune/csrc/ops.h"
+#include "ferrotune/csrc/nf4.h"
+#include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
 
@@ -19,19 +24,64 @@ namespace {
 
 constexpr int64_t kIgnore = -100;
 
-// Rows a chunk: on the CPU f32 logits of at most 64 MiB (they should stay near the caches), on a GPU 1024, or what 1 GiB
-// holds: with 128,256 words the logits take 501 MiB, and both products still run at the rate of large ones.
-int64_t chunk_rows(const Tensor& hidden, int64_t vocab) {
-  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 30) / (4 * vocab), 1, 1024);
-  return std::max<int64_t>(16, (int64_t{1} << 26) / (4 * vocab));
+at::ScalarType accumulate_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The matrix of the head, [V, C].
+struct Head {
+  // Words of a run that are dequantised at once: 64 MiB at 4096 of 16 bits. Even C gives each run scales of its own.
+  static constexpr int64_t kRun = 8192;
+
+  Tensor dense;  // in the dtype of the products, or undefined:
+  std::optional<Nf4> nf4;
+
+  Head(const Tensor& weight, at::ScalarType dtype) {
+    if (weight.defined()) dense = weight.to(dtype);
+  }
+  Head(const Tensor& weight, const Nf4View& view, at::ScalarType dtype) : Head(weight, dtype) {
+    if (!weight.defined()) nf4 = Nf4(view);
+  }
+
+  int64_t words() const { return nf4 ? nf4->rows : dense.size(0); }
+
+  // Calls body(first word, W of the words from there on in the dtype of x).
+  template <typename Body>
+  void each_run(const Tensor& x, const Body& body) const {
+    if (!nf4) return body(0, dense);
+    const int64_t run = nf4->splits_at(kRun) ? kRun : nf4->rows;
+    for (int64_t first = 0; first < nf4->rows; first += run) {
+      const int64_t count = std::min(run, nf4->rows - first);
+      const Tensor w = at::empty({count, nf4->in}, x.options());
+      dequantize_into(nf4->some_rows(first, count), w);
+      body(first, w);
+    }
+  }
+};
+
+// Rows a chunk: on the CPU f32 logits of at most 64 MiB (they should stay near the caches), on a GPU 512 MiB and 512 rows,
+// 1024 where the head must be dequantised for each chunk.
+int64_t chunk_rows(const Tensor& hidden, const Head& head) {
+  const int64_t row = 4 * head.words();
+  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 29) / row, 1, head.nf4 ? 1024 : 512);
+  return std::max<int64_t>(16, (int64_t{1} << 26) / row);
 }
 
 // h W^T, [n, V], summed and stored in f32 (f64 for f64).
-Tensor scores_of(const Tensor& hidden, const Tensor& weight) {
-  const auto dtype = hidden.scalar_type();
-  if (dtype == at::kDouble || dtype == at::kFloat) return product(hidden, weight.t());
-  if (hidden.is_cuda()) return at::mm(hidden, weight.t(), at::kFloat);
-  return at::mm(hidden, weight.t()).to(at::kFloat);
+Tensor scores_of(const Tensor& hidden, const Head& head) {
+  const Tensor scores = at::empty({hidden.size(0), head.words()}, hidden.options().dtype(accumulate_type(hidden)));
+  head.each_run(hidden, [&](int64_t first, const Tensor& w) {
+    product_as(scores.narrow(1, first, w.size(0)), hidden, w.t(), 1, false);
+  });
+  return scores;
+}
+
+// dh = ds W.
+void gradient_into(const Tensor& dh, const Tensor& ds, const Head& head) {
+  if (!head.nf4) return product_into(dh, ds, head.dense, 1, false);
+  const Tensor sum = at::empty(dh.sizes(), dh.options().dtype(accumulate_type(dh)));
+  head.each_run(dh, [&](int64_t first, const Tensor& w) {
+    product_as(sum, ds.narrow(1, first, w.size(0)), w, 1, first > 0);
+  });
+  dh.copy_(sum);
 }
 
 struct Chunk {
@@ -83,8 +133,8 @@ Chunk chunk_cpu(const CpuKernels& kernels, const Tensor& scores, const Tensor& l
   return chunk;
 }
 
-Chunk chunk_of(const Tensor& hidden, const Tensor& weight, const Tensor& labels, double softcap, bool gradient) {
-  const Tensor scores = scores_of(hidden, weight);
+Chunk chunk_of(const Tensor& hidden, const Head& head, const Tensor& labels, double softcap, bool gradient) {
+  const Tensor scores = scores_of(hidden, head);
   if (const Kernels* kernels = kernels_for(hidden)) {
     return chunk_kernel(*kernels, scores, labels, softcap, gradient, hidden);
   }
@@ -107,10 +157,11 @@ void accumulate(Tensor& dw, const Tensor& ds, const Tensor& hidden) {
 
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   // An undefined tensor may not be an argument of a Function.
-  using Rows = std::optional<Tensor>;
+  using Given = std::optional<Tensor>;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, Rows given, Tensor labels,
-                        double softcap) {
+  // weight is none where the head is in 4 bits.
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, Given weight, const Head& head, Given given,
+                        Tensor labels, double softcap) {
     Tensor rows = given.value_or(Tensor());
     if (!rows.defined() && !kernels_for(hidden)) {
       // The kernel knows rows without a target, the formula does not.
@@ -120,80 +171,97 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
         labels = labels.index_select(0, kept);
       }
     }
-    const Tensor w = weight.to(hidden.scalar_type());
-    const auto acc = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const bool need_dh = hidden.requires_grad(), need_dw = weight.requires_grad();
-    const int64_t n = labels.size(0), step = chunk_rows(hidden, weight.size(0));
+    const auto acc = accumulate_type(hidden);
+    const bool need_dh = hidden.requires_grad(), need_dw = weight.has_value() && weight->requires_grad();
+    const int64_t n = labels.size(0), step = chunk_rows(hidden, head);
 
     Tensor losses = at::empty({n}, hidden.options().dtype(acc));
     Tensor dh, dw;
     if (need_dh) dh = rows.defined() ? at::zeros_like(hidden) : at::empty_like(hidden);
-    if (need_dw) dw = at::zeros(weight.sizes(), weight.options().dtype(acc));
+    if (need_dw) dw = at::zeros(weight->sizes(), weight->options().dtype(acc));
     for (int64_t start = 0; start < n; start += step) {
       const int64_t count = std::min(step, n - start);
       Tensor places;
       if (rows.defined()) places = rows.narrow(0, start, count);
       const Tensor h = rows.defined() ? hidden.index_select(0, places) : hidden.narrow(0, start, count);
-      const Chunk chunk = chunk_of(h, w, labels.narrow(0, start, count), softcap, need_dh || need_dw);
+      const Chunk chunk = chunk_of(h, head, labels.narrow(0, start, count), softcap, need_dh || need_dw);
       losses.narrow(0, start, count).copy_(chunk.losses);
       if (need_dh && rows.defined()) {
-        dh.index_copy_(0, places, product(chunk.ds, w));
+        const Tensor part = at::empty(h.sizes(), h.options());
+        gradient_into(part, chunk.ds, head);
+        dh.index_copy_(0, places, part);
       } else if (need_dh) {
-        Tensor part = dh.narrow(0, start, count);
-        product_into(part, chunk.ds, w, 1, false);
+        gradient_into(dh.narrow(0, start, count), chunk.ds, head);
       }
       if (need_dw) accumulate(dw, chunk.ds, h);
     }
     ctx->saved_data["dh"] = dh;
     ctx->saved_data["dw"] = dw;
-    ctx->saved_data["weight_type"] = weight.scalar_type();
+    if (need_dw) ctx->saved_data["weight_type"] = weight->scalar_type();
     return losses.sum();
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     TORCH_CHECK(!ctx->saved_data.empty(), "linear_cross_entropy: its gradient was taken already");
     Tensor dh = ctx->saved_data["dh"].toTensor(), dw = ctx->saved_data["dw"].toTensor();
-    const auto weight_type = ctx->saved_data["weight_type"].toScalarType();
+    const auto weight_type = dw.defined() ? ctx->saved_data["weight_type"].toScalarType() : at::kFloat;
     // In place, or a second buffer of the size of the hidden states would be needed: so only once.
     ctx->saved_data.clear();
     // One dimension, so that the product is in f32: a scalar tensor would be rounded to dh's dtype first.
     const Tensor grad = grads[0].reshape({1});
     if (dh.defined()) dh.mul_(grad);
     if (dw.defined()) dw = dw.mul_(grad).to(weight_type);
-    return {dh, dw, Tensor(), Tensor(), Tensor()};
+    return {dh, dw, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-void check(const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& labels) {
+void check(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows, const Tensor& labels) {
   const int64_t expected = rows.defined() ? rows.size(0) : hidden.size(0);
-  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && labels.dim() == 1 &&
+  const bool dense = weight.defined();
+  const int64_t in = dense && weight.dim() == 2 ? weight.size(1) : nf4.in_features;
+  TORCH_CHECK(hidden.dim() == 2 && (!dense || weight.dim() == 2) && hidden.size(1) == in && labels.dim() == 1 &&
                   labels.size(0) == expected && labels.scalar_type() == at::kLong,
-              "linear_cross_entropy: hidden is ", hidden.sizes(), ", weight is ", weight.sizes(), ", labels is ",
+              "linear_cross_entropy: hidden is ", hidden.sizes(), ", weight is ",
+              dense ? weight.sizes().vec() : std::vector<int64_t>{nf4.rows, nf4.in_features}, ", labels is ",
               labels.sizes(), ", expected [N, C], [V, C] and int64 [", expected, "]");
 }
 
+std::optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
+
 }  // namespace
 
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
-                                             const Tensor& labels, double softcap) {
-  check(hidden, weight, rows, labels);
-  const auto some = rows.defined() ? std::optional<Tensor>(rows) : std::nullopt;
-  return std::make_unique<Tensor>(LinearCrossEntropy::apply(hidden, weight, some, labels, softcap));
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
+                                             const Tensor& rows, const Tensor& labels, double softcap) {
+  check(hidden, weight, nf4, rows, labels);
+  // The cast is no part of the graph: dW is computed here.
+  const Head head = [&] {
+    at::NoGradGuard no_grad;
+    return Head(weight, nf4, hidden.scalar_type());
+  }();
+  return std::make_unique<Tensor>(
+      LinearCrossEntropy::apply(hidden, if_defined(weight), head, if_defined(rows), labels, softcap));
 }
 
-std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                         double softcap) {
-  check(hidden, weight, Tensor(), labels);
+std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
+                                         const Tensor& labels, double softcap) {
+  check(hidden, weight, nf4, Tensor(), labels);
   at::NoGradGuard no_grad;
-  const Tensor w = weight.to(hidden.scalar_type());
+  const Head head(weight, nf4, hidden.scalar_type());
   TensorList chunks;
-  const int64_t step = chunk_rows(hidden, weight.size(0));
+  const int64_t step = chunk_rows(hidden, head);
   for (int64_t start = 0; start < hidden.size(0); start += step) {
     const int64_t count = std::min(step, hidden.size(0) - start);
     const Tensor h = hidden.narrow(0, start, count), y = labels.narrow(0, start, count);
-    chunks.push_back(chunk_of(h, w, y, softcap, false).losses.neg_());
+    chunks.push_back(chunk_of(h, head, y, softcap, false).losses.neg_());
   }
   return std::make_unique<Tensor>(chunks.empty() ? at::zeros({0}, hidden.options()) : at::cat(chunks));
+}
+
+std::unique_ptr<Tensor> nf4_scores(const Tensor& hidden, const Nf4View& nf4) {
+  at::NoGradGuard no_grad;
+  TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == nf4.in_features, "nf4_scores: hidden is ", hidden.sizes(),
+              ", the head [", nf4.rows, ", ", nf4.in_features, "]");
+  return std::make_unique<Tensor>(scores_of(hidden, Head(Tensor(), nf4, hidden.scalar_type())));
 }
 
 }  // namespace ferrotune

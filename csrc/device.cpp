@@ -9,6 +9,7 @@
 #include <omp.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <mutex>
@@ -202,6 +203,23 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::
   const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
   const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, pinned);
   std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+  return std::make_unique<at::Tensor>(host.to(cuda(index), /*non_blocking=*/true));
+}
+
+std::unique_ptr<at::Tensor> upload_rows(const at::Tensor& table, rust::Slice<const std::int64_t> rows,
+                                        std::int32_t index) {
+  TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.is_contiguous(), "upload_rows: the table is ", table.sizes(),
+              " on ", table.device(), ", expected a contiguous matrix on the CPU");
+  const auto count = static_cast<int64_t>(rows.size());
+  for (const int64_t row : rows) TORCH_CHECK(row >= 0 && row < table.size(0), "upload_rows: row ", row);
+  const at::Tensor host = at::empty({count, table.size(1)}, table.options().pinned_memory(true));
+  const size_t bytes = table.size(1) * table.element_size();
+  const auto* const from = static_cast<const char*>(table.const_data_ptr());
+  auto* const to = static_cast<char*>(host.mutable_data_ptr());
+  constexpr int64_t kThreadBytes = 1 << 17;  // about 20 us of reading at random
+  at::parallel_for(0, count, std::max<int64_t>(1, kThreadBytes / bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * bytes, from + rows[i] * bytes, bytes);
+  });
   return std::make_unique<at::Tensor>(host.to(cuda(index), /*non_blocking=*/true));
 }
 

@@ -1,6 +1,7 @@
 #include "ferrotune/csrc/linear.h"
 
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/lora.h"
 #include "ferrotune/csrc/node.h"
 #include "ferrotune/csrc/row.h"
 #include "ferrotune/src/ffi.rs.h"
@@ -30,10 +31,18 @@ Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a
   }
 }
 
-Tensor PartWeights::joined(at::ScalarType dtype, int64_t tail) const {
+Tensor PartWeights::joined(at::ScalarType dtype, int64_t tail, int64_t below) const {
   const Nf4* first = std::get_if<Nf4>(&parts[0]);
   const Tensor& any = first ? first->packed : std::get<Tensor>(parts[0]);
-  const Tensor wide = at::empty({rows, in + tail}, any.options().dtype(dtype)), whole = wide.narrow(1, 0, in);
+  const Tensor wide = at::empty({rows + below, in + tail}, any.options().dtype(dtype)), whole = wide.narrow(1, 0, in);
+  std::vector<const Nf4*> together;
+  for (const auto& part : parts) {
+    if (const Nf4* nf4 = std::get_if<Nf4>(&part)) together.push_back(nf4);
+  }
+  if (together.size() == parts.size()) {
+    dequantize_into(together, whole.narrow(0, 0, rows));
+    return wide;
+  }
   int64_t row = 0;
   for (const auto& part : parts) {
     if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
@@ -59,7 +68,7 @@ void Linear::visit(std::vector<Tensor*>& tensors) {
 
 void Linear::dequantize(at::ScalarType dtype, int64_t tail) {
   if (!part_weights) return;
-  weight = part_weights->joined(dtype, tail).narrow(1, 0, part_weights->in);
+  weight = part_weights->joined(dtype, tail, tail).narrow(0, 0, rows()).narrow(1, 0, part_weights->in);
   part_weights.reset();
 }
 
@@ -85,35 +94,6 @@ Tensor dropout(const Tensor& x, double p, uint64_t key) {
   const Tensor keep = h.ge_(static_cast<int64_t>(p * 4294967296.0)).view(x.sizes()).to(x.scalar_type());
   return x * keep.mul_(1.0 / (1.0 - p));
 }
-
-// The parts that have LoRA, and where they stand: part p has columns column..column + R of z and rows row..row + rows of W.
-struct LoraParts {
-  struct Place {
-    const Lora* lora;
-    int64_t row, column, rank;
-  };
-  std::vector<Place> places;
-  int64_t rank = 0;  // of all parts together
-  bool drops = false;
-  Tensor a;  // [rank, in], the A_p below each other, so that X is read once for all parts
-
-  LoraParts(const Linear& l, at::ScalarType dtype) {
-    TensorList as;
-    int64_t row = 0;
-    for (const Lora& part : l.parts) {
-      if (part.a.defined()) {
-        places.push_back({&part, row, rank, part.a.size(0)});
-        as.push_back(part.a);
-        rank += part.a.size(0);
-        drops |= part.dropout > 0;
-      }
-      row += part.rows;
-    }
-    if (as.empty()) return;
-    const bool made = l.a_cast.defined() && l.a_cast.scalar_type() == dtype;
-    a = made ? l.a_cast : (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
-  }
-};
 
 Tensor dropped(const Tensor& x, const Lora& part) {
   return part.dropout > 0 ? dropout(x, part.dropout, part.key) : x;
@@ -146,20 +126,6 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
   return sum;
 }
 
-// alpha a b as the gradient of a weight of type `type`. On a GPU the f32 sums of 16-bit operands are stored as they are: no
-// rounding, and no kernel for the scale and none for the cast.
-Tensor weight_gradient(const Tensor& a, const Tensor& b, double alpha, at::ScalarType type) {
-  const auto dtype = a.scalar_type();
-  const bool wide = a.is_cuda() && type == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
-  Tensor out = at::empty({a.size(0), b.size(1)}, a.options().dtype(wide ? type : dtype));
-  if (wide) {
-    at::addmm_out(out, out, a, b, type, 0, alpha);
-    return out;
-  }
-  product_into(out, a, b, alpha, false);
-  return out.to(type);
-}
-
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
@@ -188,7 +154,9 @@ int64_t linear_tail(const Tensor& x, const Linear& l) {
   int64_t rank = 0;
   for (const Lora& part : l.parts) {
     if (part.dropout > 0) return 0;
-    if (part.a.defined()) rank += part.a.size(0);
+    if (!part.a.defined()) continue;
+    if (part.b.scalar_type() != at::kFloat && part.b.scalar_type() != x.scalar_type()) return 0;
+    rank += part.a.size(0);
   }
   const int64_t tail = (rank + kMultiple - 1) / kMultiple * kMultiple;
   const bool room = l.part_weights || (!l.weight.requires_grad() && l.weight.scalar_type() == x.scalar_type() &&
@@ -196,44 +164,48 @@ int64_t linear_tail(const Tensor& x, const Linear& l) {
   return room ? tail : 0;
 }
 
-Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out) {
+Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room) {
   const auto dtype = x.scalar_type();
   const int64_t in = l.in(), tail = x.size(1) - in;
   const LoraParts lora(l, dtype);
   const Tensor z = x.narrow(1, in, lora.rank);
   product_into(z, x.narrow(1, 0, in), lora.a.t(), 1, false);
-  x.narrow(1, in + lora.rank, tail - lora.rank).zero_();
   const Tensor w = l.part_weights ? l.part_weights->joined(dtype, tail)
                                   : l.weight.as_strided({l.rows(), in + tail}, {l.weight.stride(0), 1});
-  const Tensor behind = w.narrow(1, in, tail).zero_();
-  for (const auto& [part, row, column, rank] : lora.places) {
-    Tensor block = behind.narrow(0, row, part->rows).narrow(1, column, rank);
-    at::mul_out(block, part->b, at::scalar_tensor(part->scale));
-  }
+  lora_fill_columns(x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
   if (z_out != nullptr) *z_out = z;
-  return l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : at::mm(x, w.t());
+  Tensor y = at::empty({x.size(0), l.rows() + room}, x.options()).narrow(1, 0, l.rows());
+  return l.bias.defined() ? at::addmm_out(y, l.bias.to(dtype), x, w.t()) : at::mm_out(y, x, w.t());
 }
 
 Tensor linear_z(const Tensor& x, const Linear& l) { return lora_z(x, LoraParts(l, x.scalar_type())); }
+
+int64_t linear_gradient_tail(const Tensor& dy, const Linear& l) {
+  const int64_t tail = linear_tail(dy, l);
+  if (l.part_weights || tail == 0) return tail;
+  const int64_t row_bytes = l.weight.stride(0) * l.weight.element_size();
+  const int64_t rows = static_cast<int64_t>(l.weight.storage().nbytes()) / row_bytes;
+  return l.weight.storage_offset() == 0 && rows >= l.rows() + tail ? tail : 0;
+}
 
 // With s_p the scale, G_p = s_p dY_p B_p [N, R_p], Z_p = X_p A_p^T [N, R_p] and X_p = dropout(X), a linear map:
 //   dX   = dY W + sum_p dropout(G_p A_p)
 //   dA_p = G_p^T X_p        dB_p = s_p dY_p^T Z_p
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
-Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads) {
-  const Tensor dy = given.contiguous();
+Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads,
+                       int64_t tail) {
+  const Tensor dy = given.stride(1) == 1 ? given : given.contiguous();
   const auto dtype = dy.scalar_type();
   const LoraParts lora(l, dtype);
+  const int64_t n = dy.size(0), rows = l.rows();
   Tensor* const lora_grads = grads + 2;
-  Tensor g;
-  if (!lora.places.empty()) g = at::empty({dy.size(0), lora.rank}, dy.options());
-  for (const auto& [part, row, column, rank] : lora.places) {
-    const Tensor dy_p = dy.narrow(1, row, part->rows);
-    product_into(g.narrow(1, column, rank), dy_p, part->b_in(dtype), part->scale, false);
-    if (part->b.requires_grad()) {
-      lora_grads[2 * (part - l.parts.data()) + 1] =
-          weight_gradient(dy_p.t(), z.narrow(1, column, rank), part->scale, part->b.scalar_type());
-    }
+  Tensor wide, g;  // [dY | G]
+  if (!lora.places.empty()) {
+    if (tail > 0) wide = dy.as_strided({n, rows + tail}, {dy.stride(0), 1});
+    const Tensor room = tail > 0 ? wide.narrow(1, rows, tail) : at::empty({n, lora.rank}, dy.options());
+    const std::vector<Tensor> db = lora_gradients(dy, z, lora, room);
+    for (size_t p = 0; p < db.size(); ++p) lora_grads[2 * (lora.places[p].lora - l.parts.data()) + 1] = db[p];
+    g = room.narrow(1, 0, lora.rank);
   }
   Tensor da;
   if (!lora.places.empty() && !lora.drops) da = weight_gradient(g.t(), x, 1, lora.places[0].lora->a.scalar_type());
@@ -248,6 +220,12 @@ Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Lin
   if (!need_dx) return {};
   x = Tensor();
 
+  if (wide.defined()) {
+    const Tensor w = l.part_weights ? l.part_weights->joined(dtype, 0, tail)
+                                    : l.weight.as_strided({rows + tail, l.in()}, {l.weight.stride(0), 1});
+    lora_fill_rows(w.narrow(0, rows, tail), lora);
+    return at::mm(wide, w);
+  }
   const Tensor w = l.dense(dtype);
   if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));
   Tensor dx = product(dy, w);

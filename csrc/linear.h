@@ -25,9 +25,9 @@ struct PartWeights : torch::CustomClassHolder {
   std::vector<std::variant<Tensor, Nf4>> parts;
   int64_t rows = 0, in = 0;
 
-  // One after the other in one new [rows, in + tail] matrix of that dtype, the tail not written. Never saved for the
-  // backward, which makes it again.
-  Tensor joined(at::ScalarType dtype, int64_t tail = 0) const;
+  // One after the other in one new [rows + below, in + tail] matrix of that dtype, what is beside them not written. Never saved
+  // for the backward, which makes it again.
+  Tensor joined(at::ScalarType dtype, int64_t tail = 0, int64_t below = 0) const;
 };
 
 struct Linear {
@@ -44,7 +44,7 @@ struct Linear {
   void visit(std::vector<Tensor*>& tensors);
   // Whether the backward needs the input.
   bool needs_input() const;
-  // From here on the weight is one matrix, in rows with `tail` more columns behind them.
+  // From here on the weight is one matrix, with room for `tail` columns behind and `tail` rows below it.
   void dequantize(at::ScalarType dtype, int64_t tail);
   // W in the dtype that a product takes it in.
   Tensor dense(at::ScalarType dtype) const { return part_weights ? part_weights->joined(dtype) : weight.to(dtype); }
@@ -62,17 +62,21 @@ Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z);
 // inner dimension is 64 longer, and y is not read and written once more. linear_tail: how many columns X needs behind it, a
 // multiple of 64, or 0 where this cannot be or does not pay: it is for 16 bits on a GPU, without dropout, and for weights that
 // are made for each product (NF4) or lie in rows with room (nn/linear.rs).
-// Used for gate_up, whose y is largest: 0.2 ms a layer of Llama-3.1-8B with 4096 rows on an H200.
 int64_t linear_tail(const Tensor& x, const Linear& linear);
 
-// The same as linear_forward for x in rows [N, in + tail]; the tail is written.
-Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z);
+// The same as linear_forward for x in rows [N, in + tail]; the tail is written. Behind the rows of y is room for `room` columns.
+Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0);
 
 // z alone; undefined without LoRA.
 Tensor linear_z(const Tensor& x, const Linear& linear);
 
+// The same in the backward: with G = scale dY B behind dY and A below W, dX = [dY | G] [W; A]. How many columns dY needs behind
+// it, or 0; dense weights have room below them, too (nn/linear.rs).
+int64_t linear_gradient_tail(const Tensor& dy, const Linear& linear);
+
 // dx (undefined if not wanted), and into grads the gradients of what trains, in the order of visit(). A caller that moves x in
-// frees its memory for dx.
-Tensor linear_backward(const Tensor& dy, Tensor x, const Tensor& z, const Linear& linear, bool need_dx, Tensor* grads);
+// frees its memory for dx. `tail` columns behind dy's, in rows [N, rows + tail], are this function's to write.
+Tensor linear_backward(const Tensor& dy, Tensor x, const Tensor& z, const Linear& linear, bool need_dx, Tensor* grads,
+                       int64_t tail = 0);
 
 }  // namespace ferrotune

@@ -188,6 +188,20 @@ Nf4::Nf4(const Nf4View& v)
               nested_blocksize);
 }
 
+Nf4 Nf4::some_rows(int64_t first, int64_t count) const {
+  TORCH_CHECK(first >= 0 && count > 0 && first + count <= rows && splits_at(first), "nf4: rows ", first, " to ",
+              first + count, " of [", rows, ", ", in, "] do not start with a block");
+  Nf4 some = *this;
+  const int64_t begin = first * in, n = count * in, block = begin / blocksize, blocks = ceil_div(n, blocksize);
+  some.rows = count;
+  some.packed = packed.narrow(0, begin / 2, ceil_div(n, 2));
+  some.absmax = absmax.narrow(0, block, blocks);
+  if (nested()) {
+    some.nested_absmax = nested_absmax.narrow(0, block / nested_blocksize, ceil_div(blocks, nested_blocksize));
+  }
+  return some;
+}
+
 template <typename T>
 void dequantize_run(const Nf4& w, int64_t begin, int64_t end, T* out) {
   const uint8_t* packed = w.packed.const_data_ptr<uint8_t>();
@@ -217,6 +231,31 @@ void dequantize_run(const Nf4& w, int64_t begin, int64_t end, T* out) {
   }
 }
 
+namespace {
+
+// By one launch, the matrices below each other in destination.
+void dequantize_rows(const std::vector<const Nf4*>& weights, const Tensor& destination) {
+  const Launch launch(destination);
+  std::vector<KernelNf4> matrices;
+  int64_t row = 0;
+  for (const Nf4* w : weights) {
+    const bool nested = w->nested();
+    matrices.push_back({w->packed.const_data_ptr<uint8_t>(), w->quant_map.const_data_ptr<float>(), w->absmax.const_data_ptr(),
+                        nested ? w->nested_absmax.const_data_ptr<float>() : nullptr,
+                        nested ? w->nested_quant_map.const_data_ptr<float>() : nullptr,
+                        destination.narrow(0, row, w->rows).mutable_data_ptr(), w->rows, w->blocksize,
+                        w->nested_blocksize, static_cast<float>(w->nested_offset)});
+    row += w->rows;
+  }
+  const int64_t in = weights[0]->in;
+  check_launch(kernels_for(destination)->nf4_dequantize(
+                   matrices.data(), static_cast<int64_t>(matrices.size()), in,
+                   destination.size(0) == 1 ? in : destination.stride(0), kernel_dtype(destination), launch.stream()),
+               "nf4_dequantize");
+}
+
+}  // namespace
+
 void dequantize_into(const Nf4& w, const Tensor& destination) {
   TORCH_CHECK(destination.sizes() == at::IntArrayRef({w.rows, w.in}) && destination.is_floating_point() &&
                   destination.device() == w.packed.device(),
@@ -233,20 +272,24 @@ void dequantize_into(const Nf4& w, const Tensor& destination) {
     });
     return;
   }
-  const Kernels* kernels = kernels_for(destination);
-  if (kernels == nullptr || !in_rows) {
+  if (kernels_for(destination) == nullptr || !in_rows) {
     destination.copy_(formula(w, destination.scalar_type()));
     return;
   }
-  const Launch launch(destination);
-  const bool nested = w.nested();
-  check_launch(kernels->nf4_dequantize(
-                   w.packed.const_data_ptr<uint8_t>(), w.quant_map.const_data_ptr<float>(), w.absmax.const_data_ptr(),
-                   nested ? w.nested_absmax.const_data_ptr<float>() : nullptr,
-                   nested ? w.nested_quant_map.const_data_ptr<float>() : nullptr, static_cast<float>(w.nested_offset),
-                   destination.mutable_data_ptr(), w.rows, w.in, w.rows == 1 ? w.in : destination.stride(0),
-                   w.blocksize, w.nested_blocksize, kernel_dtype(destination), launch.stream()),
-               "nf4_dequantize");
+  dequantize_rows({&w}, destination);
+}
+
+void dequantize_into(const std::vector<const Nf4*>& weights, const Tensor& destination) {
+  constexpr size_t kMost = 3;  // of a launch
+  if (kernels_for(destination) != nullptr && destination.stride(1) == 1 && weights.size() <= kMost) {
+    dequantize_rows(weights, destination);
+    return;
+  }
+  int64_t row = 0;
+  for (const Nf4* w : weights) {
+    dequantize_into(*w, destination.narrow(0, row, w->rows));
+    row += w->rows;
+  }
 }
 
 std::unique_ptr<Tensor> nf4_quant_map() {

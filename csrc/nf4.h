@@ -24,10 +24,17 @@ struct Nf4 {
   // Throws where the sizes do not belong together.
   explicit Nf4(const Nf4View& view);
   bool nested() const { return nested_absmax.defined(); }
+  // Whether rows `first`, 2 `first`, .. start with a scale of their own, and with a run of scales where these are nested.
+  bool splits_at(int64_t first) const { return first * in % (blocksize * (nested() ? nested_blocksize : 1)) == 0; }
+  // Rows first .. first + count, where splits_at(first).
+  Nf4 some_rows(int64_t first, int64_t count) const;
 };
 
 // Writes the matrix into `destination` [rows, in], whose rows may lie apart.
 void dequantize_into(const Nf4& weight, const Tensor& destination);
+
+// Matrices of one width below each other, on a GPU by one launch.
+void dequantize_into(const std::vector<const Nf4*>& weights, const Tensor& destination);
 
 // Elements begin .. end of the flattened matrix, on the CPU.
 template <typename T>

@@ -60,15 +60,22 @@ Tensor swiglu(const Tensor& gate_up, Activation activation);
 // y and rstd. The kernel leaves `tail` columns of y's rows for the caller to write: [N, C + tail].
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
                                             int64_t tail = 0);
-// dx, plus `residual` where it is defined, and dweight where it trains.
+// dx, plus `residual` where it is defined, and dweight where it trains. The kernel leaves `room` columns behind the rows of
+// dx [N, C], in memory that no other tensor holds.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset, const Tensor& residual = {});
+                                             double offset, const Tensor& residual = {}, int64_t room = 0);
 // By the opposite angles where `inverse`, which is the backward. y may have a token stride of its own, or be x.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
-Tensor swiglu_forward(const Tensor& gate_up, Activation activation);
-// in_place: a kernel may write over gate_up.
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false);
+// The kernel leaves `tail` columns of y's rows for the caller to write: [N, F + tail].
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail = 0);
+// in_place: a kernel may write over gate_up. Else it leaves `room` columns behind the rows of the result.
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false,
+                       int64_t room = 0);
+// Into y [N, F], whose rows may lie apart.
+void swiglu_forward_into(const Tensor& y, const Tensor& gate_up, Activation activation);
+// gate_up becomes its gradient, and dy, whose rows may lie apart, what the forward gave.
+void swiglu_backward_in_place(const Tensor& dy, const Tensor& gate_up, Activation activation);
 
 // ---- the same for Rust
 std::unique_ptr<Tensor> op_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
@@ -80,11 +87,14 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
                                      std::int64_t window);
 
 // ---- cross_entropy.cpp
-// labels are those of `rows` of hidden, or of all rows where `rows` is undefined; then rows labelled -100 count nothing.
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
-                                             const Tensor& labels, double softcap);
-std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                         double softcap);
+// labels are those of `rows` of hidden, or of all rows where `rows` is undefined; then rows labelled -100 count nothing. The
+// head is nf4 where weight is undefined.
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
+                                             const Tensor& rows, const Tensor& labels, double softcap);
+std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
+                                         const Tensor& labels, double softcap);
+// hidden W^T of a head in 4 bits, in f32 (f64 for f64); not differentiable.
+std::unique_ptr<Tensor> nf4_scores(const Tensor& hidden, const Nf4View& nf4);
 
 // ---- nf4.cpp
 // The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.

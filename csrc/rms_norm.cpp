@@ -50,17 +50,23 @@ std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tens
 }
 
 Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& weight,
-                           const Tensor& rstd, double offset, const Tensor& residual) {
+                           const Tensor& rstd, double offset, const Tensor& residual, int64_t room) {
   const Launch launch(x);
-  const TokenRows rows(rms_heads(x));
+  const TokenRows rows(rms_heads(x)), around(residual.defined() ? rms_heads(residual) : rows.x);
   const Tensor w = rms_kernel_weight(weight, x);
-  Tensor dx = at::empty(x.sizes(), x.options());
+  const int64_t wide = rows.x.size(1) * rows.x.size(2);
+  Tensor dx = room > 0 ? at::empty({x.size(0), wide + room}, x.options()) : at::empty(x.sizes(), x.options());
+  if (room > 0) {
+    // Not a view in autograd's books, which would keep the whole: the caller then is the only one who holds the memory.
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    dx = dx.narrow(1, 0, wide);
+  }
   check_launch(kernels.rms_norm_backward(dy.const_data_ptr(), rows.x.const_data_ptr(), w.const_data_ptr(),
                                          rstd.const_data_ptr<float>(),
-                                         residual.defined() ? residual.const_data_ptr() : nullptr,
+                                         residual.defined() ? around.x.const_data_ptr() : nullptr,
                                          dx.mutable_data_ptr(), rows.x.size(0), rows.x.size(1), rows.x.size(2),
-                                         rows.stride, static_cast<float>(offset), kernel_dtype(x), kernel_dtype(w),
-                                         launch.stream()),
+                                         rows.stride, around.stride, wide + room, static_cast<float>(offset),
+                                         kernel_dtype(x), kernel_dtype(w), launch.stream()),
                "rms_norm_backward");
   return dx;
 }
@@ -140,13 +146,12 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset, const Tensor& residual) {
+                                             double offset, const Tensor& residual, int64_t room) {
   const bool need_dw = weight.requires_grad();
   Tensor dx, dw;
   if (const Kernels* kernels = kernels_for(x)) {
     const Tensor dy = grad.contiguous();
-    const Tensor around = residual.defined() ? residual.contiguous() : residual;
-    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, around);
+    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, residual, room);
     if (need_dw) dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
     return {dx, dw};
   }

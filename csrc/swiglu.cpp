@@ -36,25 +36,25 @@ int kernel_activation(Activation activation) {
   }
 }
 
-Tensor swiglu_forward_kernel(const Kernels& kernels, const Tensor& given, Activation activation) {
-  const Launch launch(given);
-  const Tensor gate_up = given.contiguous();
-  const int64_t n = gate_up.size(0), f = gate_up.size(1) / 2;
-  Tensor y = at::empty({n, f}, gate_up.options());
-  check_launch(kernels.swiglu_forward(gate_up.const_data_ptr(), y.mutable_data_ptr(), n, f,
+void swiglu_forward_kernel(const Kernels& kernels, const Tensor& y, const Tensor& gate_up, Activation activation) {
+  const Launch launch(gate_up);
+  const TokenRows rows(gate_up.unsqueeze(1));
+  check_launch(kernels.swiglu_forward(rows.x.const_data_ptr(), y.mutable_data_ptr(), y.size(0), y.size(1), rows.stride, y.stride(0),
                                       kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
                "swiglu_forward");
-  return y;
 }
 
-Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& given, Activation activation,
-                              bool in_place) {
-  const Launch launch(given);
-  const Tensor gate_up = given.contiguous(), d = dy.contiguous();
-  const Tensor dgate_up = in_place ? gate_up : at::empty(gate_up.sizes(), gate_up.options());
-  check_launch(kernels.swiglu_backward(d.const_data_ptr(), gate_up.const_data_ptr(), dgate_up.mutable_data_ptr(),
-                                       d.size(0), d.size(1), kernel_activation(activation), kernel_dtype(gate_up),
-                                       launch.stream()),
+Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& gate_up, Activation activation,
+                              bool in_place, int64_t room) {
+  const Launch launch(gate_up);
+  const Tensor d = dy.contiguous();
+  const TokenRows rows(gate_up.unsqueeze(1));
+  const int64_t n = gate_up.size(0), wide = gate_up.size(1);
+  const Tensor dgate_up = in_place ? rows.x.squeeze(1)
+                                   : at::empty({n, wide + room}, gate_up.options()).narrow(1, 0, wide);
+  check_launch(kernels.swiglu_backward(d.const_data_ptr(), rows.x.const_data_ptr(), dgate_up.mutable_data_ptr(),
+                                       nullptr, n, wide / 2, wide / 2, rows.stride, in_place ? rows.stride : wide + room,
+                                       kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
                "swiglu_backward");
   return dgate_up;
 }
@@ -87,15 +87,23 @@ Tensor swiglu_backward_cpu(const CpuKernels& kernels, const Tensor& dy, const Te
 
 }  // namespace
 
-Tensor swiglu_forward(const Tensor& gate_up, Activation activation) {
-  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_forward_kernel(*kernels, gate_up, activation);
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail) {
+  if (const Kernels* kernels = kernels_for(gate_up)) {
+    const int64_t f = gate_up.size(1) / 2;
+    const Tensor y = at::empty({gate_up.size(0), f + tail}, gate_up.options());
+    swiglu_forward_kernel(*kernels, y.narrow(1, 0, f), gate_up, activation);
+    return y;
+  }
+  TORCH_CHECK(tail == 0, "swiglu: only the kernel leaves room in its rows");
   if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_forward_cpu(*kernels, gate_up, activation);
   const int64_t f = gate_up.size(1) / 2;
   return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
 }
 
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place) {
-  if (const Kernels* kernels = kernels_for(gate_up)) return swiglu_backward_kernel(*kernels, dy, gate_up, activation, in_place);
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place, int64_t room) {
+  if (const Kernels* kernels = kernels_for(gate_up)) {
+    return swiglu_backward_kernel(*kernels, dy, gate_up, activation, in_place, room);
+  }
   if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_backward_cpu(*kernels, dy, gate_up, activation);
   const int64_t f = gate_up.size(1) / 2;
   const Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
@@ -104,6 +112,31 @@ Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activ
   Tensor dup = d.narrow(1, f, f);
   at::mul_out(dup, dy, activate(gate, activation));
   return d;
+}
+
+void swiglu_forward_into(const Tensor& y, const Tensor& gate_up, Activation activation) {
+  const Kernels* const kernels = kernels_for(gate_up);
+  if (kernels != nullptr && y.stride(1) == 1) {
+    swiglu_forward_kernel(*kernels, y, gate_up, activation);
+  } else {
+    y.copy_(swiglu_forward(gate_up, activation));
+  }
+}
+
+void swiglu_backward_in_place(const Tensor& dy, const Tensor& gate_up, Activation activation) {
+  const Kernels* const kernels = kernels_for(gate_up);
+  if (kernels != nullptr && dy.stride(1) == 1 && gate_up.is_contiguous()) {
+    const Launch launch(gate_up);
+    void* const y = dy.mutable_data_ptr();
+    check_launch(kernels->swiglu_backward(y, gate_up.const_data_ptr(), gate_up.mutable_data_ptr(), y, dy.size(0),
+                                          dy.size(1), dy.stride(0), gate_up.stride(0), gate_up.stride(0),
+                                          kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
+                 "swiglu_backward");
+    return;
+  }
+  const Tensor y = swiglu_forward(gate_up, activation);
+  gate_up.copy_(swiglu_backward(dy, gate_up, activation));
+  dy.copy_(y);
 }
 
 namespace {

@@ -30,7 +30,8 @@ struct Measure {
 impl Measure {
     /// Mean loss of the held-out targets; with no `kept`, of the model as stored.
     fn loss(&self, kept: Option<&BTreeSet<String>>) -> Result<f64> {
-        let options = LoadOptions { kind: Kind::Float, device: self.device, load_in_4bit: kept.is_some() };
+        let options =
+            LoadOptions { load_in_4bit: kept.is_some(), ..LoadOptions::new(Kind::Float, self.device) };
         let none = BTreeSet::new();
         let model =
             FastLanguageModel::from_pretrained_keeping(Path::new(&self.dir), options, kept.unwrap_or(&none))?;

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 6
+#define FERROTUNE_KERNELS_ABI 8
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -36,9 +36,51 @@ struct KernelAdamW8bit {
   int64_t n;
 };
 
+// One matrix of nf4_dequantize, the tensors of csrc/nf4.h. absmax is f32 where nested_absmax is null, else uint8. Both block
+// sizes are powers of two, blocksize at least 32.
+struct KernelNf4 {
+  const uint8_t* packed;
+  const float* quant_map;
+  const void* absmax;
+  const float *nested_absmax, *nested_quant_map;
+  void* y;
+  int64_t rows, blocksize, nested_blocksize;
+  float nested_offset;
+};
+
+// One part of lora_gradients: dy [N, rows] of a wider matrix, b [rows, R], z [N, R], g [N, R], db [rows, R] f32.
+struct KernelLoraPart {
+  const void *dy, *b, *z;
+  void* g;
+  float* db;
+  int64_t rows, R;
+  float scale;
+};
+
+// Pointers and strides are multiples of 16 bytes, rows and R of 8; R is at most 32. `zeros` columns behind g of the last part,
+// a multiple of 4, become zero.
+struct KernelLora {
+  struct KernelLoraPart parts[3];
+  int64_t count, N, dy_stride, z_stride, g_stride, zeros;
+  int dtype;
+};
+
+// A matrix [rows, columns] to fill: scale times the elements of from [from_rows, from_columns], placed from column `first` on, and
+// zero around them. from is f32, or of the dtype of the matrix.
+struct KernelFill {
+  const void* from;
+  void* to;
+  int64_t rows, columns, to_stride, from_rows, from_columns, first;
+  float scale;
+  int from_f32;
+};
+
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
   ROW(adamw_8bit)               \
+  ROW(fill)                     \
+  ROW(lora_gradients)           \
+  ROW(lora_gradients_workspace) \
   ROW(nf4_dequantize)           \
   ROW(nf4_quantize)             \
   ROW(rms_norm_forward)         \
@@ -63,11 +105,16 @@ int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void*
                const float* learning_rate, const float* grad_scale, const float* skip, double beta1, double beta2,
                double epsilon, double weight_decay, void* stream);
 
-// y [rows, in] with row stride y_stride, from the tensors of csrc/nf4.h. absmax is f32 where nested_absmax is null, else
-// uint8. Both block sizes are powers of two, blocksize at least 32.
-int nf4_dequantize(const uint8_t* packed, const float* quant_map, const void* absmax, const float* nested_absmax,
-                   const float* nested_quant_map, float nested_offset, void* y, int64_t rows, int64_t in,
-                   int64_t y_stride, int64_t blocksize, int64_t nested_blocksize, int dtype, void* stream);
+// `count` matrices, at most 4, one launch.
+int fill(const struct KernelFill* matrices, int64_t count, int dtype, void* stream);
+
+// g = scale dy b and db = scale dy^T z of all parts. 16-bit dtypes. workspace: as many floats as lora_gradients_workspace
+// says, for its own use; 0 where the current GPU cannot run it (older than sm_80, or too little shared memory).
+int lora_gradients(const struct KernelLora* lora, float* workspace, void* stream);
+int64_t lora_gradients_workspace(const struct KernelLora* lora);
+
+// Of each of `count` matrices, at most 3, y [rows, in] with row stride y_stride.
+int nf4_dequantize(const struct KernelNf4* matrices, int64_t count, int64_t in, int64_t y_stride, int dtype, void* stream);
 
 // x [n], packed [ceil(n / 2)], absmax [ceil(n / 64)] f32.
 int nf4_quantize(const void* x, uint8_t* packed, float* absmax, int64_t n, int dtype, void* stream);
@@ -79,10 +126,11 @@ int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, in
                      int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype, int weight_dtype,
                      void* stream);
 
-// dy [N, H, C], x and weight as above, rstd [N, H] from the forward, residual [N, H, C] or null: added to dx [N, H, C].
+// dy [N, H, C], x and weight as above, rstd [N, H] from the forward, residual [N, H, C] or null: added to dx [N, H, C]. These
+// two have token strides of their own.
 int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, const void* residual,
-                      void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, float offset, int dtype,
-                      int weight_dtype, void* stream);
+                      void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, int64_t residual_stride,
+                      int64_t dx_stride, float offset, int dtype, int weight_dtype, void* stream);
 
 // partial [chunks, C] f32: sums of dweight over `chunks` runs of rows, for the caller to add up.
 int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, float* partial, int64_t N, int64_t H,
@@ -93,12 +141,15 @@ int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, f
 int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D, int64_t R,
          int64_t x_stride, int64_t y_stride, int inverse, int dtype, void* stream);
 
-// gate_up [N, 2F], y [N, F].
-int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activation, int dtype, void* stream);
+// gate_up [N, 2F] and y [N, F], with row strides.
+int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int64_t gate_up_stride, int64_t y_stride,
+                   int activation, int dtype, void* stream);
 
-// dy [N, F], gate_up [N, 2F], dgate_up [N, 2F].
-int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t N, int64_t F, int activation,
-                    int dtype, void* stream);
+// dy [N, F], gate_up [N, 2F] and dgate_up [N, 2F], which may be gate_up, with row strides. y, unless null, receives what the
+// forward wrote, in rows as far apart as dy's, and may be dy.
+int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, void* y, int64_t N, int64_t F,
+                    int64_t dy_stride, int64_t gate_up_stride, int64_t dgate_up_stride, int activation, int dtype,
+                    void* stream);
 
 // logits [N, V] f32, labels [N] (negative for none), losses [N] f32. With gradient != 0 the memory of logits then holds
 // the gradient of the sum of losses in dtype, each row from where it started. softcap 0 for none.

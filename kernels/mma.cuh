@@ -7,13 +7,17 @@
 
 namespace ferrotune {
 
-// [rows, kCols] of T; a row is kCols / 8 pieces of 16 bytes. Piece p of row r lies at p ^ (r % 8), so that the eight rows
-// of an 8x8 matrix are in eight different groups of banks.
+// [rows, kCols] of T; a row is kCols / 8 pieces of 16 bytes. Piece p of row r lies at p ^ (r % 8) in rows of at least 128
+// bytes, and shorter rows are turned less often, so that the eight rows of an 8x8 matrix are in eight different groups of banks.
 template <typename T, int kCols>
 struct Tile {
   static constexpr int kPieces = kCols / 8;
+  static_assert(kPieces % 8 == 0 || kPieces == 2 || kPieces == 4 || kPieces == 6, "no swizzle is known");
   T* base;
-  __device__ T* at(int row, int piece) const { return base + (row * kPieces + (piece ^ (row & 7))) * 8; }
+  __device__ static int turn(int row) {
+    return kPieces % 8 == 0 ? row & 7 : kPieces == 4 ? row >> 1 & 3 : row >> 2 & 1;
+  }
+  __device__ T* at(int row, int piece) const { return base + (row * kPieces + (piece ^ turn(row))) * 8; }
 };
 
 __device__ inline unsigned shared_address(const void* pointer) {
@@ -28,17 +32,21 @@ struct PaddedTile {
   __device__ T* at(int row, int piece) const { return base + row * kStride + piece * 8; }
 };
 
-// Starts the copy of rows [0, kRows) of `from`, `stride` elements apart, into the tile; rows from `limit` on become zero.
+// Starts the copy of 16 bytes to a shared address; zeros where not `inside`, and `from` is then not read.
+__device__ inline void copy_16_bytes(unsigned to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+}
+
+// Starts the copy of rows [0, kRows) of `from`, `stride` elements apart, into the tile; rows from `limit` on and columns from
+// `columns` on, a multiple of 8, become zero.
 template <int kThreads, int kRows, typename T, int kCols>
-__device__ inline void copy_rows(Tile<T, kCols> to, const T* from, int64_t stride, int64_t limit) {
+__device__ inline void copy_rows(Tile<T, kCols> to, const T* from, int64_t stride, int64_t limit, int64_t columns = kCols) {
   constexpr int kPieces = kCols / 8;
 #pragma unroll
   for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces;
-    const bool inside = row < limit;
-    const T* source = from + (inside ? row * stride + piece * 8 : 0);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to.at(row, piece))), "l"(source),
-                 "r"(inside ? 16 : 0));
+    const bool inside = row < limit && piece * 8 < columns;
+    copy_16_bytes(shared_address(to.at(row, piece)), from + (inside ? row * stride + piece * 8 : 0), inside);
   }
 }
 
@@ -49,18 +57,24 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-template <typename T>
-__device__ inline void load_matrices(unsigned (&r)[4], const T* address) {
+// Four 8x8 matrices at shared addresses, one row from each lane's.
+__device__ inline void load_matrices(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(address)));
+               : "r"(address));
 }
-
-template <typename T>
-__device__ inline void load_matrices_transposed(unsigned (&r)[4], const T* address) {
+__device__ inline void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(address)));
+               : "r"(address));
+}
+template <typename T>
+__device__ inline void load_matrices(unsigned (&r)[4], const T* address) {
+  load_matrices(r, shared_address(address));
+}
+template <typename T>
+__device__ inline void load_matrices_transposed(unsigned (&r)[4], const T* address) {
+  load_matrices_transposed(r, shared_address(address));
 }
 
 // A [16, 16]: rows row.., columns of pieces piece, piece + 1.

@@ -50,19 +50,35 @@ struct Packed<4> {
   using type = uint16_t;
 };
 
+// The matrices of a launch: the grid's second dimension.
+template <typename T>
+struct Matrices {
+  struct {
+    const uint8_t* packed;
+    const float* quant_map;
+    Absmax absmax;
+    T* y;
+    int64_t units;  // vectors, or elements
+  } list[3];
+};
+
 // Vector v holds kWidth elements of one row and one block. Each lane keeps one value of the map and gives it to whoever
 // asks: a shuffle costs what a look-up in shared memory does, and needs no copy into it.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    nf4_dequantize_kernel(const typename Packed<kWidth>::type* __restrict__ packed, const float* __restrict__ quant_map,
-                          Absmax absmax, T* __restrict__ y, uint32_t vectors, Division row_of, int64_t y_stride) {
-  const float mine = quant_map[threadIdx.x % 16];
-  const int64_t first = int64_t{blockIdx.x} * (kThreads * kVectors) + threadIdx.x;
+    nf4_dequantize_kernel(const __grid_constant__ Matrices<T> matrices, Division row_of, int64_t y_stride) {
+  const auto& m = matrices.list[blockIdx.y];
+  const int64_t first = int64_t{blockIdx.x} * (kThreads * kVectors) + threadIdx.x, vectors = m.units;
+  if (first - threadIdx.x >= vectors) return;
+  const auto* __restrict__ packed = reinterpret_cast<const typename Packed<kWidth>::type*>(m.packed);
+  const Absmax absmax = m.absmax;
+  T* __restrict__ y = m.y;
+  const float mine = m.quant_map[threadIdx.x % 16];
   uint32_t bytes[kVectors];
   float scale[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int64_t v = min(first + k * kThreads, int64_t{vectors} - 1);
+    const int64_t v = min(first + k * kThreads, vectors - 1);
     bytes[k] = packed[v];
     scale[k] = absmax(v * kWidth >> absmax.shift);
   }
@@ -85,13 +101,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // One element a thread, for sizes and addresses that do not divide.
 template <typename T>
-__global__ void nf4_dequantize_scalar_kernel(const uint8_t* __restrict__ packed, const float* __restrict__ quant_map,
-                                             Absmax absmax, T* __restrict__ y, int64_t n, int64_t in,
-                                             int64_t y_stride) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
-    const int index = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
+__global__ void nf4_dequantize_scalar_kernel(const __grid_constant__ Matrices<T> matrices, int64_t in, int64_t y_stride) {
+  const auto& m = matrices.list[blockIdx.y];
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < m.units; i += int64_t{gridDim.x} * blockDim.x) {
+    const int index = i % 2 == 0 ? m.packed[i / 2] >> 4 : m.packed[i / 2] & 15;
     const int64_t row = i / in;
-    y[row * y_stride + (i - row * in)] = from_float<T>(quant_map[index] * absmax(i >> absmax.shift));
+    m.y[row * y_stride + (i - row * in)] = from_float<T>(m.quant_map[index] * m.absmax(i >> m.absmax.shift));
   }
 }
 
@@ -210,30 +225,36 @@ int log2_of(int64_t power) {
 
 using namespace ferrotune;
 
-extern "C" int nf4_dequantize(const uint8_t* packed, const float* quant_map, const void* absmax,
-                              const float* nested_absmax, const float* nested_quant_map, float nested_offset, void* y,
-                              int64_t rows, int64_t in, int64_t y_stride, int64_t blocksize, int64_t nested_blocksize,
-                              int dtype, void* stream) {
-  const int64_t n = rows * in;
-  if (n == 0) return cudaSuccess;
-  const Absmax scale{absmax,        nested_absmax,     nested_quant_map,
-                     nested_offset, log2_of(blocksize), log2_of(nested_blocksize)};
+extern "C" int nf4_dequantize(const KernelNf4* given, int64_t count, int64_t in, int64_t y_stride, int dtype, void* stream) {
+  if (count > 3) return cudaErrorInvalidValue;
   return with_type(dtype, [&](auto t) -> int {
     using T = decltype(t);
     constexpr int kWidth = 16 / sizeof(T);
-    using Bytes = typename Packed<kWidth>::type;
-    T* const out = static_cast<T*>(y);
+    Matrices<T> matrices{};
+    int64_t largest = 0;
+    bool fits = in % kWidth == 0 && y_stride % kWidth == 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const KernelNf4& m = given[i];
+      const int64_t n = m.rows * in;
+      matrices.list[i] = {m.packed,
+                          m.quant_map,
+                          {m.absmax, m.nested_absmax, m.nested_quant_map, m.nested_offset, log2_of(m.blocksize),
+                           log2_of(m.nested_blocksize)},
+                          static_cast<T*>(m.y),
+                          n};
+      largest = n > largest ? n : largest;
+      fits = fits && n / kWidth <= 0xffffffff && aligned16(m.y) &&
+             reinterpret_cast<uintptr_t>(m.packed) % sizeof(typename Packed<kWidth>::type) == 0;
+    }
+    if (largest == 0) return cudaSuccess;
     const auto to = static_cast<cudaStream_t>(stream);
-    const bool fits = in % kWidth == 0 && n / kWidth <= 0xffffffff && y_stride % kWidth == 0 && aligned16(y) &&
-                      reinterpret_cast<uintptr_t>(packed) % sizeof(Bytes) == 0;
+    const auto grid = [&](int64_t blocks) { return dim3(grid_x(blocks), static_cast<unsigned>(count)); };
     if (fits) {
-      const int64_t vectors = n / kWidth;
-      nf4_dequantize_kernel<T, kWidth><<<grid_x(ceil_div(vectors, kThreads * kVectors)), kThreads, 0, to>>>(
-          reinterpret_cast<const Bytes*>(packed), quant_map, scale, out, static_cast<uint32_t>(vectors),
-          Division(static_cast<uint32_t>(in / kWidth)), y_stride);
+      for (int64_t i = 0; i < count; ++i) matrices.list[i].units /= kWidth;
+      nf4_dequantize_kernel<T, kWidth><<<grid(ceil_div(largest / kWidth, kThreads * kVectors)), kThreads, 0, to>>>(
+          matrices, Division(static_cast<uint32_t>(in / kWidth)), y_stride);
     } else {
-      nf4_dequantize_scalar_kernel<T>
-          <<<grid_x(ceil_div(n, kThreads)), kThreads, 0, to>>>(packed, quant_map, scale, out, n, in, y_stride);
+      nf4_dequantize_scalar_kernel<T><<<grid(ceil_div(largest, kThreads)), kThreads, 0, to>>>(matrices, in, y_stride);
     }
     return cudaGetLastError();
   });

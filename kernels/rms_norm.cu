@@ -108,8 +108,9 @@ template <typename T, typename W, int kWidth>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
     rms_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x,
                                          const W* __restrict__ weight, const float* __restrict__ rstd,
-                                         const T* __restrict__ residual, T* __restrict__ dx, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
-                                         float offset) {
+                                         const T* __restrict__ residual, T* __restrict__ dx,
+                                         int64_t rows, int64_t H, int64_t C, int64_t x_stride, int64_t residual_stride,
+                                         int64_t dx_stride, float offset) {
   const int vectors = static_cast<int>(C / kWidth);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
     }
     const float mean = row_sum(sum) / static_cast<float>(C);
     if (!active) continue;
-    T* dx_row = dx + row * C;
+    T* dx_row = dx + row_start(row, H, C, dx_stride);
     const auto write = [&](int c, const Vector<T, kWidth>& a, const Vector<T, kWidth>& d) {
       float w[kWidth], sums[kWidth];
       load_float<kWidth>(weight, c, w);
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
         sums[i] = r * (g - to_float(a.v[i]) * r * mean);
       }
       if (residual != nullptr) {
-        const Vector<T, kWidth> around = load<kWidth>(residual + row * C, c);
+        const Vector<T, kWidth> around = load<kWidth>(residual + row_start(row, H, C, residual_stride), c);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sums[i] += to_float(around.v[i]);
       }
@@ -270,8 +271,9 @@ extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, floa
 }
 
 extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd,
-                                 const void* residual, void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, float offset, int dtype,
-                                 int weight_dtype, void* stream) {
+                                 const void* residual, void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride,
+                                 int64_t residual_stride, int64_t dx_stride, float offset, int dtype, int weight_dtype,
+                                 void* stream) {
   const int64_t rows = N * H;
   if (rows == 0 || C == 0) return cudaSuccess;
   return with_types(dtype, weight_dtype, [&](auto t, auto w) -> int {
@@ -283,10 +285,12 @@ extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weig
       rms_norm_backward_kernel<T, W, kWidth>
           <<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const W*>(weight), rstd,
-              static_cast<const T*>(residual), static_cast<T*>(dx), rows, H, C, x_stride, offset);
+              static_cast<const T*>(residual), static_cast<T*>(dx), rows, H, C, x_stride, residual_stride, dx_stride, offset);
       return cudaGetLastError();
     };
-    if (vectorises<T>(C, x_stride, {dy, x, weight, residual, dx})) return launch(Width<16 / sizeof(T)>{});
+    constexpr int kWidth = 16 / sizeof(T);
+    const bool strided = residual_stride % kWidth == 0 && dx_stride % kWidth == 0;
+    if (strided && vectorises<T>(C, x_stride, {dy, x, weight, residual, dx})) return launch(Width<kWidth>{});
     return launch(Width<1>{});
   });
 }

@@ -2,7 +2,7 @@
 //   y = act(gate) up,   act = silu, or gelu exactly or by tanh
 // Fuses the activation and the product, which plain libtorch runs as 2 kernels forward and 4 backward (one of them a
 // copy into the joined gradient). Moves: forward read gate and up, write y, 3 N F elements; backward read dy, gate and
-// up, write dgate and dup, 5 N F elements.
+// up, write dgate and dup, 5 N F elements, and 6 where it writes y again.
 //
 // Backward, act(gate) computed again rather than kept:
 //   dgate = dy up act'(gate)      dup = dy act(gate)
@@ -53,42 +53,45 @@ __device__ inline Place place(int64_t block, int64_t tiles, int64_t N, int64_t v
 
 template <typename T, int kWidth, int kActivation>
 __global__ void swiglu_forward_kernel(const T* __restrict__ gate_up, T* __restrict__ y, int64_t N, int64_t F,
-                                      int64_t tiles, int64_t blocks) {
+                                      int64_t gate_up_stride, int64_t y_stride, int64_t tiles, int64_t blocks) {
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Place at = place(block, tiles, N, F / kWidth);
     if (!at.inside) continue;
-    const T* gate_row = gate_up + at.row * 2 * F;
+    const T* gate_row = gate_up + at.row * gate_up_stride;
     const auto gate = load<kWidth>(gate_row, at.vector), up = load<kWidth>(gate_row + F, at.vector);
     Vector<T, kWidth> out;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       out.v[i] = from_float<T>(activate<kActivation>(to_float(gate.v[i])).value * to_float(up.v[i]));
     }
-    store<kWidth>(y + at.row * F, at.vector, out);
+    store<kWidth>(y + at.row * y_stride, at.vector, out);
   }
 }
 
-// dgate_up may be gate_up.
-template <typename T, int kWidth, int kActivation>
-__global__ void swiglu_backward_kernel(const T* __restrict__ dy, const T* gate_up, T* dgate_up, int64_t N, int64_t F,
-                                       int64_t tiles, int64_t blocks) {
+// dgate_up may be gate_up, and y may be dy.
+template <typename T, int kWidth, int kActivation, bool kAgain>
+__global__ void swiglu_backward_kernel(const T* dy, const T* gate_up, T* dgate_up, T* y, int64_t N, int64_t F,
+                                       int64_t dy_stride, int64_t gate_up_stride, int64_t dgate_up_stride, int64_t tiles,
+                                       int64_t blocks) {
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Place at = place(block, tiles, N, F / kWidth);
     if (!at.inside) continue;
-    const T* gate_row = gate_up + at.row * 2 * F;
+    const T* gate_row = gate_up + at.row * gate_up_stride;
     const auto gate = load<kWidth>(gate_row, at.vector), up = load<kWidth>(gate_row + F, at.vector);
-    const auto d = load<kWidth>(dy + at.row * F, at.vector);
-    Vector<T, kWidth> dgate, dup;
+    const auto d = load<kWidth>(dy + at.row * dy_stride, at.vector);
+    Vector<T, kWidth> dgate, dup, again;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const Activated a = activate<kActivation>(to_float(gate.v[i]));
       const float g = to_float(d.v[i]);
       dgate.v[i] = from_float<T>(g * to_float(up.v[i]) * a.slope);
       dup.v[i] = from_float<T>(g * a.value);
+      if constexpr (kAgain) again.v[i] = from_float<T>(a.value * to_float(up.v[i]));
     }
-    T* dgate_row = dgate_up + at.row * 2 * F;
+    T* dgate_row = dgate_up + at.row * dgate_up_stride;
     store<kWidth>(dgate_row, at.vector, dgate);
     store<kWidth>(dgate_row + F, at.vector, dup);
+    if constexpr (kAgain) store<kWidth>(y + at.row * dy_stride, at.vector, again);
   }
 }
 
@@ -128,8 +131,8 @@ struct Launch {
 
 using namespace ferrotune;
 
-extern "C" int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int activation, int dtype,
-                              void* stream) {
+extern "C" int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int64_t gate_up_stride,
+                              int64_t y_stride, int activation, int dtype, void* stream) {
   if (N == 0 || F == 0) return cudaSuccess;
   return with_types(dtype, activation, [&](auto t, auto act) -> int {
     using T = decltype(t);
@@ -138,31 +141,39 @@ extern "C" int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F
       const Launch l(N, F / kWidth);
       swiglu_forward_kernel<T, kWidth, decltype(act)::value>
           <<<grid_x(l.blocks), l.block, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(gate_up), static_cast<T*>(y), N, F, l.tiles, l.blocks);
+              static_cast<const T*>(gate_up), static_cast<T*>(y), N, F, gate_up_stride, y_stride, l.tiles, l.blocks);
       return cudaGetLastError();
     };
     constexpr int kWidth = 16 / sizeof(T);
-    const bool fits = F % kWidth == 0 && aligned16(gate_up) && aligned16(y);
+    const bool fits = F % kWidth == 0 && gate_up_stride % kWidth == 0 && y_stride % kWidth == 0 && aligned16(gate_up) &&
+                      aligned16(y);
     return fits ? launch(Width<kWidth>{}) : launch(Width<1>{});
   });
 }
 
-extern "C" int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, int64_t N, int64_t F,
-                               int activation, int dtype, void* stream) {
+extern "C" int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, void* y, int64_t N, int64_t F,
+                               int64_t dy_stride, int64_t gate_up_stride, int64_t dgate_up_stride, int activation,
+                               int dtype, void* stream) {
   if (N == 0 || F == 0) return cudaSuccess;
   return with_types(dtype, activation, [&](auto t, auto act) -> int {
     using T = decltype(t);
     const auto launch = [&](auto width) -> int {
       constexpr int kWidth = decltype(width)::value;
       const Launch l(N, F / kWidth);
-      swiglu_backward_kernel<T, kWidth, decltype(act)::value>
-          <<<grid_x(l.blocks), l.block, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(dy), static_cast<const T*>(gate_up), static_cast<T*>(dgate_up), N, F, l.tiles,
-              l.blocks);
-      return cudaGetLastError();
+      const auto run = [&](auto* kernel) -> int {
+        kernel<<<grid_x(l.blocks), l.block, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(dy), static_cast<const T*>(gate_up), static_cast<T*>(dgate_up), static_cast<T*>(y), N,
+            F, dy_stride, gate_up_stride, dgate_up_stride, l.tiles, l.blocks);
+        return cudaGetLastError();
+      };
+      constexpr int kActivation = decltype(act)::value;
+      return y == nullptr ? run(swiglu_backward_kernel<T, kWidth, kActivation, false>)
+                          : run(swiglu_backward_kernel<T, kWidth, kActivation, true>);
     };
     constexpr int kWidth = 16 / sizeof(T);
-    const bool fits = F % kWidth == 0 && aligned16(dy) && aligned16(gate_up) && aligned16(dgate_up);
+    const bool fits = F % kWidth == 0 && dy_stride % kWidth == 0 && gate_up_stride % kWidth == 0 &&
+                      dgate_up_stride % kWidth == 0 && aligned16(dy) && aligned16(gate_up) && aligned16(dgate_up) &&
+                      aligned16(y);
     return fits ? launch(Width<kWidth>{}) : launch(Width<1>{});
   });
 }

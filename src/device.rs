@@ -333,6 +333,14 @@ pub fn upload(values: &[i64], device: tch::Device) -> Result<tch::Tensor> {
     }
 }
 
+/// Rows of `table`, a contiguous matrix in the host's memory, on `device`: `[rows, C]`, in the same way.
+pub fn upload_rows(table: &tch::Tensor, rows: &[i64], device: tch::Device) -> Result<tch::Tensor> {
+    match cuda_device(device) {
+        Some((_, index)) => Ok(take(bridge::upload_rows(crate::ffi::borrow(table), rows, index)?)),
+        None => Ok(table.f_index_select(0, &tch::Tensor::f_from_slice(rows)?)?.f_to_device(device)?),
+    }
+}
+
 /// Milliseconds that the device takes for `work`: between two events of its own on a GPU, by the clock on the CPU.
 pub fn milliseconds(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let Some((_, index)) = cuda_device(device) else {

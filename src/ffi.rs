@@ -187,6 +187,7 @@ pub(crate) mod bridge {
         fn keep_freed_memory();
         fn pinned(bytes: i64) -> Result<UniquePtr<Tensor>>;
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
+        fn upload_rows(table: &Tensor, rows: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
         type Event;
         fn record_event(index: i32) -> Result<UniquePtr<Event>>;
         fn elapsed_ms(start: &Event, end: &Event) -> Result<f64>;
@@ -244,6 +245,7 @@ pub(crate) mod bridge {
         fn linear_cross_entropy(
             hidden: &Tensor,
             weight: &Tensor,
+            nf4: &Nf4View,
             rows: &Tensor,
             labels: &Tensor,
             softcap: f64,
@@ -251,9 +253,11 @@ pub(crate) mod bridge {
         fn linear_log_probs(
             hidden: &Tensor,
             weight: &Tensor,
+            nf4: &Nf4View,
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
+        fn nf4_scores(hidden: &Tensor, nf4: &Nf4View) -> Result<UniquePtr<Tensor>>;
 
         fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;

@@ -356,18 +356,43 @@ impl Targets {
     }
 }
 
+/// The matrix W of a head, `[V, C]`.
+#[derive(Debug, Clone, Copy)]
+pub enum Head<'a> {
+    Dense(&'a Tensor),
+    /// Frozen, and never dequantised as a whole.
+    Nf4(&'a Nf4),
+}
+
+impl<'a> From<&'a Tensor> for Head<'a> {
+    fn from(weight: &'a Tensor) -> Head<'a> {
+        Head::Dense(weight)
+    }
+}
+
+impl<'a> Head<'a> {
+    fn views(self, absent: &'a Tensor) -> (&'a bridge::Tensor, bridge::Nf4View<'a>) {
+        match self {
+            Head::Dense(weight) => (ffi::borrow(weight), nf4::view(None, absent)),
+            Head::Nf4(nf4) => (ffi::borrow(absent), nf4::view(Some(nf4), absent)),
+        }
+    }
+}
+
 /// `sum over targets of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without ever
-/// holding the logits `[N, V]`: hidden `[N, C]`, weight `[V, C]`. Its gradient can be taken once.
-pub fn linear_cross_entropy(
+/// holding the logits `[N, V]`: hidden `[N, C]`. Its gradient can be taken once.
+pub fn linear_cross_entropy<'a>(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: impl Into<Head<'a>>,
     targets: &Targets,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
     let absent = Tensor::new();
+    let (weight, nf4) = head.into().views(&absent);
     checked(bridge::linear_cross_entropy(
         ffi::borrow(hidden),
-        ffi::borrow(weight),
+        weight,
+        &nf4,
         ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
         ffi::borrow(&targets.labels),
         softcap.unwrap_or(0.0),
@@ -375,14 +400,26 @@ pub fn linear_cross_entropy(
 }
 
 /// `log softmax(cap(hidden W^T))[label]` of every row, in f32, not differentiable: -> `[N]`.
-pub fn linear_log_probs(
+pub fn linear_log_probs<'a>(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: impl Into<Head<'a>>,
     labels: &Tensor,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
-    let softcap = softcap.unwrap_or(0.0);
-    checked(bridge::linear_log_probs(ffi::borrow(hidden), ffi::borrow(weight), ffi::borrow(labels), softcap))
+    let (softcap, absent) = (softcap.unwrap_or(0.0), Tensor::new());
+    let (weight, nf4) = head.into().views(&absent);
+    checked(bridge::linear_log_probs(ffi::borrow(hidden), weight, &nf4, ffi::borrow(labels), softcap))
+}
+
+/// `hidden W^T`, `[N, V]`: in the dtype of hidden, of a head in 4 bits in f32 (f64 for f64) and not differentiable.
+pub fn head_scores(hidden: &Tensor, head: Head) -> Result<Tensor> {
+    match head {
+        Head::Dense(weight) => project(hidden, weight),
+        Head::Nf4(nf4) => {
+            let absent = Tensor::new();
+            checked(bridge::nf4_scores(ffi::borrow(hidden), &nf4::view(Some(nf4), &absent)))
+        }
+    }
 }
 
 /// Computes the gradients of `inputs` from `dy`, that of `y`, and drops them: a backward pass to measure.

@@ -259,6 +259,35 @@ fn qlora_by_flag_by_configuration_and_by_checkpoint_is_one_run() {
 }
 
 #[test]
+fn an_offloaded_embedding_a_4_bit_head_and_f16() {
+    let place = Workplace::with_model();
+    let flags = ["--r", "4", "--max-steps", "4", "--nf4-head"];
+    place.train("model", "plain", &flags[..4]);
+    place.train("model", "head", &flags);
+    assert!(place.adapter("head") != place.adapter("plain"), "nothing was quantised");
+    place.train("model", "both", &[&flags[..], &["--offload-embedding"]].concat());
+    assert!(place.adapter("both") == place.adapter("head"), "the adapters differ");
+    let all = ["--full-finetuning", "--offload-embedding"];
+    failed(
+        &mut place.command("model", "all", &all),
+        2,
+        "--offload-embedding, --nf4-head and --full-finetuning",
+    );
+
+    let narrow = [&flags[..4], &["--dtype", "f16", "--save-steps", "2"]].concat();
+    let stdout = place.train("model", "f16", &narrow);
+    assert!(stdout.contains(", f16"), "{stdout}");
+    let metrics = fs::read_to_string(place.path("f16/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches("\"loss_scale\":65536.0").count(), 4, "{metrics}");
+    // The scale is part of a checkpoint.
+    let adapter = place.adapter("f16");
+    fs::remove_dir_all(place.path("f16/checkpoint-4")).unwrap();
+    let resumed = [&narrow[..], &["--resume-from-checkpoint"]].concat();
+    succeeded(place.command("model", "f16", &resumed).output().unwrap());
+    assert!(place.adapter("f16") == adapter, "the adapters differ");
+}
+
+#[test]
 fn full_finetuning_evaluates_stops_early_and_resumes() {
     let place = Workplace::new();
     let flags = [

@@ -146,7 +146,7 @@ fn a_checkpoint_and_its_plan() {
     }
 
     let load = |dir: &Path, load_in_4bit: bool, kept: &BTreeSet<String>| {
-        let options = LoadOptions { kind: Kind::Float, device: Device::Cpu, load_in_4bit };
+        let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::Float, Device::Cpu) };
         FastLanguageModel::from_pretrained_keeping(dir, options, kept).unwrap().decoder
     };
     let flat = Flat::new([&[5, 9, 3, 7, 11, 2][..]]);

@@ -17,7 +17,7 @@ use crate::nf4::matrices;
 use crate::parity::gradients_of;
 use crate::tolerance::{self, What};
 
-fn on(nf4: &Nf4, device: Device) -> Nf4 {
+pub fn on(nf4: &Nf4, device: Device) -> Nf4 {
     let there = |tensor: &Tensor| tensor.to_device(device);
     Nf4 {
         packed: there(&nf4.packed),
@@ -159,7 +159,7 @@ fn nf4_past_two_to_the_31_elements() {
 fn models_in_4_bits_on_the_gpu() {
     let Some(device) = gpu("4-bit models") else { return };
     let load = |dir: &Path, kind, device, load_in_4bit| {
-        let options = LoadOptions { kind, device, load_in_4bit };
+        let options = LoadOptions { load_in_4bit, ..LoadOptions::new(kind, device) };
         FastLanguageModel::from_pretrained_with(dir, options).unwrap_or_else(|error| panic!("{error:#}"))
     };
     let nf4 = root().join("nf4");

@@ -24,7 +24,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn load(dir: &Path, kind: Kind, load_in_4bit: bool) -> FastLanguageModel {
-    let options = LoadOptions { kind, device: Device::Cpu, load_in_4bit };
+    let options = LoadOptions { load_in_4bit, ..LoadOptions::new(kind, Device::Cpu) };
     FastLanguageModel::from_pretrained_with(dir, options).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
@@ -436,7 +436,7 @@ fn a_broken_source_leaves_nothing_behind() {
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
     let error = FastLanguageModel::from_pretrained_with(
         dir.path(),
-        LoadOptions { kind: Kind::Float, device: Device::Cpu, load_in_4bit: true },
+        LoadOptions { load_in_4bit: true, ..LoadOptions::new(Kind::Float, Device::Cpu) },
     );
     assert!(format!("{:#}", error.err().unwrap()).contains(name));
 }

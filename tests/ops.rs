@@ -33,7 +33,7 @@ pub fn check(op: &Op, kind: Kind, device: Device) {
     }
 }
 
-fn random(shape: &[i64]) -> Tensor {
+pub fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Double, Device::Cpu))
 }
 

@@ -20,11 +20,30 @@ const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediat
 
 /// The same model each time.
 fn model(arguments: &TrainingArguments, kind: Kind, device: Device) -> FastLanguageModel {
+    model_with(arguments, LoadOptions::new(kind, device))
+}
+
+fn model_with(arguments: &TrainingArguments, options: LoadOptions) -> FastLanguageModel {
     let config = Config::from_json(CONFIG).unwrap();
     tch::manual_seed(1);
-    let mut model =
-        FastLanguageModel::untrained(config, LoadOptions { kind, device, load_in_4bit: false }).unwrap();
+    let mut model = FastLanguageModel::untrained(config, options).unwrap();
     model.get_peft_model(arguments.adapter_config("model"), 7).unwrap();
+    model
+}
+
+/// The same weights as `of`, loaded otherwise. Copied: tests that run beside this one draw from the same generator.
+fn twin(of: &FastLanguageModel, arguments: &TrainingArguments, options: LoadOptions) -> FastLanguageModel {
+    let model = model_with(arguments, options);
+    let weights: HashMap<String, Tensor> = of.decoder.state_dict(Kind::Float).unwrap().into_iter().collect();
+    let _no_grad = tch::no_grad_guard();
+    let copy = |name: &str, to: &Tensor| {
+        to.shallow_clone().copy_(&weights[name]);
+        Ok(())
+    };
+    model.decoder.each_weight(copy).unwrap();
+    for (to, from) in model.decoder.trainable().iter().zip(of.decoder.trainable()) {
+        to.tensor.shallow_clone().copy_(&from.tensor);
+    }
     model
 }
 
@@ -78,7 +97,15 @@ fn ten_steps(
     device: Device,
     graphs: bool,
 ) -> (Vec<StepOutcome>, Vec<Tensor>) {
-    let model = model(arguments, kind, device);
+    ten_steps_of(&model(arguments, kind, device), arguments, graphs)
+}
+
+fn ten_steps_of(
+    model: &FastLanguageModel,
+    arguments: &TrainingArguments,
+    graphs: bool,
+) -> (Vec<StepOutcome>, Vec<Tensor>) {
+    let device = model.decoder.device;
     let mut stepper = Stepper::new(&Sft, arguments, &model.decoder).unwrap();
     if !graphs {
         stepper = stepper.without_graphs();
@@ -87,7 +114,7 @@ fn ten_steps(
         (0..10).map(|step| stepper.run(&model.decoder, &batches(step), step, rate(step)).unwrap()).collect();
     assert_eq!(stepper.not_recorded(), None);
     assert_eq!(stepper.graphs(), if graphs && device.is_cuda() { 2 } else { 0 });
-    (outcomes, weights(&model))
+    (outcomes, weights(model))
 }
 
 /// Recorded steps differ from others by no more than two runs of those differ from each other.
@@ -207,6 +234,101 @@ fn resumed_distance(arguments: &TrainingArguments, kind: Kind, device: Device) -
         losses = losses.max((a.loss - b.loss).abs());
     }
     (losses, distance(&weights(&second), &weights(&first)))
+}
+
+/// Steps whose embedding is in the host's memory, recorded and not, repeat those with it on the device bit for bit.
+pub fn check_offloaded_steps(device: Device) {
+    let arguments = TrainingArguments { deterministic: true, ..arguments() };
+    let options = LoadOptions::new(Kind::BFloat16, device);
+    let on_host = LoadOptions { offload_embedding: true, ..options };
+    for graphs in [true, false] {
+        let model = model_with(&arguments, options);
+        let other = twin(&model, &arguments, on_host);
+        let (expected, expected_weights) = ten_steps_of(&model, &arguments, graphs);
+        let (found, found_weights) = ten_steps_of(&other, &arguments, graphs);
+        let bits =
+            |outcomes: &[StepOutcome]| -> Vec<u64> { outcomes.iter().map(|o| o.loss.to_bits()).collect() };
+        assert_eq!(bits(&found), bits(&expected), "graphs: {graphs}");
+        assert!(equal(&found_weights, &expected_weights), "graphs: {graphs}");
+    }
+}
+
+/// Steps in f16 follow those in f32; a scale that is too large is halved until the gradient is finite again, and nothing else
+/// changes meanwhile; after 2,000 good steps it doubles. All of it goes on from a checkpoint.
+pub fn check_f16_steps(device: Device) {
+    let arguments = arguments();
+    for graphs in [true, false] {
+        let wide = model(&arguments, Kind::Float, device);
+        let narrow = twin(&wide, &arguments, LoadOptions::new(Kind::Half, device));
+        let (expected, _) = ten_steps_of(&wide, &arguments, graphs);
+        let (found, _) = ten_steps_of(&narrow, &arguments, graphs);
+        for (step, (a, b)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(a.loss_scale, Some(65536.0), "step {step}");
+            assert!((a.loss - b.loss).abs() < 5e-3 * b.loss, "step {step}: {a:?} {b:?}");
+            assert!((a.grad_norm / b.grad_norm - 1.0).abs() < 0.03, "step {step}: {a:?} {b:?}");
+        }
+    }
+    let model = model(&arguments, Kind::Half, device);
+    let mut stepper = Stepper::new(&Sft, &arguments, &model.decoder).unwrap();
+    for step in 0..4 {
+        assert!(stepper.run(&model.decoder, &batches(step), step, rate(step)).unwrap().is_finite());
+    }
+    let with = |stepper: &mut Stepper, scale: f32, good_steps: f32| {
+        let mut state: HashMap<String, Tensor> = stepper.optimizer.state().into_iter().collect();
+        state.insert("loss_scale".into(), Tensor::from_slice(&[scale]));
+        state.insert("good_steps".into(), Tensor::from_slice(&[good_steps]));
+        let state = state.into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+        stepper.optimizer.load_state(state, "state").unwrap();
+    };
+    let tensors = |stepper: &Stepper| -> Vec<Tensor> {
+        let state = stepper.optimizer.state().into_iter();
+        state
+            .filter(|(name, _)| name != "loss_scale" && name != "good_steps")
+            .map(|(_, t)| t.copy())
+            .collect()
+    };
+    let too_large = 2f32.powi(40);
+    with(&mut stepper, too_large, 0.0);
+    let (before, state) = (weights(&model), tensors(&stepper));
+    let mut scale = f64::from(too_large);
+    let recovered = (4..40).find(|_| {
+        let outcome = stepper.run(&model.decoder, &batches(4), 4, rate(4)).unwrap();
+        if outcome.is_finite() {
+            return true;
+        }
+        scale /= 2.0;
+        assert!(outcome.overflowed() && outcome.loss_scale == Some(scale), "{outcome:?}");
+        assert!(equal(&before, &weights(&model)) && equal(&state, &tensors(&stepper)), "{outcome:?}");
+        false
+    });
+    assert!(recovered.is_some_and(|tries| tries > 4), "{recovered:?}");
+    assert!(!equal(&before, &weights(&model)));
+    with(&mut stepper, 1024.0, 1999.0);
+    let scales: Vec<Option<f64>> = (0..2)
+        .map(|step| stepper.run(&model.decoder, &batches(step), step, rate(step)).unwrap().loss_scale)
+        .collect();
+    assert_eq!(scales, [Some(2048.0); 2]);
+    let saved: HashMap<String, Tensor> = stepper.optimizer.state().into_iter().collect();
+    assert_eq!(saved["good_steps"].double_value(&[0]), 1.0);
+    assert_eq!(saved["loss_scale"].double_value(&[0]), 2048.0);
+}
+
+#[test]
+fn f16_and_offloading_on_the_cpu() {
+    check_offloaded_steps(Device::Cpu);
+    check_f16_steps(Device::Cpu);
+}
+
+/// Gemma's hidden states overflow f16.
+#[test]
+fn gemma_is_refused_in_f16() {
+    let config = Config::from_dir(&crate::golden::root().join("gemma2")).unwrap();
+    let error =
+        FastLanguageModel::untrained(config, LoadOptions::new(Kind::Half, Device::Cpu)).err().unwrap();
+    assert!(
+        error.to_string().starts_with("gemma2 in f16, which its hidden states overflow, is not supported"),
+        "{error}"
+    );
 }
 
 /// LoRA cast once for the step, and at each product.

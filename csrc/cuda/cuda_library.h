@@ -29,8 +29,8 @@ class CudaGraph {
 class Stashed {
  public:
   virtual ~Stashed() = default;
-  // The tensor on its device again, once; those that were stashed before it are on their way from then on.
-  virtual at::Tensor fetch() = 0;
+  // The tensor on its device again, once; `ahead` of those that were stashed before it are on their way from then on.
+  virtual at::Tensor fetch(int ahead) = 0;
 };
 
 // Rows of a batch, x [N, heads, D] or [N, heads], and where each segment starts if their lengths differ: offsets

@@ -21,8 +21,9 @@ class Entry;
 
 // Of one device.
 struct Stash {
-  // Tensors that stay on the device while their copies run: so many that the compute stream hardly waits for one.
-  static constexpr size_t kOnDevice = 4;
+  // Tensors that stay on the device while their copies run: a block stashes up to three at once, and the compute stream
+  // would wait for the first of them with less.
+  static constexpr size_t kOnDevice = 3;
 
   std::recursive_mutex mutex;  // the last owner of an entry may let it go inside
   c10::cuda::CUDAStream stream;
@@ -111,15 +112,14 @@ class Entry : public Stashed {
     fetching_ = true;
   }
 
-  at::Tensor fetch() override {
+  at::Tensor fetch(int ahead) override {
     const std::lock_guard lock(stash_.mutex);
     const auto compute = c10::cuda::getCurrentCUDAStream(stash_.stream.device_index());
     start(compute);
     // Of a tensor that never left, its copy: the stream of the copies must have come back to the compute stream.
     (fetching_ ? fetched_ : copied_).block(compute);
-    // A block fetches three in a row.
     auto before = previous_.lock();
-    for (int ahead = 0; before && ahead < kAhead; ++ahead) {
+    for (; before && ahead > 0; --ahead) {
       before->start(compute);
       before = before->previous_.lock();
     }
@@ -127,8 +127,6 @@ class Entry : public Stashed {
   }
 
  private:
-  static constexpr int kAhead = 3;
-
   Stash& stash_;
   at::Tensor device_tensor_, buffer_;
   std::weak_ptr<Entry> previous_;

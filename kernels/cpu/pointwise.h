@@ -165,8 +165,13 @@ inline void cross_entropy(int64_t rows, int64_t v, float* z, const int64_t* labe
         put(z + i, get(z + i) * scale);
       }
     });
-    const float share = softcap > 0 ? label / softcap : 0;
-    z[labels[r]] -= 1 - share * share;
+    if (softcap > 0) {
+      // p - 1 first: with it, a slope rounded two ways would be what is left of a certain row.
+      const float share = label / softcap;
+      z[labels[r]] = (exp(spread(label - top))[0] * scale - 1) * (1 - share * share);
+    } else {
+      z[labels[r]] -= 1;
+    }
   }
 }
 

@@ -13,7 +13,7 @@ use tch::Device;
 use super::banner::table;
 use super::budget::{budget, plan_for};
 use super::format::{bytes, percent, rate};
-use super::model_args::{MachineArgs, kind_of};
+use super::model_args::{MachineArgs, kind_of, name_of};
 use super::progress::BARS;
 use super::shapes::ShapeArgs;
 use crate::data::Batch;
@@ -55,6 +55,12 @@ pub struct BenchTrainArgs {
     /// Steps that are timed
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub steps: usize,
+    /// Steps before them: kernels are chosen, workspaces made, repeating shapes recorded at the third
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub warm_up: usize,
+    /// Steps after them that say where the time goes
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub profiled: usize,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// Of the GPU at most, all that nvidia-smi shows for the process [default: 92 % of what is free]
@@ -69,6 +75,10 @@ pub struct BenchTrainArgs {
     pub deterministic: bool,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
+    #[arg(long, help = "Leave the embedding in the host's memory")]
+    pub offload_embedding: bool,
+    #[arg(long, help = "Quantise the head to NF4")]
+    pub nf4_head: bool,
     /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
     #[arg(long, value_enum)]
     pub optim: Option<Optim>,
@@ -89,6 +99,8 @@ struct Report {
     device: String,
     dtype: &'static str,
     load_in_4bit: bool,
+    offload_embedding: bool,
+    nf4_head: bool,
     parameters: i64,
     batch: usize,
     sample_lengths: Vec<usize>,
@@ -129,10 +141,6 @@ struct Report {
     over_floor: f64,
 }
 
-/// Steps before the timed ones: kernels are chosen, workspaces made, repeating shapes recorded.
-const WARM_UP: usize = 5;
-const PROFILED: usize = 3;
-
 pub fn run(command: BenchCommand) -> Result<()> {
     let args = match command {
         BenchCommand::Train(args) => args,
@@ -154,6 +162,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     for (flag, zero) in [
         ("--batch", args.batch == 0),
         ("--steps", args.steps == 0),
+        ("--warm-up", args.warm_up == 0),
         ("--gradient-accumulation-steps", args.gradient_accumulation_steps == 0),
         ("--seq and --packing", sample_lengths.iter().any(|&length| length < 2)),
     ] {
@@ -173,12 +182,17 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         ..TrainingArguments::default()
     };
     let planned = plan(args, &config, device)?;
-    let bar = ProgressBar::new((WARM_UP + args.steps + PROFILED) as u64)
+    let bar = ProgressBar::new((args.warm_up + args.steps + args.profiled) as u64)
         .with_style(ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?);
     let bar = BARS.add(bar);
     bar.set_message("random weights");
-    let kind = kind_of(args.dtype, device);
-    let options = LoadOptions { kind, device, load_in_4bit: args.load_in_4bit };
+    let kind = kind_of(args.dtype, device, config.overflows_f16());
+    let options = LoadOptions {
+        load_in_4bit: args.load_in_4bit,
+        offload_embedding: args.offload_embedding,
+        nf4_head: args.nf4_head,
+        ..LoadOptions::new(kind, device)
+    };
     let mut model = FastLanguageModel::untrained(config, options)?;
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;
@@ -204,7 +218,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     bar.set_message("warm-up");
     let mut first_loss = f64::NAN;
     let mut seconds_to_first_step = f64::NAN;
-    for number in 0..WARM_UP {
+    for number in 0..args.warm_up {
         let outcome = step(number)?;
         if number == 0 {
             (first_loss, seconds_to_first_step) = (outcome.loss, start.elapsed().as_secs_f64());
@@ -215,17 +229,17 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let (mut times, mut last_loss) = (Vec::new(), f64::NAN);
     for number in 0..args.steps {
         let before = Instant::now();
-        last_loss = step(WARM_UP + number)?.loss;
+        last_loss = step(args.warm_up + number)?.loss;
         times.push(before.elapsed().as_secs_f64() * 1e3);
         bar.inc(1);
     }
     let (memory, process_memory) = (device::memory(device)?, device::process_memory(device));
     bar.set_message("profiled");
-    let gpu = if device.is_cuda() {
+    let gpu = if device.is_cuda() && args.profiled > 0 {
         let activities = device::profile(device, || {
-            (0..PROFILED).try_for_each(|number| step(WARM_UP + args.steps + number).map(drop))
+            (0..args.profiled).try_for_each(|number| step(args.warm_up + args.steps + number).map(drop))
         })?;
-        Some(KernelTimes::new(&activities, PROFILED))
+        Some(KernelTimes::new(&activities, args.profiled))
     } else {
         None
     };
@@ -255,8 +269,10 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     Ok(Report {
         shape: name,
         device: device::describe(device),
-        dtype: if kind == tch::Kind::BFloat16 { "bf16" } else { "f32" },
+        dtype: name_of(kind),
         load_in_4bit: args.load_in_4bit,
+        offload_embedding: args.offload_embedding,
+        nf4_head: args.nf4_head,
         parameters: decoder.num_parameters(),
         batch: args.batch,
         sample_lengths,
@@ -290,14 +306,15 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
 
 /// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() || kind_of(args.dtype, device) == tch::Kind::Float {
+    if !device.is_cuda() || kind_of(args.dtype, device, config.overflows_f16()) == tch::Kind::Float {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
         Some(longest) => (args.batch * args.packing.iter().sum::<usize>(), *longest),
         None => (args.batch * args.seq, args.seq),
     };
-    let mut work = Work::uniform(config, (1, sample), args.r, args.load_in_4bit, args.optim);
+    let mut work = Work::uniform(config, (1, sample), args.r, args.load_in_4bit, args.optim)
+        .with_embeddings(args.offload_embedding, args.nf4_head);
     work.tokens = tokens as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;
@@ -326,13 +343,15 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.optim,
                 report.dtype,
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
+                if report.nf4_head { ", 4-bit head" } else { "" },
+                if report.offload_embedding { ", embedding in the host's memory" } else { "" },
                 match report.use_gradient_checkpointing {
                     GradientCheckpointing::Off => "",
                     GradientCheckpointing::On => ", gradient checkpointing",

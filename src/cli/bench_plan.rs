@@ -84,7 +84,8 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
     let work = Work::uniform(&config, (args.batch, args.seq), 16, args.load_in_4bit, None);
     let arguments =
         TrainingArguments { init_lora_weights: InitLoraWeights::Random, ..TrainingArguments::default() };
-    let options = LoadOptions { kind: kind_of(Dtype::Auto, device), device, load_in_4bit: args.load_in_4bit };
+    let kind = kind_of(Dtype::Auto, device, false);
+    let options = LoadOptions { load_in_4bit: args.load_in_4bit, ..LoadOptions::new(kind, device) };
     let most = budget(None, args.max_host_memory, device)?;
     device::limit_memory(device, Memory::allocator_limit(most.device), most.host, work.tokens)?;
     let mut model = FastLanguageModel::untrained(config, options)?;

@@ -1,6 +1,6 @@
 //! The flags that every command which runs a model has, and what they load.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 use super::quant_args::QuantArgs;
 use super::sources;
 use crate::device;
-use crate::models::FastLanguageModel;
+use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
 use crate::train::Dtype;
 
@@ -31,6 +31,12 @@ pub struct ModelArgs {
     pub load_in_4bit: bool,
     #[command(flatten)]
     pub quant: QuantArgs,
+    /// Leave the embedding in the host's memory
+    #[arg(long)]
+    pub offload_embedding: bool,
+    /// Quantise the head to 4 bits (NF4); of a model whose head is its embedding, a copy of it
+    #[arg(long)]
+    pub nf4_head: bool,
     /// Type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -70,12 +76,28 @@ pub(super) fn init_device(name: &str) -> Result<Device> {
     device::init(name.parse().context("--device")?, kernel_library().as_deref())
 }
 
-/// The type that `--dtype` means on `device`.
-pub(super) fn kind_of(dtype: Dtype, device: Device) -> Kind {
+/// The type that `--dtype` means on `device`, for a model that f16 suits or not.
+pub(super) fn kind_of(dtype: Dtype, device: Device, overflows_f16: bool) -> Kind {
     match dtype {
         Dtype::Auto if device.is_cuda() && device::supports_bf16(device) => Kind::BFloat16,
+        Dtype::Auto if device.is_cuda() && !overflows_f16 => Kind::Half,
         Dtype::Auto | Dtype::F32 => Kind::Float,
         Dtype::Bf16 => Kind::BFloat16,
+        Dtype::F16 => Kind::Half,
+    }
+}
+
+/// Whether the model in `folder` overflows f16.
+pub(super) fn overflows_f16(folder: &Path) -> Result<bool> {
+    Ok(Config::from_dir(folder)?.overflows_f16())
+}
+
+/// The word for it.
+pub(super) fn name_of(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "f16",
+        _ => "f32",
     }
 }
 
@@ -83,12 +105,17 @@ impl ModelArgs {
     /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
     pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
         let device = self.machine.init()?;
+        let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
         let kind = match (self.dtype, auto) {
             (Dtype::Auto, Some(kind)) => kind,
-            (dtype, _) => kind_of(dtype, device),
+            (dtype, _) => kind_of(dtype, device, overflows_f16(&folder).context("--model")?),
         };
-        let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
-        let options = LoadOptions { kind, device, load_in_4bit: self.load_in_4bit };
+        let options = LoadOptions {
+            load_in_4bit: self.load_in_4bit,
+            offload_embedding: self.offload_embedding,
+            nf4_head: self.nf4_head,
+            ..LoadOptions::new(kind, device)
+        };
         let plan = self.quant.plan_to_load(&folder, options)?;
         let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
         let mut model =

@@ -43,7 +43,8 @@ pub struct QuantizeArgs {
 pub fn run(args: QuantizeArgs) -> Result<()> {
     let device = args.machine.init()?;
     let folder = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
-    let plan = args.quant.plan(&folder, (kind_of(Dtype::Auto, device), device))?;
+    // Never in f16: what is judged is small.
+    let plan = args.quant.plan(&folder, (kind_of(Dtype::Auto, device, true), device))?;
     if let Some(plan) = &plan {
         write!(stdout(), "{}", table(plan)).context("writing to stdout")?;
     }

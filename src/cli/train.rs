@@ -7,11 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use tch::Kind;
 
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
-use super::model_args::{init_device, kind_of};
+use super::model_args::{init_device, kind_of, name_of, overflows_f16};
 use super::progress::Progress;
 use super::quant_args::{self, QuantArgs};
 use super::train_plan::{TrainPlan, train_plan};
@@ -51,7 +50,13 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         tokenizer.set_template_now(now);
     }
     let (train, eval, reports) = load_data(&args, &tokenizer)?;
-    let options = LoadOptions { kind: kind_of(args.dtype, device), device, load_in_4bit: args.load_in_4bit };
+    let kind = kind_of(args.dtype, device, overflows_f16(&dir).context("--model")?);
+    let options = LoadOptions {
+        load_in_4bit: args.load_in_4bit,
+        offload_embedding: args.offload_embedding,
+        nf4_head: args.nf4_head,
+        ..LoadOptions::new(kind, device)
+    };
     let dense = dense_modules(&args, &dir, options)?;
     let plan = train_plan(&args, &dir, options, &dense, &train, eval.as_ref())?;
     let mut model = load_model(&args, &dir, options, &dense)?;
@@ -285,7 +290,7 @@ fn banner(
     let decoder = &model.decoder;
     let config = &decoder.config;
     let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
-    let dtype = if decoder.kind == Kind::BFloat16 { "bf16" } else { "f32" };
+    let dtype = name_of(decoder.kind);
     let method = match &model.adapter {
         Some(adapter) => {
             let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };

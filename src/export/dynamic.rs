@@ -133,7 +133,7 @@ impl DynamicPlan {
         if weights.is_quantized() {
             bail!(Error::Usage(format!("{} is quantised already", dir.display())));
         }
-        let options = LoadOptions { kind, device, load_in_4bit: false };
+        let options = LoadOptions::new(kind, device);
         let model = FastLanguageModel::from_pretrained_with(dir, options)?;
         let Calibration { source, samples } = calibrate(model.tokenizer()?)?;
         let measured = model.decoder.nf4_sensitivity(&samples, |done| progress(done, samples.len()))?;

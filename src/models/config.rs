@@ -82,6 +82,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Gemma's: its residual stream passes f16's largest number, 65504, the embedding factor and trained post-norms make it so.
+    pub fn overflows_f16(&self) -> bool {
+        self.model_type.starts_with("gemma")
+    }
+
     pub fn num_hidden_layers(&self) -> usize {
         self.layers.len()
     }

@@ -8,9 +8,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
+use crate::error::Error;
 use crate::io::Weights;
 use crate::nn::{Init, KvCache, LoadOptions, Loader, Rope};
-use crate::ops::{self, AttentionBlock, LayerCache, Linear, MlpBlock, Pass, RmsNorm, Rows};
+use crate::ops::{self, AttentionBlock, Head, LayerCache, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
@@ -44,12 +45,15 @@ pub struct Decoder {
     pub device: Device,
     /// What the checkpoint puts before `layers.0`: `model.`, `language_model.model.`, ...
     pub(super) prefix: String,
-    /// `[V, C]`
+    /// `[V, C]`; on the CPU where `offloads_embedding`.
     pub(super) embed_tokens: Tensor,
+    pub(super) offloads_embedding: bool,
     pub(super) layers: Vec<DecoderLayer>,
     pub(super) norm: RmsNorm,
     /// `[V, C]`; none where the embedding is also the head.
     pub(super) lm_head: Option<Tensor>,
+    /// The head, if it is in 4 bits; then `lm_head` is none.
+    pub(super) nf4_head: Option<Nf4>,
 }
 
 /// Sees each layer (none for the embedding) with its input and its output.
@@ -60,7 +64,7 @@ const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_
 impl Decoder {
     /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
-        Decoder::load_with(config, weights, LoadOptions { kind, device, load_in_4bit: false })
+        Decoder::load_with(config, weights, LoadOptions::new(kind, device))
     }
 
     /// As [`Decoder::load`], with more to choose.
@@ -99,7 +103,7 @@ impl Decoder {
     /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`, and the same on every
     /// device.
     pub fn random(config: Config, kind: Kind, device: Device) -> Result<Decoder> {
-        Decoder::random_with(config, LoadOptions { kind, device, load_in_4bit: false }, Device::Cpu)
+        Decoder::random_with(config, LoadOptions::new(kind, device), Device::Cpu)
     }
 
     /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
@@ -110,6 +114,16 @@ impl Decoder {
 
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let LoadOptions { kind, device, offload_embedding, nf4_head, .. } = loader.options;
+        if kind == Kind::Half && config.overflows_f16() {
+            let what = format!("{} in f16, which its hidden states overflow,", config.model_type);
+            return Err(Error::Unsupported { what, supported: "bf16, f32".to_string() }.into());
+        }
+        if offload_embedding && config.tie_word_embeddings && !nf4_head {
+            let what = "offload_embedding where the embedding is also the head".to_string();
+            let supported = "it with nf4_head, which gives the head a copy of its own".to_string();
+            return Err(Error::Unsupported { what, supported }.into());
+        }
         let named = |name: &str| match &loader.init {
             Init::Checkpoint(weights) => weights.contains(name),
             Init::Random { .. } => false,
@@ -118,7 +132,8 @@ impl Decoder {
         let embed = format!("{prefix}embed_tokens.weight");
         // Some tools keep only the head of a tied pair.
         let stored = head.filter(|_| config.tie_word_embeddings && !named(&embed)).unwrap_or(&embed);
-        let embed_tokens = loader.matrix(stored, [vocab, hidden])?;
+        let embedding_device = if offload_embedding { Device::Cpu } else { device };
+        let embed_tokens = loader.matrix(stored, [vocab, hidden], embedding_device)?;
         let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
         let layers = match loader.init {
             Init::Checkpoint(_) => crate::device::reading_threads()?
@@ -128,14 +143,34 @@ impl Decoder {
         };
         let norm =
             loader.norm(format!("{prefix}norm.weight"), hidden, config.rms_norm_eps, config.norm_offset)?;
-        let lm_head = if config.tie_word_embeddings {
-            None
-        } else {
-            Some(loader.matrix(head.unwrap_or("lm_head.weight"), [vocab, hidden])?)
-        };
-        let LoadOptions { kind, device, .. } = loader.options;
-        let prefix = prefix.to_string();
-        Ok(Decoder { config, kind, device, prefix, embed_tokens, layers, norm, lm_head })
+        let (mut lm_head, mut in_4_bits) = (None, None);
+        if nf4_head {
+            in_4_bits = Some(match &loader.init {
+                Init::Random { .. } if config.tie_word_embeddings => {
+                    let known = if kind == Kind::Double { Kind::Float } else { kind };
+                    Nf4::quantize(&embed_tokens.f_to_device(device)?.f_to_kind(known)?)?
+                }
+                _ => {
+                    let own = head.unwrap_or("lm_head.weight");
+                    loader
+                        .nf4_matrix(if config.tie_word_embeddings { stored } else { own }, [vocab, hidden])?
+                }
+            });
+        } else if !config.tie_word_embeddings {
+            lm_head = Some(loader.matrix(head.unwrap_or("lm_head.weight"), [vocab, hidden], device)?);
+        }
+        Ok(Decoder {
+            config,
+            kind,
+            device,
+            prefix: prefix.to_string(),
+            embed_tokens,
+            offloads_embedding: offload_embedding,
+            layers,
+            norm,
+            lm_head,
+            nf4_head: in_4_bits,
+        })
     }
 
     /// A cache for one sequence of up to `capacity` tokens.
@@ -159,8 +194,11 @@ impl Decoder {
         watch: &mut Watch,
     ) -> Result<Tensor> {
         let n = input.input_ids.size()[0] as usize;
-        let mut x = Tensor::f_embedding(&self.embed_tokens, &input.input_ids, -1, false, false)?
-            .f_to_kind(self.kind)?;
+        let mut x = match &input.embedded {
+            Some(rows) => rows.shallow_clone(),
+            None => Tensor::f_embedding(&self.embed_tokens, &input.input_ids, -1, false, false)?
+                .f_to_kind(self.kind)?,
+        };
         if let Some(scale) = self.config.embedding_scale {
             // Rounded to the dtype first, as Gemma was trained.
             let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
@@ -225,7 +263,7 @@ impl Decoder {
 
     /// Logits `[N, V]` of hidden states, in f32 (f64 in an f64 model), final softcap applied.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = ops::project(hidden, self.head())?;
+        let logits = ops::head_scores(hidden, self.head())?;
         let logits = if logits.kind() == Kind::Double { logits } else { logits.f_to_kind(Kind::Float)? };
         Ok(match self.config.final_logit_softcapping {
             Some(cap) => logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?,
@@ -233,9 +271,17 @@ impl Decoder {
         })
     }
 
-    /// The head's weight `[V, C]`: lm_head, or the tied embedding.
-    pub fn head(&self) -> &Tensor {
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    /// lm_head, or the tied embedding.
+    pub fn head(&self) -> Head<'_> {
+        match &self.nf4_head {
+            Some(nf4) => Head::Nf4(nf4),
+            None => Head::Dense(self.lm_head.as_ref().unwrap_or(&self.embed_tokens)),
+        }
+    }
+
+    /// Whether the embedding is in the host's memory; each batch then has its rows uploaded.
+    pub fn offloads_embedding(&self) -> bool {
+        self.offloads_embedding
     }
 
     /// Sum of the cross-entropy over the tokens whose label is not -100, as a scalar that can be differentiated.

@@ -11,6 +11,8 @@ use crate::ops::{Segments, Targets};
 pub struct DeviceInput {
     /// int64 `[N]`.
     pub(super) input_ids: Tensor,
+    /// Their rows of an embedding that is in the host's memory, `[N, C]`.
+    pub(super) embedded: Option<Tensor>,
     /// cos and sin of each of the config's ropes, f32 `[N, R/2]`.
     pub(super) angles: Vec<(Tensor, Tensor)>,
     pub(super) cu_seqlens: Vec<i32>,
@@ -37,7 +39,12 @@ impl Decoder {
         self.check_ids(input.input_ids)?;
         let positions = device::upload(input.position_ids, self.device)?;
         let angles = self.config.ropes.iter().map(|rope| rope_angles(rope, &positions, input));
+        let embedded = self
+            .offloads_embedding
+            .then(|| device::upload_rows(&self.embed_tokens, input.input_ids, self.device))
+            .transpose()?;
         Ok(DeviceInput {
+            embedded,
             input_ids: device::upload(input.input_ids, self.device)?,
             angles: angles.collect::<Result<_>>()?,
             cu_seqlens: input.cu_seqlens.to_vec(),
@@ -75,6 +82,9 @@ impl DeviceBatch {
     pub fn assign(&mut self, other: &DeviceBatch) -> Result<()> {
         debug_assert_eq!(self.shape(), other.shape());
         self.input.input_ids.f_copy_(&other.input.input_ids)?;
+        if let (Some(rows), Some(new)) = (&mut self.input.embedded, &other.input.embedded) {
+            rows.f_copy_(new)?;
+        }
         self.targets.assign(&other.targets)?;
         for ((cos, sin), (new_cos, new_sin)) in self.input.angles.iter_mut().zip(&other.input.angles) {
             cos.f_copy_(new_cos)?;

@@ -32,7 +32,7 @@ const WEIGHTS: &str = "model.safetensors";
 impl FastLanguageModel {
     /// Loads a Hugging Face model folder, weights converted to `kind` on `device`.
     pub fn from_pretrained(dir: &Path, kind: Kind, device: Device) -> Result<FastLanguageModel> {
-        FastLanguageModel::from_pretrained_with(dir, LoadOptions { kind, device, load_in_4bit: false })
+        FastLanguageModel::from_pretrained_with(dir, LoadOptions::new(kind, device))
     }
 
     /// As [`FastLanguageModel::from_pretrained`], with more to choose: `load_in_4bit`. A checkpoint that bitsandbytes has

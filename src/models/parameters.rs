@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
-use crate::ops::{Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
+use crate::ops::{Head, Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,20 +79,26 @@ impl Decoder {
         let trainable = |tensor: &Tensor| -> Result<Tensor> {
             Ok(tensor.f_to_dtype(Kind::Float, false, true)?.f_set_requires_grad(true)?)
         };
+        let unsupported = |what: &str, supported: &str| -> anyhow::Error {
+            Error::Unsupported { what: what.to_string(), supported: supported.to_string() }.into()
+        };
         match module.rsplit('.').next() {
+            Some("embed_tokens") if self.offloads_embedding => {
+                return Err(unsupported("training an embedding with offload_embedding", "it on the device"));
+            }
             Some("embed_tokens") => {
                 // A tied head stays the original embedding, as in peft.
-                if self.lm_head.is_none() {
+                if self.lm_head.is_none() && self.nf4_head.is_none() {
                     self.lm_head = Some(self.embed_tokens.shallow_clone());
                 }
                 self.embed_tokens = trainable(&self.embed_tokens)?;
             }
-            Some("lm_head") => self.lm_head = Some(trainable(self.head())?),
+            Some("lm_head") => match self.head() {
+                Head::Dense(head) => self.lm_head = Some(trainable(head)?),
+                Head::Nf4(_) => return Err(unsupported("training a head with nf4_head", "one in 16 bits")),
+            },
             _ => {
-                let supported = "embed_tokens, lm_head".to_string();
-                return Err(
-                    Error::Unsupported { what: format!("modules_to_save {module:?}"), supported }.into()
-                );
+                return Err(unsupported(&format!("modules_to_save {module:?}"), "embed_tokens, lm_head"));
             }
         }
         Ok(())
@@ -103,6 +109,10 @@ impl Decoder {
         if self.is_quantized() {
             let what = "full fine-tuning of a 4-bit model".to_string();
             return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
+        }
+        if self.offloads_embedding {
+            let what = "full fine-tuning with offload_embedding".to_string();
+            return Err(Error::Unsupported { what, supported: "a LoRA adapter".to_string() }.into());
         }
         let trainable = |tensor: &mut Tensor| -> Result<()> {
             *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
@@ -190,13 +200,16 @@ impl Decoder {
                 rows * linear.in_features() + linear.bias.as_ref().map_or(0, count)
             }),
         );
-        let head = self.lm_head.as_ref().map_or(0, count);
+        // A 4-bit copy of a tied embedding is no weight of its own.
+        let in_4_bits = self.nf4_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
+        let head =
+            self.lm_head.as_ref().map_or(0, count) + in_4_bits.map_or(0, |nf4| nf4.shape[0] * nf4.shape[1]);
         layers.sum::<i64>() + count(&self.embed_tokens) + count(&self.norm.weight) + head
     }
 
-    /// Whether any projection is in 4 bits.
+    /// Whether any projection, or the head, is in 4 bits.
     pub fn is_quantized(&self) -> bool {
-        self.linears().any(Linear::is_quantized)
+        self.nf4_head.is_some() || self.linears().any(Linear::is_quantized)
     }
 
     /// The name that `module` has in the model that transformers makes of the checkpoint, which is what peft sees: a
@@ -248,7 +261,12 @@ impl Decoder {
             }
         }
         visit(&self.norm.name, &self.norm.weight)?;
-        self.lm_head.as_ref().map_or(Ok(()), |head| visit("lm_head.weight", head))
+        match (self.head(), self.config.tie_word_embeddings) {
+            (Head::Nf4(nf4), false) => visit("lm_head.weight", &nf4.dequantize(self.kind)?),
+            // The embedding stands for both.
+            (Head::Nf4(_), true) => Ok(()),
+            (Head::Dense(_), _) => self.lm_head.as_ref().map_or(Ok(()), |head| visit("lm_head.weight", head)),
+        }
     }
 
     /// The whole model under the checkpoint's names, in `kind`.

@@ -30,6 +30,17 @@ pub struct LoadOptions {
     /// Quantise every projection to NF4. Without effect on a checkpoint that is quantised already: what it keeps in 16
     /// bits was kept so on purpose.
     pub load_in_4bit: bool,
+    /// Leave the embedding in the host's memory, from where each batch takes its rows.
+    pub offload_embedding: bool,
+    /// Quantise the head to NF4; where it is the embedding, a copy of it.
+    pub nf4_head: bool,
+}
+
+impl LoadOptions {
+    /// All weights in `kind` on `device`.
+    pub fn new(kind: Kind, device: Device) -> LoadOptions {
+        LoadOptions { kind, device, load_in_4bit: false, offload_embedding: false, nf4_head: false }
+    }
 }
 
 /// Makes tensors of one dtype on one device.
@@ -41,15 +52,29 @@ pub struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    /// A matrix `[rows, in]`, such as an embedding.
-    pub fn matrix(&self, name: &str, shape: [i64; 2]) -> Result<Tensor> {
+    /// A matrix `[rows, in]`, such as an embedding, on `device`.
+    pub fn matrix(&self, name: &str, shape: [i64; 2], device: Device) -> Result<Tensor> {
         if let Some(weights) = self.quantized(name)? {
-            return read_nf4(weights, name, shape, self.options.device)?.dequantize(self.options.kind);
+            return read_nf4(weights, name, shape, device)?.dequantize(self.options.kind);
         }
         self.expect(name, &shape)?;
-        let tensor = self.empty(&shape)?;
+        let tensor = Tensor::f_empty(shape, (self.options.kind, device))?;
         self.fill(name, &tensor, 0.0)?;
         Ok(tensor)
+    }
+
+    /// The matrix `[rows, in]` in 4 bits, of the values that the checkpoint stores.
+    pub fn nf4_matrix(&self, name: &str, shape: [i64; 2]) -> Result<Nf4> {
+        let device = self.options.device;
+        match (&self.init, self.quantized(name)?) {
+            (_, Some(weights)) => read_nf4(weights, name, shape, device),
+            (Init::Checkpoint(weights), None) => quantize_stored(weights, name, shape, device),
+            (Init::Random { .. }, None) => {
+                let dense = self.matrix(name, shape, device)?;
+                let known = if dense.kind() == Kind::Double { Kind::Float } else { dense.kind() };
+                Nf4::quantize(&dense.f_to_kind(known)?)
+            }
+        }
     }
 
     /// A projection whose parts `(module name, rows)` the checkpoint stores as `<name>.weight` and, with `bias`,
@@ -119,16 +144,16 @@ impl Loader<'_> {
         Ok(Weight::Parts(parts.iter().map(part).collect::<Result<_>>()?))
     }
 
-    /// Room for a matrix `[rows, in]`. In 16 bits on a GPU, where it widens, its rows are 64 columns apart, into which LoRA's
-    /// B goes (csrc/linear.h: linear_tail).
+    /// Room for a matrix `[rows, in]`. In 16 bits on a GPU there are 64 columns behind it, into which LoRA's B goes, and 64
+    /// rows below it, into which A goes (csrc/linear.h: linear_tail, linear_gradient_tail): 1 % more memory.
     fn projection(&self, rows: i64, in_features: i64) -> Result<Tensor> {
-        const TAIL: i64 = 64;
+        const ROOM: i64 = 64;
         let sixteen_bit = matches!(self.options.kind, Kind::Half | Kind::BFloat16);
-        let folds = self.options.device.is_cuda() && sixteen_bit && rows >= 2 * in_features;
-        if !folds {
+        if !(self.options.device.is_cuda() && sixteen_bit) {
             return self.empty(&[rows, in_features]);
         }
-        Ok(self.empty(&[rows, in_features + TAIL])?.f_narrow(1, 0, in_features)?)
+        let wide = self.empty(&[rows + ROOM, in_features + ROOM])?;
+        Ok(wide.f_narrow(0, 0, rows)?.f_narrow(1, 0, in_features)?)
     }
 
     /// The checkpoint, if it has the weight `name` in 4 bits.
@@ -167,8 +192,19 @@ impl Loader<'_> {
                 let mut destination = destination.shallow_clone();
                 if destination.dim() == 1 {
                     let _ = destination.f_fill_(vector_start)?;
-                } else if *generator == self.options.device && generator.is_cuda() {
+                } else if *generator == destination.device() && generator.is_cuda() {
                     let _ = destination.f_normal_(0.0, *std)?;
+                } else if generator.is_cuda() {
+                    // A matrix for the host's memory: drawn where it is quick, by pieces that take little memory there.
+                    const PIECE: i64 = 4096;
+                    let (rows, columns) = (destination.size()[0], destination.size()[1]);
+                    for first in (0..rows).step_by(PIECE as usize) {
+                        let mut piece = destination.f_narrow(0, first, PIECE.min(rows - first))?;
+                        let options = (piece.kind(), *generator);
+                        piece.f_copy_(
+                            &Tensor::f_empty([piece.size()[0], columns], options)?.f_normal_(0.0, *std)?,
+                        )?;
+                    }
                 } else {
                     let drawn = Tensor::f_randn(destination.size(), (Kind::Float, Device::Cpu))?;
                     destination.f_copy_(&drawn.f_mul_scalar(*std)?)?;

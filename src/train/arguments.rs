@@ -56,6 +56,12 @@ pub struct TrainingArguments {
     #[arg(long, value_name = "FILE|ID", help_heading = MODEL, value_delimiter = ',')]
     #[serde(deserialize_with = "list")]
     pub calibration_dataset: Vec<String>,
+    /// Leave the embedding in the host's memory, from where each batch takes its rows
+    #[arg(long, help_heading = MODEL)]
+    pub offload_embedding: bool,
+    /// Quantise the head to 4 bits (NF4); of a model whose head is its embedding, a copy of it
+    #[arg(long, help_heading = MODEL)]
+    pub nf4_head: bool,
     /// Type of weights and activations
     #[arg(long, help_heading = MODEL, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -391,6 +397,11 @@ impl TrainingArguments {
         refuse(
             self.load_in_4bit && self.trains_all_weights(),
             "--load-in-4bit and --full-finetuning: 4-bit weights do not train; leave one of them out",
+        )?;
+        refuse(
+            (self.offload_embedding || self.nf4_head) && self.trains_all_weights(),
+            "--offload-embedding, --nf4-head and --full-finetuning: an embedding in the host's memory and a head in 4 bits do \
+             not train; leave them out",
         )?;
         refuse(
             self.quant == Quant::DynamicNf4 && !self.load_in_4bit,

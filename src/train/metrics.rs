@@ -145,7 +145,7 @@ impl TrainObserver for RunLog {
             return Ok(());
         }
         self.history.train.push((metrics.step, metrics.loss));
-        let scalars = [
+        let mut scalars = vec![
             ("train/loss", metrics.loss),
             ("train/learning_rate", metrics.learning_rate),
             ("train/grad_norm", metrics.grad_norm),
@@ -154,6 +154,7 @@ impl TrainObserver for RunLog {
             ("train/samples_per_second", metrics.samples_per_second),
             ("train/memory", metrics.memory as f64),
         ];
+        scalars.extend(metrics.loss_scale.map(|scale| ("train/loss_scale", scale)));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }

@@ -5,6 +5,7 @@ pub mod checkpoint;
 mod early_stopping;
 pub mod floor;
 pub mod kernel_times;
+mod loss_scale;
 pub mod memory;
 pub mod metrics;
 pub mod objective;

@@ -27,6 +27,9 @@ pub struct StepMetrics {
     pub loss: f64,
     /// Before clipping, 2-norm over all trained tensors.
     pub grad_norm: f64,
+    /// In f16, the scale of the next step's loss; halved where grad_norm was not finite, and the step left out.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<f64>,
     pub learning_rate: f64,
     /// Tokens seen so far in the run, prompts included.
     pub num_tokens: u64,

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::Optim;
+use super::loss_scale::LossScale;
 use crate::error::Error;
 use crate::models::{Parameter, ParameterRole};
 use crate::ops::{self, Moments8bit};
@@ -27,6 +28,8 @@ pub struct AdamW {
     /// Updates made, f32: exact up to 2^24.
     step: Tensor,
     learning_rate: Tensor,
+    /// By which the gradients are too large.
+    loss_scale: Option<LossScale>,
 }
 
 /// Of one parameter.
@@ -90,7 +93,29 @@ impl AdamW {
         let maps = ops::adamw_8bit_maps(device)?;
         let scalar = || Tensor::f_zeros([0i64; 0], (Kind::Float, device));
         let (step, learning_rate) = (scalar()?, scalar()?);
-        Ok(AdamW { params, moments, optim, maps, betas, epsilon, weight_decay, step, learning_rate })
+        Ok(AdamW {
+            params,
+            moments,
+            optim,
+            maps,
+            betas,
+            epsilon,
+            weight_decay,
+            step,
+            learning_rate,
+            loss_scale: None,
+        })
+    }
+
+    /// For gradients of a loss that is multiplied by [`AdamW::loss_scale`].
+    pub fn with_loss_scale(mut self) -> Result<AdamW> {
+        self.loss_scale = Some(LossScale::new(self.step.device())?);
+        Ok(self)
+    }
+
+    /// What the loss is to be multiplied by, a scalar; none for 1.
+    pub fn loss_scale(&self) -> Option<&Tensor> {
+        self.loss_scale.as_ref().map(LossScale::scale)
     }
 
     pub fn params(&self) -> &[Parameter] {
@@ -108,19 +133,26 @@ impl AdamW {
     }
 
     /// Clips the gradients together to the norm `max_norm` (0: not at all) and updates the parameters. Where their norm or
-    /// `loss`, a scalar, is not finite, nothing changes. Returns the norm before clipping, a scalar.
+    /// `loss`, a scalar, is not finite, nothing changes but the loss scale. Returns the norm before clipping, a scalar.
     pub fn update(&mut self, loss: &Tensor, max_norm: f64) -> Result<Tensor> {
-        let norm = ops::grad_norm(self.params.iter().map(|param| &param.tensor))?.f_to_kind(Kind::Float)?;
+        let mut norm =
+            ops::grad_norm(self.params.iter().map(|param| &param.tensor))?.f_to_kind(Kind::Float)?;
+        if let Some(scale) = self.loss_scale() {
+            norm = norm.f_div(scale)?;
+        }
         // 0 * x is NaN for infinities too.
         let verdict = loss.f_mul_scalar(0.0)?.f_add(&norm)?;
         let finite = verdict.f_isfinite()?.f_to_kind(Kind::Float)?;
         let skip = finite.f_neg()?.f_add_scalar(1.0)?;
-        let grad_scale = if max_norm > 0.0 {
+        let mut grad_scale = if max_norm > 0.0 {
             // The small term is torch.nn.utils.clip_grad_norm_'s.
             norm.f_add_scalar(1e-6)?.f_div_scalar(max_norm)?.f_clamp_min(1.0)?
         } else {
             norm.f_ones_like()?
         };
+        if let Some(scale) = self.loss_scale() {
+            grad_scale = grad_scale.f_mul(scale)?;
+        }
         let _ = self.step.f_add_(&finite)?;
         for role in [ParameterRole::Matrix, ParameterRole::Vector] {
             let adamw = ops::AdamW {
@@ -144,6 +176,9 @@ impl AdamW {
                 group().filter_map(|(param, moments)| Some((&param.tensor, moments.bits8()?))).unzip();
             ops::adamw_8bit_step(params, &moments, &self.maps, adamw)?;
         }
+        if let Some(scale) = &mut self.loss_scale {
+            scale.adjust(&finite)?;
+        }
         Ok(norm)
     }
 
@@ -164,10 +199,13 @@ impl AdamW {
     }
 
     /// The moments as `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, in 8 bits as `<parameter>.state1`, `.state2`,
-    /// `.absmax1` and `.absmax2`, and the number of updates as `step`.
+    /// `.absmax1` and `.absmax2`, the number of updates as `step`, and with a loss scale `loss_scale` and `good_steps`.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let step = self.step.to_kind(Kind::Int64).to_device(Device::Cpu).reshape([1]);
         let mut state = vec![("step".to_string(), step)];
+        for (name, tensor) in self.loss_scale.iter().flat_map(LossScale::tensors) {
+            state.push((name.to_string(), tensor.to_device(Device::Cpu).reshape([1])));
+        }
         for (param, moments) in self.params.iter().zip(&self.moments) {
             for (suffix, tensor) in moments.tensors() {
                 state.push((format!("{}.{suffix}", param.name), tensor.shallow_clone()));
@@ -185,6 +223,12 @@ impl AdamW {
             Optim::AdamwTorch => (Optim::Adamw8bit, "state1"),
             Optim::Adamw8bit => (Optim::AdamwTorch, "exp_avg"),
         };
+        for (name, tensor) in self.loss_scale.iter().flat_map(LossScale::tensors) {
+            // Of a run in another dtype there is none: the scale starts anew.
+            if let Some(saved) = state.remove(name) {
+                let _ = tensor.shallow_clone().f_fill_(saved.f_double_value(&[0])?)?;
+            }
+        }
         let mut take = |param: &str, suffix: &str, shape: Vec<i64>| -> Result<Tensor> {
             let name = if param.is_empty() { suffix.to_string() } else { format!("{param}.{suffix}") };
             let Some(tensor) = state.remove(&name) else {

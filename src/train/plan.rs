@@ -167,6 +167,20 @@ impl Work {
         Work::new(config, (rows, length), optim, "model.", |_| module)
     }
 
+    /// The same with the embedding at the host, the head in NF4 (where it is the embedding, as another matrix), or both.
+    pub fn with_embeddings(mut self, offload_embedding: bool, nf4_head: bool) -> Work {
+        let matrix = 2 * self.shape.v * self.shape.c;
+        if nf4_head {
+            self.head = memory::in_nf4(self.shape.v * self.shape.c);
+        } else if offload_embedding && self.head == 0 {
+            self.head = matrix;
+        }
+        if offload_embedding {
+            self.embedding = 0;
+        }
+        self
+    }
+
     /// The same on projections in 4 bits; none if they are.
     pub fn in_4bit(&self) -> Option<Work> {
         let mut work = self.clone();

@@ -122,7 +122,13 @@ impl Trainer<'_> {
             let batches = self.step_batches(accumulation)?;
             let learning_rate = schedule.at(at.step);
             let outcome = stepper.run(&self.model.decoder, &batches, at.step, learning_rate)?;
-            if !outcome.is_finite() {
+            if outcome.overflowed() {
+                self.observer.on_warning(&format!(
+                    "step {}: the gradient overflowed in f16 and was not applied; the loss scale is {} now",
+                    at.step + 1,
+                    outcome.loss_scale.unwrap_or_default()
+                ))?;
+            } else if !outcome.is_finite() {
                 let optimizer = &mut stepper.optimizer;
                 return Err(self.non_finite(&checkpoints, optimizer, &at, before, &batches, total_steps));
             }
@@ -140,6 +146,7 @@ impl Trainer<'_> {
                 epoch: self.epoch(),
                 loss: outcome.loss,
                 grad_norm: outcome.grad_norm,
+                loss_scale: outcome.loss_scale,
                 learning_rate,
                 num_tokens: at.num_tokens,
                 tokens_per_second,

@@ -13,7 +13,7 @@ use crate::ops::Policy;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
-    /// bf16 on a GPU, f32 on the CPU
+    /// bf16 on a GPU (f16 on one that cannot, Gemma f32), f32 on the CPU
     Auto,
     #[value(alias = "float32")]
     #[serde(alias = "float32")]
@@ -21,6 +21,10 @@ pub enum Dtype {
     #[value(alias = "bfloat16")]
     #[serde(alias = "bfloat16")]
     Bf16,
+    /// For GPUs without bf16: the loss is scaled so that gradients keep inside f16; not for Gemma, which overflows
+    #[value(alias = "float16", alias = "fp16")]
+    #[serde(alias = "float16", alias = "fp16")]
+    F16,
 }
 
 /// How layers become 4 bits.

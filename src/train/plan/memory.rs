@@ -261,12 +261,13 @@ pub(super) fn tail_of(gate_up: &Linear) -> u64 {
     gate_up.rank().next_multiple_of(TAIL)
 }
 
+/// 4 bits, 8 for each 64 elements' absmax, 32 for each 256 of these.
+pub(super) fn in_nf4(elements: u64) -> u64 {
+    elements / 2 + elements / 64 + elements / 64 / 256 * 4
+}
+
 /// A projection's weight at rest. In 16 bits gate and up have room for LoRA behind their rows (nn/linear.rs).
 fn stored(linear: &Linear, c: u64) -> u64 {
-    let quantised = |elements: u64| {
-        // 4 bits, 8 for each 64 elements' absmax, 32 for each 256 of these.
-        elements / 2 + elements / 64 + elements / 64 / 256 * 4
-    };
     let columns = linear.columns;
     if !linear.made() {
         let room = if linear.rows() >= 2 * columns && columns == c { TAIL } else { 0 };
@@ -274,7 +275,7 @@ fn stored(linear: &Linear, c: u64) -> u64 {
     }
     let part = |part: &super::Part| {
         let elements = part.rows * columns;
-        if part.module.nf4 { quantised(elements) } else { 2 * elements }
+        if part.module.nf4 { in_nf4(elements) } else { 2 * elements }
     };
     linear.parts.iter().map(part).sum()
 }

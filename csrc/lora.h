@@ -1,0 +1,36 @@
+// LoRA's own work around a projection, arXiv:2106.09685: skinny products, and filling what is folded into the large ones.
+#pragma once
+
+#include "ferrotune/csrc/linear.h"
+
+namespace ferrotune {
+
+// The parts that have LoRA, and where they stand: part p has columns column..column + R of z and rows row..row + rows of W.
+struct LoraParts {
+  struct Place {
+    const Lora* lora;
+    int64_t row, column, rank;
+  };
+  std::vector<Place> places;
+  int64_t rank = 0;  // of all parts together
+  bool drops = false;
+  Tensor a;  // [rank, in], the A_p below each other, so that X is read once for all parts
+
+  LoraParts(const Linear& l, at::ScalarType dtype);
+};
+
+// alpha a b as the gradient of a weight of type `type`. On a GPU the f32 sums of 16-bit operands are stored as they are: no
+// rounding, and no kernel for the scale and none for the cast.
+Tensor weight_gradient(const Tensor& a, const Tensor& b, double alpha, at::ScalarType type);
+
+// Writes G = [s_p dY_p B_p] into the first `rank` columns of g, and zero into its others; returns dB_p = s_p dY_p^T Z_p for each
+// place, undefined where B does not train. dy [N, rows], whose rows may lie apart.
+std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g);
+
+// For [X | Z] [W | s B]^T: Z behind X, then zero; s_p B_p in the columns of Z_p behind W, zero around them. [N, tail], [rows, tail].
+void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraParts& lora);
+
+// For [dY | G] [W; A]: A below W, then zero. [tail, in].
+void lora_fill_rows(const Tensor& below_w, const LoraParts& lora);
+
+}  // namespace ferrotune
