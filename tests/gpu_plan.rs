@@ -53,7 +53,7 @@ fn random_admitted_runs_stay_within_their_budget() {
         let plan = work.fastest(&card, budget).unwrap();
 
         let arguments = TrainingArguments { r, ..TrainingArguments::default() };
-        let options = LoadOptions { kind: Kind::BFloat16, device, load_in_4bit };
+        let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
         device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)
             .unwrap();
         let mut model = FastLanguageModel::untrained(config, options).unwrap();
