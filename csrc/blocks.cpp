@@ -2,10 +2,9 @@
 //   attention_block: y = x + post(o(attention(rope(norms(qkv(norm(x)))))))
 //   mlp_block:       y = x + post(down(act(gate) * up)),  [gate | up] = gate_up(norm(x))
 // The backward walks the same functions the other way; each has its derivation in its own file. What it needs of the
-// forward stands in `Kept`. Under Policy::Keep the node saves it; under Policy::Recompute it saves only x and the backward
-// fills Kept again, but for the last product of the block, which nothing needs (unless a norm follows it). Under
-// Policy::Host x leaves the GPU in between, and what takes longer to compute again than the bus takes to carry it goes with
-// it. Dropout masks are functions of a key, so both runs draw the same.
+// forward stands in `Kept`, and a BlockPolicy says of each tensor there whether it waits on the device, in the host's memory
+// or nowhere: the backward fills in what is not there, but for the last product of the block, which nothing needs (unless a
+// norm follows it). Dropout masks are functions of a key, so both runs draw the same.
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/cuda_library.h"
 #include "ferrotune/csrc/linear.h"
@@ -71,6 +70,12 @@ int64_t tail_behind(const Tensor& d, const Linear& l) {
   return room_behind(d) >= tail ? tail : 0;
 }
 
+// A tensor of a block's forward, and where it waits for the backward.
+struct Waiting {
+  Tensor* tensor;
+  Place place;
+};
+
 struct AttentionBlock {
   Norm norm, q_norm, k_norm, post_norm;
   Linear qkv, o;
@@ -82,27 +87,36 @@ struct AttentionBlock {
 
   struct Kept {
     Tensor rstd, normed, qkv_z;       // normed: the input of qkv
-    Tensor projected;                 // [N, (H + 2K) D]: v, and q and k where they have norms
-    Tensor q_rstd, k_rstd, qk;        // qk [N, H + K, D]: turned; columns of projected where they have no norms
+    Tensor projected;                 // [N, (H + 2K) D]: q, k and v; q and k turned where they have no norms
+    Tensor q_rstd, k_rstd, qk;        // qk [N, H + K, D]: turned, where they have norms
     Tensor attended, lse, o_z;
     Tensor out, post_rstd;            // out: the input of post_norm
 
-    std::vector<Tensor*> visit() {
-      return {&rstd, &normed, &qkv_z, &projected, &q_rstd, &k_rstd, &qk, &attended, &lse, &o_z, &out, &post_rstd};
+    // The second inputs of LoRA and the statistics are a hundredth of the rest, and dear to compute again.
+    std::vector<Waiting> waiting(const BlockPolicy& policy) {
+      // Behind normed, if that is where it lies, it would keep all of that.
+      if (policy.normed != Place::Device && qkv_z.defined()) qkv_z = qkv_z.contiguous();
+      return {{&rstd, Place::Device},          {&normed, policy.normed},      {&qkv_z, policy.projected},
+              {&projected, policy.projected},  {&q_rstd, policy.projected},   {&k_rstd, policy.projected},
+              {&qk, policy.projected},         {&attended, policy.inner},     {&lse, policy.inner},
+              {&o_z, Place::Device},           {&out, policy.output},         {&post_rstd, policy.output}};
     }
   };
 
-  // What goes to the host beside x. A query that sees n keys costs 4 n operations an element of its output, forward, and its
-  // way to the host and back 4 bytes: from 2048 keys on an H200 gains by it (8B, 2 x 2048: 2 % of a step, 1 x 16,384: 7 %).
-  std::vector<Tensor*> dear(Kept& kept) const {
+  // Attention's output goes to the host where that is quicker than to compute it again. A query that sees n keys costs 4 n
+  // operations an element of its output, forward, and its way to the host and back 4 bytes: from 2048 keys on an H200 gains
+  // by it (8B, 2 x 2048: 2 % of a step, 1 x 16,384: 7 %).
+  bool inner_to_host() const {
     constexpr int64_t kKeys = 2048;
     int64_t keys = 0;
     for (const int64_t length : segments->lengths()) {
       keys += length * (spec.window > 0 ? std::min(length, spec.window) : length);
     }
-    if (keys < kKeys * segments->rows()) return {};
-    return {&kept.attended, &kept.lse};
+    return keys >= kKeys * segments->rows();
   }
+
+  // Whether a block of which only x is kept has a way of its own.
+  bool has_frugal_way(const Tensor&) const { return false; }
 
   // The trainable tensors, in the order of the gradients; norms, then qkv, then o.
   std::vector<Tensor*> visit() {
@@ -128,29 +142,38 @@ struct AttentionBlock {
     return projected.narrow(1, before, kv_heads * head_dim).view({projected.size(0), kv_heads, head_dim});
   }
 
-  // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it, and so is what
-  // is there already.
+  // Query and key heads as attention takes them.
+  Tensor turned(const Kept& k) const { return k.qk.defined() ? k.qk : query_key_rows(k.projected); }
+
+  void turn(const Tensor& x, Kept& k, bool keeps) const {
+    if (!q_norm.weight.defined()) {
+      const Tensor rows = query_key_rows(k.projected);
+      // In place: nothing needs them as they were. Decoding on the CPU has a quicker way for one row.
+      if (keeps) {
+        rotate_into(rows, rows, cos, sin, false);
+      } else {
+        k.qk = rope(rows, cos, sin);
+      }
+      return;
+    }
+    const Tensor q_normed = q_norm.forward(query_rows(k.projected), keeps ? &k.q_rstd : nullptr);
+    const Tensor k_normed = k_norm.forward(key_rows(k.projected), keeps ? &k.k_rstd : nullptr);
+    k.qk = at::empty({x.size(0), heads + kv_heads, head_dim}, x.options());
+    rotate_into(k.qk.narrow(1, 0, heads), q_normed, cos, sin, false);
+    rotate_into(k.qk.narrow(1, heads, kv_heads), k_normed, cos, sin, false);
+  }
+
+  // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it. What is in Kept
+  // already is not computed.
   Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    k.projected = norm_linear(norm, qkv, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.qkv_z : nullptr);
-    Tensor q, key;
-    if (q_norm.weight.defined()) {
-      const Tensor q_normed = q_norm.forward(query_rows(k.projected), keeps ? &k.q_rstd : nullptr);
-      const Tensor k_normed = k_norm.forward(key_rows(k.projected), keeps ? &k.k_rstd : nullptr);
-      k.qk = at::empty({x.size(0), heads + kv_heads, head_dim}, x.options());
-      rotate_into(k.qk.narrow(1, 0, heads), q_normed, cos, sin, false);
-      rotate_into(k.qk.narrow(1, heads, kv_heads), k_normed, cos, sin, false);
-    } else if (x.size(0) > 1) {
-      // In place: nothing needs them as they were.
-      k.qk = query_key_rows(k.projected);
-      rotate_into(k.qk, k.qk, cos, sin, false);
-    } else {
-      k.qk = rope(query_key_rows(k.projected), cos, sin);
+    if (!k.projected.defined()) {
+      k.projected = norm_linear(norm, qkv, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.qkv_z : nullptr);
+      turn(x, k, keeps);
     }
-    q = k.qk.narrow(1, 0, heads);
-    key = k.qk.narrow(1, heads, kv_heads);
+    const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
     if (cache.k.defined()) {
       k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
     } else if (!k.attended.defined()) {
@@ -158,8 +181,8 @@ struct AttentionBlock {
       k.attended = attended.out;
       k.lse = attended.lse;
     }
-    if (!whole && !post_norm.weight.defined()) {
-      k.o_z = linear_z(k.attended, o);
+    if (!whole && (k.out.defined() || !post_norm.weight.defined())) {
+      if (!k.o_z.defined()) k.o_z = linear_z(k.attended, o);
       return {};
     }
     k.out = linear_forward(k.attended, o, keeps ? &k.o_z : nullptr);
@@ -170,20 +193,23 @@ struct AttentionBlock {
 
   Tensor forward_only(const Tensor& x) const { return forward(x, nullptr, true); }
 
-  // `kept` may hold what is dear.
-  Tensor recomputed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+  Tensor completed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    const bool waited = kept.normed.defined();
     forward(x, &kept, false);
-    // Made a third time, after attention's backward, which needs most memory: 16 us where it is 32 MiB (H200).
-    if (norm.weight.defined()) kept.normed = Tensor();
-    if (kept.qkv_z.defined()) kept.qkv_z = kept.qkv_z.contiguous();  // it may stand behind normed, whose memory it would hold
-    return backward(dy, x, kept, true, need_dx, grads);
+    // Made a third time, after attention's backward, which needs most memory: 16 us where it is 32 MiB (H200). qkv_z may stand
+    // behind it, and would hold its memory.
+    if (!waited && norm.weight.defined() && kept.normed.defined()) {
+      kept.normed = Tensor();
+      if (kept.qkv_z.defined()) kept.qkv_z = kept.qkv_z.contiguous();
+    }
+    return backward(dy, x, kept, need_dx, grads);
   }
 
-  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool, bool need_dx, Tensor* grads) const {
+  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
-    const Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o));
-    const Tensor q = k.qk.narrow(1, 0, heads), key = k.qk.narrow(1, heads, kv_heads);
+    Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o));
+    const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
     const int64_t rows = k.projected.size(1), tail = linear_gradient_tail(x, qkv);
     const Tensor d_projected = at::empty({x.size(0), rows + tail}, x.options()).narrow(1, 0, rows);
     const bool normed = q_norm.weight.defined();
@@ -196,6 +222,7 @@ struct AttentionBlock {
       query_rows(d_projected).copy_(q_norm.backward(dq, query_rows(k.projected), k.q_rstd, grads[1]));
       key_rows(d_projected).copy_(k_norm.backward(dk, key_rows(k.projected), k.k_rstd, grads[2]));
     }
+    k.projected = k.qk = k.attended = k.lse = d_attended = Tensor();
     const bool need_normed = need_dx || norm.weight.requires_grad();
     if (!k.normed.defined() && qkv.needs_input()) k.normed = norm.forward(x, nullptr);
     const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads, tail);
@@ -215,12 +242,18 @@ struct MlpBlock {
     Tensor product, down_z;          // product [N, F]: the input of down
     Tensor out, post_rstd;           // out: the input of post_norm
 
-    std::vector<Tensor*> visit() {
-      return {&rstd, &normed, &gate_up_z, &gated, &product, &down_z, &out, &post_rstd};
+    std::vector<Waiting> waiting(const BlockPolicy& policy) {
+      // Behind normed or product, if that is where they lie, they would keep all of that.
+      if (policy.normed != Place::Device && gate_up_z.defined()) gate_up_z = gate_up_z.contiguous();
+      if (policy.inner != Place::Device && down_z.defined()) down_z = down_z.contiguous();
+      return {{&rstd, Place::Device},    {&normed, policy.normed}, {&gate_up_z, policy.projected},
+              {&gated, policy.projected}, {&product, policy.inner}, {&down_z, Place::Device},
+              {&out, policy.output},     {&post_rstd, policy.output}};
     }
   };
 
-  std::vector<Tensor*> dear(Kept&) const { return {}; }
+  // Twice the bytes that x has, and read from gated at the rate of memory.
+  bool inner_to_host() const { return false; }
 
   std::vector<Tensor*> visit() {
     std::vector<Tensor*> tensors{&norm.weight, &post_norm.weight};
@@ -233,14 +266,20 @@ struct MlpBlock {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
-    // The backward may put the gradient of gated into its memory.
-    const int64_t room = keeps ? linear_gradient_tail(x, gate_up) : 0;
-    k.gated = norm_linear(norm, gate_up, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.gate_up_z : nullptr, room);
-    const bool last = whole || post_norm.weight.defined();
+    if (!k.gated.defined()) {
+      // The backward may put the gradient of gated into its memory.
+      const int64_t room = keeps ? linear_gradient_tail(x, gate_up) : 0;
+      k.gated = norm_linear(norm, gate_up, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.gate_up_z : nullptr, room);
+    } else if (gate_up.needs_input() && !k.normed.defined()) {
+      k.normed = norm.forward(x, &k.rstd);
+    }
+    const bool last = whole || (post_norm.weight.defined() && !k.out.defined());
     const int64_t tail = last ? linear_tail(x, down) : 0;
-    k.product = keeps || tail > 0 ? swiglu_forward(k.gated, activation, tail) : swiglu(k.gated, activation);
+    if (last || (down.needs_input() && !k.product.defined())) {
+      k.product = keeps || tail > 0 ? swiglu_forward(k.gated, activation, tail) : swiglu(k.gated, activation);
+    }
     if (!last) {
-      k.down_z = linear_z(k.product, down);
+      if (!k.down_z.defined() && k.product.defined()) k.down_z = linear_z(k.product, down);
       return {};
     }
     Tensor* const z = keeps ? &k.down_z : nullptr;
@@ -252,14 +291,14 @@ struct MlpBlock {
     return x + y;
   }
 
-  // `ours`: nobody else will read what is kept, and its memory may be used again.
-  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool ours, bool need_dx, Tensor* grads) const {
+  // Nobody else will read what is kept: its memory is used again.
+  Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
     const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads,
                                              tail_behind(d_out, down));
     const int64_t tail = linear_gradient_tail(x, gate_up);
-    const bool in_place = ours && k.gated.stride(0) >= k.gated.size(1) + tail;
+    const bool in_place = k.gated.stride(0) >= k.gated.size(1) + tail;
     const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, in_place, tail);
     const bool need_normed = need_dx || norm.weight.requires_grad();
     const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads, tail);
@@ -281,6 +320,9 @@ struct MlpBlock {
   int64_t columns(const Tensor& x) const { return post_norm.weight.defined() ? 0 : mlp_columns(x, gate_up, down); }
 
   int64_t tail(const Tensor& x) const { return norm.weight.defined() ? linear_tail(x, gate_up) : 0; }
+
+  // Whether a block of which only x is kept has a way of its own.
+  bool has_frugal_way(const Tensor& x) const { return in_tiles(x) || columns(x) > 0; }
 
   // Calls body(block, first row, rows); the weights of that block are dequantised once for all tiles, or in runs of columns
   // for each.
@@ -305,7 +347,7 @@ struct MlpBlock {
     const int64_t run = columns(x);
     if (run == 0) {
       forward(x, &kept, false);
-      return backward(dy, x, kept, true, need_dx, grads);
+      return backward(dy, x, kept, need_dx, grads);
     }
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
     const bool need_normed = need_dx || norm.weight.requires_grad();
@@ -325,7 +367,11 @@ struct MlpBlock {
     return y;
   }
 
-  Tensor recomputed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+  Tensor completed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
+    if (kept.gated.defined() || !has_frugal_way(x)) {
+      forward(x, &kept, false);
+      return backward(dy, x, kept, need_dx, grads);
+    }
     if (!in_tiles(x)) return tile_backward(dy, x, kept, need_dx, grads);
     Tensor dx;
     each_tile(x, [&](MlpBlock& block, int64_t first, int64_t rows) {
@@ -352,57 +398,59 @@ struct MlpBlock {
 // Autograd sees x and the block's weights as inputs, so that a block trains whatever stands before it.
 template <typename Block>
 struct BlockNode : Function<BlockNode<Block>> {
-  using Stash = std::vector<std::shared_ptr<Stashed>>;  // x, then what is dear
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Block& block, Policy policy) {
+  // What waits for the backward, which takes it: memory is free as soon as a tensor has been used for the last time.
+  struct Saved {
+    Block block;
+    BlockPolicy policy;
+    Tensor x;
     typename Block::Kept kept;
-    const bool keeps = policy == Policy::Keep;
-    const CudaLibrary* const cuda = policy == Policy::Host && x.is_cuda() ? cuda_library() : nullptr;
-    const std::vector<Tensor*> dear = cuda != nullptr ? block.dear(kept) : std::vector<Tensor*>();
-    const Tensor y = keeps || !dear.empty() ? block.forward(x, &kept, true) : block.forward_only(x);
-    if (cuda != nullptr) {
-      Stash stash{cuda->stash(x)};
-      for (const Tensor* tensor : dear) stash.push_back(cuda->stash(*tensor));
-      ctx->saved_data["stash"] = hold(std::move(stash));
-    } else {
-      variable_list saved{x};
-      if (keeps) {
-        for (const Tensor* tensor : kept.visit()) saved.push_back(*tensor);
-      }
-      ctx->save_for_backward(saved);
+    std::vector<std::shared_ptr<Stashed>> stash;  // of x, then of kept.waiting(policy); null where it stays
+  };
+
+  // Without a GPU there is no other memory: x stays, and what may go to the host is computed again.
+  static BlockPolicy possible(BlockPolicy policy, const Block& block, bool has_host) {
+    if (!has_host && policy.input == Place::Host) policy.input = Place::Device;
+    for (Place* place : {&policy.normed, &policy.projected, &policy.inner, &policy.output}) {
+      if (*place == Place::Host && !has_host) *place = Place::Recompute;
     }
-    ctx->saved_data["block"] = hold(block);
+    if (policy.inner == Place::Host && !block.inner_to_host()) policy.inner = Place::Recompute;
+    return policy;
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList, const Block& block, BlockPolicy wanted) {
+    const CudaLibrary* const cuda = x.is_cuda() ? cuda_library() : nullptr;
+    Saved saved{block, possible(wanted, block, cuda != nullptr), x, {}, {}};
+    const bool frugal = block.has_frugal_way(x) && saved.policy.projected == Place::Recompute;
+    const Tensor y = frugal ? block.forward_only(x) : block.forward(x, &saved.kept, true);
+    const auto leave = [&](Tensor& tensor, Place place) {
+      saved.stash.push_back(place == Place::Host && tensor.defined() ? cuda->stash(tensor) : nullptr);
+      if (place != Place::Device) tensor = Tensor();
+    };
+    TORCH_CHECK(saved.policy.input != Place::Recompute, "a block's input cannot be computed again");
+    leave(saved.x, saved.policy.input);
+    for (const auto& [tensor, place] : saved.kept.waiting(saved.policy)) leave(*tensor, place);
+    ctx->saved_data["saved"] = hold(std::move(saved));
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list dy) {
-    const variable_list saved = ctx->get_saved_variables();
-    Block block = held<Block>(ctx->saved_data["block"]);
-    typename Block::Kept kept;
-    Tensor x;
-    if (saved.empty()) {
-      // The last first, as they come back. While this block works, those of the next are on their way: three where this one
-      // is an MLP, only its x where attention fetched three itself, and memory is shortest.
-      constexpr int kBothBlocks = 4;
-      const Stash stash = held<Stash>(ctx->saved_data["stash"]);
-      const std::vector<Tensor*> dear = block.dear(kept);
-      for (int i = static_cast<int>(dear.size()); i > 0; --i) *dear[i - 1] = stash[i]->fetch(i);
-      x = stash[0]->fetch(kBothBlocks - static_cast<int>(stash.size()));
-    } else {
-      x = saved[0];
+    TORCH_CHECK(!ctx->saved_data.empty(), "a block's gradient was taken already");
+    Saved saved = taken<Saved>(ctx->saved_data["saved"]);
+    ctx->saved_data.clear();
+    // The last first, as they come back. While this block works, those of the next are on their way: three where this one is an
+    // MLP, only its x where attention fetched three itself, and memory is shortest.
+    constexpr int kBothBlocks = 4;
+    const auto waiting = saved.kept.waiting(saved.policy);
+    int own = static_cast<int>(std::count_if(saved.stash.begin() + 1, saved.stash.end(), [](const auto& s) { return s != nullptr; }));
+    const int of_next = std::max(0, kBothBlocks - 1 - own);
+    for (size_t i = waiting.size(); i > 0; --i) {
+      if (saved.stash[i]) *waiting[i - 1].tensor = saved.stash[i]->fetch(own--);
     }
-    const std::vector<Tensor*> weights = block.visit();
+    if (saved.stash[0]) saved.x = saved.stash[0]->fetch(of_next);
+    const std::vector<Tensor*> weights = saved.block.visit();
     std::vector<Tensor> grads(weights.size());
     const Tensor d = room_behind(dy[0]) > 0 ? dy[0] : dy[0].contiguous();
-    const bool need_dx = ctx->needs_input_grad(0);
-    Tensor dx;
-    if (saved.size() <= 1) {
-      dx = block.recomputed_backward(d, x, kept, need_dx, grads.data());
-    } else {
-      size_t next = 1;
-      for (Tensor* tensor : kept.visit()) *tensor = saved[next++];
-      dx = block.backward(d, x, kept, false, need_dx, grads.data());
-    }
+    const Tensor dx = saved.block.completed_backward(d, saved.x, saved.kept, ctx->needs_input_grad(0), grads.data());
     variable_list result{dx};
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i]->defined()) result.push_back(grads[i]);
@@ -413,7 +461,7 @@ struct BlockNode : Function<BlockNode<Block>> {
 };
 
 template <typename Block>
-Tensor run(Block block, const Tensor& x, Policy policy) {
+Tensor run(Block block, const Tensor& x, BlockPolicy policy) {
   if (!at::GradMode::is_enabled()) return block.forward_only(x);
   TensorList weights;
   for (const Tensor* weight : block.visit()) {
@@ -426,7 +474,7 @@ Tensor run(Block block, const Tensor& x, Policy policy) {
 
 std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, const LinearView& qkv,
                                         const LinearView& o, const NormView& post_norm,
-                                        const AttentionView& attention, Policy policy) {
+                                        const AttentionView& attention, BlockPolicy policy) {
   AttentionBlock block{Norm(norm),
                        Norm(attention.q_norm),
                        Norm(attention.k_norm),
@@ -446,7 +494,7 @@ std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, c
 
 std::unique_ptr<Tensor> mlp_block(const Tensor& x, const NormView& norm, const LinearView& gate_up,
                                   const LinearView& down, const NormView& post_norm, Activation activation,
-                                  Policy policy) {
+                                  BlockPolicy policy) {
   MlpBlock block{Norm(norm), Norm(post_norm), Linear(gate_up), Linear(down), activation};
   return std::make_unique<Tensor>(run(std::move(block), x, policy));
 }

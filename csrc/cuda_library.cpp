@@ -27,6 +27,12 @@ const CudaLibrary* cuda_library() { return cuda_functions; }
 
 bool has_cuda_library() { return cuda_functions != nullptr; }
 
+void limit_memory(std::int32_t index, std::uint64_t device_bytes, std::uint64_t host_bytes, std::int64_t rows) {
+  TORCH_CHECK(cuda_functions != nullptr, "libferrotune_cuda.so is not loaded");
+  cuda_functions->limit_memory(index, device_bytes);
+  cuda_functions->limit_stash(index, host_bytes, rows);
+}
+
 std::unique_ptr<CudaGraph> cuda_graph() {
   TORCH_CHECK(cuda_functions != nullptr, "libferrotune_cuda.so is not loaded");
   return cuda_functions->graph();

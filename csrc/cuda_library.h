@@ -13,6 +13,9 @@ void load_cuda_library(rust::Str path);
 const CudaLibrary* cuda_library();
 bool has_cuda_library();
 
+// CudaLibrary::limit_memory and limit_stash.
+void limit_memory(std::int32_t index, std::uint64_t device_bytes, std::uint64_t host_bytes, std::int64_t rows);
+
 // A graph that holds nothing yet.
 std::unique_ptr<CudaGraph> cuda_graph();
 

@@ -195,6 +195,10 @@ void keep_freed_memory() {
 
 void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
 
+std::unique_ptr<at::Tensor> pinned(std::int64_t bytes) {
+  return std::make_unique<at::Tensor>(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true)));
+}
+
 std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index) {
   const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
   const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, pinned);

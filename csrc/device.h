@@ -41,6 +41,8 @@ void use_deterministic_algorithms();
 void serial_ops();
 // malloc gives memory back to the system only in large pieces.
 void keep_freed_memory();
+// Page-locked bytes on the host, not written.
+std::unique_ptr<at::Tensor> pinned(std::int64_t bytes);
 // int64 [n] on the GPU. Enqueued: through pinned memory, so that the calling thread does not wait.
 std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index);
 // Rows of a contiguous matrix in the host's memory, [rows, C] on the GPU; enqueued in the same way.

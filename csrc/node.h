@@ -21,4 +21,10 @@ T held(const c10::IValue& capsule) {
   return static_cast<Held<T>&>(*capsule.toCapsule()).value;
 }
 
+// The value, once.
+template <typename T>
+T taken(const c10::IValue& capsule) {
+  return std::move(static_cast<Held<T>&>(*capsule.toCapsule()).value);
+}
+
 }  // namespace ferrotune

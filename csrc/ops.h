@@ -35,7 +35,7 @@ struct AttentionView;
 struct MlpView;
 struct AdamWStep;
 enum class Activation : std::uint8_t;
-enum class Policy : std::uint8_t;
+struct BlockPolicy;
 
 class Segments;
 
@@ -46,10 +46,10 @@ void push(TensorList& list, const Tensor& tensor);
 // ---- blocks.cpp
 std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, const LinearView& qkv,
                                         const LinearView& o, const NormView& post_norm,
-                                        const AttentionView& attention, Policy policy);
+                                        const AttentionView& attention, BlockPolicy policy);
 std::unique_ptr<Tensor> mlp_block(const Tensor& x, const NormView& norm, const LinearView& gate_up,
                                   const LinearView& down, const NormView& post_norm, Activation activation,
-                                  Policy policy);
+                                  BlockPolicy policy);
 
 // ---- one file each; these take part in autograd
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);

@@ -281,6 +281,17 @@ pub fn reset_peak_memory(device: tch::Device) -> Result<()> {
     }
 }
 
+/// From now on libtorch takes at most `bytes` of a GPU, beside CUDA's own memory, and tensors that wait in the host's memory at
+/// most `host` bytes there, in buffers for batches of up to `rows` tokens; more is an error. Without effect on the CPU.
+pub fn limit_memory(device: tch::Device, bytes: u64, host: u64, rows: u64) -> Result<()> {
+    match cuda_device(device) {
+        Some((_, index)) if bridge::has_cuda_library() => {
+            bridge::limit_memory(index, bytes, host, rows as i64).map_err(anyhow::Error::from)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Returns cached memory that no tensor uses to the device.
 pub fn empty_cache(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |_| bridge::empty_cache().map_err(anyhow::Error::from))
@@ -307,6 +318,11 @@ pub fn use_deterministic_algorithms() {
 /// Waits until the device has done all work enqueued so far.
 pub fn synchronize(device: tch::Device) -> Result<()> {
     cuda_device(device).map_or(Ok(()), |(_, index)| bridge::synchronize(index).map_err(anyhow::Error::from))
+}
+
+/// uint8 `[bytes]` in page-locked memory of the host, between which and a GPU copies run at the rate of the bus; not written.
+pub fn pinned(bytes: u64) -> Result<tch::Tensor> {
+    Ok(take(bridge::pinned(bytes as i64)?))
 }
 
 /// int64 `[n]` on `device`, without waiting for the work that it has still to do.

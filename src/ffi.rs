@@ -88,15 +88,31 @@ pub(crate) mod bridge {
         Gelu,
     }
 
-    /// What a block keeps of its forward for the backward.
+    /// Where a tensor of a block's forward waits for the backward.
     #[derive(Debug)]
-    enum Policy {
-        /// Everything autograd asks for.
-        Keep,
-        /// Only the block's input; the rest is computed again.
-        Recompute,
-        /// The same, and on a GPU the input waits in the host's memory.
+    enum Place {
+        /// Where it is.
+        Device,
+        /// In pinned memory of the host. On the CPU the same as `Device` for a block's input, as `Recompute` for the rest.
         Host,
+        /// Nowhere: the backward computes it again.
+        Recompute,
+    }
+
+    /// What one block keeps of its forward, `x -> norm -> projection -> attention or activation -> projection -> norm`.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    struct BlockPolicy {
+        /// x; never `Recompute`.
+        input: Place,
+        /// The first projection's input; worth nothing without `projected`.
+        normed: Place,
+        /// The first projection's output: q, k and v turned, or gate and up.
+        projected: Place,
+        /// The last projection's input: attention's output with its log-sum-exp, or the activation's. `Host` is for
+        /// attention and is taken where that is quicker than to compute it again.
+        inner: Place,
+        /// The last projection's output, where a norm follows (Gemma).
+        output: Place,
     }
 
     /// One GPU, as the driver describes it.
@@ -169,6 +185,7 @@ pub(crate) mod bridge {
         fn use_deterministic_algorithms();
         fn serial_ops();
         fn keep_freed_memory();
+        fn pinned(bytes: i64) -> Result<UniquePtr<Tensor>>;
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
         fn upload_rows(table: &Tensor, rows: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
         type Event;
@@ -178,6 +195,7 @@ pub(crate) mod bridge {
         fn stop_profile(index: i32) -> Result<Vec<DeviceActivity>>;
 
         fn has_cuda_library() -> bool;
+        fn limit_memory(index: i32, device_bytes: u64, host_bytes: u64, rows: i64) -> Result<()>;
         type CudaGraph;
         fn cuda_graph() -> Result<UniquePtr<CudaGraph>>;
         fn begin(self: Pin<&mut CudaGraph>) -> Result<()>;
@@ -199,7 +217,7 @@ pub(crate) mod bridge {
             o: &LinearView,
             post_norm: &NormView,
             attention: &AttentionView,
-            policy: Policy,
+            policy: BlockPolicy,
         ) -> Result<UniquePtr<Tensor>>;
         fn mlp_block(
             x: &Tensor,
@@ -208,7 +226,7 @@ pub(crate) mod bridge {
             down: &LinearView,
             post_norm: &NormView,
             activation: Activation,
-            policy: Policy,
+            policy: BlockPolicy,
         ) -> Result<UniquePtr<Tensor>>;
 
         fn op_rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<UniquePtr<Tensor>>;

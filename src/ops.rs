@@ -8,13 +8,14 @@ use anyhow::{Result, anyhow};
 use cxx::SharedPtr;
 use tch::Tensor;
 
-pub use crate::ffi::bridge::{Activation, Policy};
+pub use crate::ffi::bridge::{Activation, BlockPolicy, Place};
 use crate::ffi::{self, bridge};
 
 mod lora_casts;
 mod nf4;
 mod optim;
 pub mod plain;
+mod policy;
 pub mod proof;
 
 use lora_casts::LinearCast;
@@ -23,6 +24,7 @@ pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };
+pub use policy::Policy;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
 #[derive(Debug)]
@@ -157,7 +159,8 @@ fn mix(mut x: u64) -> u64 {
 /// How a block runs in this pass.
 #[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
-    pub policy: Policy,
+    /// What each layer keeps for the backward; the last one stands for all layers after it.
+    pub policies: &'a [Policy],
     /// `Some` in training: LoRA dropout is on, with this key.
     pub dropout: Option<DropoutKey>,
     /// LoRA is left out: the base model, for instance as reference in preference training.
@@ -169,10 +172,14 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Inference: LoRA on, no dropout.
     pub const INFERENCE: Pass<'static> =
-        Pass { policy: Policy::Keep, dropout: None, without_lora: false, casts: None };
+        Pass { policies: &[Policy::KEEP], dropout: None, without_lora: false, casts: None };
 }
 
 impl<'a> Pass<'a> {
+    fn policy(&self, layer: usize) -> Policy {
+        self.policies.get(layer).or(self.policies.last()).copied().unwrap_or(Policy::KEEP)
+    }
+
     /// Of the linear `index` (qkv, o, gate_up, down) of a layer.
     fn cast(&self, layer: usize, index: usize) -> Option<&'a LinearCast> {
         self.casts.filter(|_| !self.without_lora).map(|casts| casts.linear(layer, index))
@@ -280,7 +287,7 @@ pub fn attention_block(
         &linear_view(block.o, &absent, &o, o_cast),
         &norm_view(block.post_norm, &absent),
         &attention,
-        pass.policy,
+        pass.policy(block.layer).attention,
     ))
 }
 
@@ -309,7 +316,7 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
         &linear_view(block.down, &absent, &down, down_cast),
         &norm_view(block.post_norm, &absent),
         block.activation,
-        pass.policy,
+        pass.policy(block.layer).mlp,
     ))
 }
 

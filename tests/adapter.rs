@@ -182,6 +182,7 @@ fn train(model: &mut FastLanguageModel, samples: &[(Vec<i64>, Vec<i64>)], steps:
         train: BatchStream::new(Arc::new(data), options).unwrap(),
         eval: None,
         observer: &mut losses,
+        plan: None,
         stop: &AtomicBool::new(false),
     };
     trainer.run(None).unwrap();

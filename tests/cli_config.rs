@@ -6,7 +6,7 @@ use clap::Parser;
 use ferrotune::cli::config_file::Configured;
 use ferrotune::io::adapter::TargetModules;
 use ferrotune::train::schedule::SchedulerType;
-use ferrotune::train::{EvalStrategy, GradientCheckpointing, TrainingArguments};
+use ferrotune::train::{EvalStrategy, GradientCheckpointing, Size, TrainingArguments};
 
 #[derive(Parser)]
 struct Cli {
@@ -65,9 +65,11 @@ fn flags_go_before_the_file() {
 
 #[test]
 fn gradient_checkpointing_is_a_word_or_yes_or_no() {
-    use GradientCheckpointing::{Off, On, Unsloth};
+    use GradientCheckpointing::{Auto, Off, On, Unsloth};
     let key = "use_gradient_checkpointing";
-    for (word, expected) in [("true", On), ("false", Off), ("on", On), ("off", Off), ("unsloth", Unsloth)] {
+    for (word, expected) in
+        [("true", On), ("false", Off), ("on", On), ("off", Off), ("unsloth", Unsloth), ("auto", Auto)]
+    {
         let flag = parse(&["--use-gradient-checkpointing", word]).unwrap();
         let file = with_file(&format!("{key}: {word}\n"), &[]).unwrap();
         assert_eq!(
@@ -77,8 +79,23 @@ fn gradient_checkpointing_is_a_word_or_yes_or_no() {
         );
     }
     assert_eq!(parse(&["--use-gradient-checkpointing", "--packing"]).unwrap().use_gradient_checkpointing, On);
+    assert_eq!(parse(&[]).unwrap().use_gradient_checkpointing, Auto);
     let error = with_file(&format!("{key}: sometimes\n"), &[]).unwrap_err();
     assert!(error.contains(key) && error.contains("unsloth"), "{error}");
+}
+
+#[test]
+fn sizes_are_the_same_on_the_command_line_and_in_a_file() {
+    for (word, bytes) in
+        [("8GiB", 8 << 30), ("1.5gib", 3 << 29), ("24GB", 24_000_000_000), ("500 MiB", 500 << 20)]
+    {
+        let flag = parse(&["--max-memory", word]).unwrap();
+        let file = with_file(&format!("max_memory: {word}\n"), &[]).unwrap();
+        assert_eq!([flag.max_memory, file.max_memory], [Some(Size(bytes)); 2], "{word}");
+        let again = TrainingArguments::from_yaml(&flag.to_yaml().unwrap(), "run.yaml".as_ref()).unwrap();
+        assert_eq!(again.max_memory, flag.max_memory, "{word}");
+    }
+    assert!(parse(&["--max-host-memory", "12"]).unwrap_err().contains("expected a size such as"));
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn changes_are_gradients_times_errors() {
         // In f32 from here on: their gradients are rounded to that.
         decoder.train_all().unwrap();
         for (index, sequence) in sequences.iter().enumerate() {
-            let (_, gradients) = gradients_of(&decoder, &[*sequence], Policy::Keep);
+            let (_, gradients) = gradients_of(&decoder, &[*sequence], Policy::KEEP);
             for module in &found.modules {
                 let key = format!("{}.weight", module.module);
                 let weight = &weights[&key];

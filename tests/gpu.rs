@@ -158,10 +158,10 @@ fn gradients_on_the_gpu_match_the_cpu() {
                 decoder.train_all().unwrap();
                 gradients_of(&decoder, &all, policy)
             };
-            let (_, reference) = gradients(Kind::Double, Device::Cpu, Policy::Keep);
+            let (_, reference) = gradients(Kind::Double, Device::Cpu, Policy::KEEP);
             for kind in [Kind::Float, Kind::BFloat16] {
-                let (_, plain) = gradients(kind, Device::Cpu, Policy::Keep);
-                for policy in [Policy::Keep, Policy::Recompute, Policy::Host] {
+                let (_, plain) = gradients(kind, Device::Cpu, Policy::KEEP);
+                for policy in [Policy::KEEP, Policy::RECOMPUTE, Policy::HOST] {
                     let (_, ours) = gradients(kind, device, policy);
                     let label = format!("{name} {lengths:?}");
                     if kind == Kind::Float {
@@ -198,8 +198,8 @@ fn what_lies_on_the_host_gives_the_same_gradients() {
             decoder.train_all().unwrap();
             gradients_of(&decoder, &all, policy).1
         };
-        let kept = gradients(Policy::Keep);
-        for policy in [Policy::Recompute, Policy::Host] {
+        let kept = gradients(Policy::KEEP);
+        for policy in [Policy::RECOMPUTE, Policy::HOST] {
             for (key, gradient) in gradients(policy) {
                 // Sums of 16,399 rows in f32, tile by tile or at once.
                 let distance = rel(&gradient, &kept[&key]);
@@ -247,7 +247,7 @@ fn deterministic_steps_repeat_bit_for_bit() {
             let gradients = || {
                 let mut decoder = load_on(&root().join(&name), kind, device);
                 decoder.train_all().unwrap();
-                gradients_of(&decoder, &sequences, Policy::Keep).1
+                gradients_of(&decoder, &sequences, Policy::KEEP).1
             };
             let (first, second) = (gradients(), gradients());
             assert!(first.iter().all(|(key, a)| a.equal(&second[key])), "{name} {kind:?}");

@@ -123,14 +123,14 @@ fn folded_into_the_products() {
             model.load_adapter(&root().join("adapters/llama_nf4")).unwrap();
             gradients_of(&model.decoder, &samples, policy).1
         };
-        let reference = gradients(Kind::Double, Device::Cpu, Policy::Keep);
+        let reference = gradients(Kind::Double, Device::Cpu, Policy::KEEP);
         for kind in [Kind::BFloat16, Kind::Half] {
             let joined = |found: &HashMap<String, Tensor>, kind| {
                 let flat = |key| f64_on_cpu(&found[key]).flatten(0, -1);
                 Tensor::cat(&reference.keys().map(flat).collect::<Vec<_>>(), 0).to_kind(kind)
             };
-            let plain = joined(&gradients(kind, Device::Cpu, Policy::Keep), kind);
-            for policy in [Policy::Keep, Policy::Recompute, Policy::Host] {
+            let plain = joined(&gradients(kind, Device::Cpu, Policy::KEEP), kind);
+            for policy in [Policy::KEEP, Policy::RECOMPUTE, Policy::HOST] {
                 let ours = joined(&gradients(kind, device, policy), kind);
                 let label = format!("{name}, 4-bit {load_in_4bit}, {policy:?}");
                 assert_close(&label, What::Gradient, &ours, &plain, &joined(&reference, Kind::Double));

@@ -182,9 +182,9 @@ fn models_in_4_bits_on_the_gpu() {
     };
     let gradients =
         |kind, device, policy| gradients_on(&[&[3, 8, 5, 9, 14], &[7, 6, 5]], kind, device, policy);
-    let reference = gradients(Kind::Double, Device::Cpu, Policy::Keep);
-    let plain = gradients(Kind::Float, Device::Cpu, Policy::Keep);
-    for policy in [Policy::Keep, Policy::Recompute] {
+    let reference = gradients(Kind::Double, Device::Cpu, Policy::KEEP);
+    let plain = gradients(Kind::Float, Device::Cpu, Policy::KEEP);
+    for policy in [Policy::KEEP, Policy::RECOMPUTE] {
         let ours = gradients(Kind::Float, device, policy);
         for (key, found) in &ours {
             // LoRA is f32 in every model, and so are its gradients; the reference's activations are f64.
@@ -194,7 +194,7 @@ fn models_in_4_bits_on_the_gpu() {
 
     // In tiles, and with attention's output on the host.
     let long: Vec<i64> = (0..16_400).map(|i| (i * i + 3 * i) % 50).collect();
-    let [whole, tiled] = [Policy::Keep, Policy::Host].map(|p| gradients_on(&[&long], Kind::Float, device, p));
+    let [whole, tiled] = [Policy::KEEP, Policy::HOST].map(|p| gradients_on(&[&long], Kind::Float, device, p));
     for (key, found) in &tiled {
         let distance = rel(found, &whole[key]);
         assert!(distance < 1e-5, "{key}: {distance:e}");

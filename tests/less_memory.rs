@@ -72,7 +72,7 @@ pub fn mlps() -> Vec<Op> {
                     post_norm: None,
                     activation,
                 };
-                let pass = Pass { policy: Policy::Recompute, ..Pass::INFERENCE };
+                let pass = Pass { policies: &[Policy::RECOMPUTE], ..Pass::INFERENCE };
                 let y = ops::mlp_block(&t[0], &block, pass).unwrap();
                 // What has no LoRA is no input of it.
                 if both { y } else { y + (t[4].sum(t[4].kind()) + t[5].sum(t[5].kind())) * 0.0 }

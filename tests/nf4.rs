@@ -225,7 +225,7 @@ fn a_model_in_4_bits_trains_as_its_dense_twin() {
             model.get_peft_model(config, 7).unwrap();
             gradients_of(&model.decoder, &[&[3, 8, 5, 9, 14], &[7, 6, 5]], policy)
         };
-        for policy in [Policy::Keep, Policy::Recompute] {
+        for policy in [Policy::KEEP, Policy::RECOMPUTE] {
             let (loss, ours) = gradients(&folder(name), policy);
             let (expected, dense) = gradients(twin.path(), policy);
             assert_eq!(ours.len(), 14, "{name}");
@@ -248,7 +248,7 @@ fn long_batches_give_the_same_gradients_in_tiles() {
         model.get_peft_model(config, 7).unwrap();
         gradients_of(&model.decoder, &all, policy)
     };
-    let ((_, whole), (_, tiled)) = (gradients(Policy::Keep), gradients(Policy::Recompute));
+    let ((_, whole), (_, tiled)) = (gradients(Policy::KEEP), gradients(Policy::RECOMPUTE));
     assert_close(1e-5, tiled.iter().map(|(key, gradient)| (key.clone(), rel(gradient, &whole[key]))));
 }
 

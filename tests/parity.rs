@@ -119,7 +119,7 @@ pub fn gradients_of(
 ) -> (f64, HashMap<String, Tensor>) {
     let flat = Flat::new(sequences.iter().copied());
     let targets = flat.input_ids.len() - sequences.len();
-    let pass = Pass { policy, ..Pass::INFERENCE };
+    let pass = Pass { policies: &[policy], ..Pass::INFERENCE };
     let loss = decoder.loss_sum(flat.input(), &flat.input_ids, pass).unwrap() / targets as f64;
     loss.backward();
     let mut found = HashMap::new();
@@ -165,7 +165,7 @@ fn gradients_of_every_architecture() {
         let sequence = ids(&golden["input_ids"]);
         // f32 runs the kernels, f64 the formulas.
         let ways =
-            [(Kind::Float, Policy::Keep), (Kind::Float, Policy::Recompute), (Kind::Double, Policy::Keep)];
+            [(Kind::Float, Policy::KEEP), (Kind::Float, Policy::RECOMPUTE), (Kind::Double, Policy::KEEP)];
         for (kind, policy) in ways {
             let (loss, found) = gradients(&dir, kind, &[&sequence], policy);
             let expected = golden["loss"].double_value(&[]);
@@ -185,8 +185,8 @@ fn long_batches_give_the_same_gradients_in_tiles() {
     let mut distances = Vec::new();
     for name in ["llama_bias", "gemma2", "qwen3"] {
         let dir = root().join(name);
-        let (loss, whole) = gradients(&dir, Kind::Float, &all, Policy::Keep);
-        let (tiled_loss, tiled) = gradients(&dir, Kind::Float, &all, Policy::Recompute);
+        let (loss, whole) = gradients(&dir, Kind::Float, &all, Policy::KEEP);
+        let (tiled_loss, tiled) = gradients(&dir, Kind::Float, &all, Policy::RECOMPUTE);
         distances.push((format!("{name} loss"), (loss - tiled_loss).abs() / loss));
         distances.extend(
             tiled.iter().map(|(key, gradient)| (format!("{name} {key}"), rel(gradient, &whole[key]))),
@@ -227,12 +227,12 @@ fn packed_gradients_are_the_sum_of_those_apart() {
         let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
         let mut decoder = load(&dir, Kind::Double);
         decoder.train_all().unwrap();
-        let (_, packed) = gradients_of(&decoder, &all, Policy::Keep);
+        let (_, packed) = gradients_of(&decoder, &all, Policy::KEEP);
         let mut sum: HashMap<String, Tensor> = HashMap::new();
         for sequence in &all {
             // A mean over T - 1 targets; the packed one is over all of them.
             let weight = (sequence.len() - 1) as f64 / (12 + 40 + 5 - 3) as f64;
-            let (_, apart) = gradients(&dir, Kind::Double, &[sequence], Policy::Keep);
+            let (_, apart) = gradients(&dir, Kind::Double, &[sequence], Policy::KEEP);
             for (key, gradient) in apart {
                 let before = sum.remove(&key).unwrap_or_else(|| gradient.zeros_like());
                 sum.insert(key, before + gradient * weight);
@@ -300,7 +300,7 @@ fn gradients_of_trained_models() {
         let golden = tensors(&data.join("golden").join(name).join("grads.safetensors"));
         let sequence = ids(&golden["input_ids"]);
         let (loss, found) =
-            gradients(&data.join("models").join(name), Kind::Float, &[&sequence], Policy::Keep);
+            gradients(&data.join("models").join(name), Kind::Float, &[&sequence], Policy::KEEP);
         let expected = golden["loss"].double_value(&[]);
         distances.push((format!("{name} loss"), (loss - expected).abs() / expected));
         distances.extend(compare(name, &found, &golden));

@@ -340,12 +340,12 @@ fn casts_change_nothing() {
     let casts = decoder.lora_casts().unwrap().unwrap();
     casts.refresh().unwrap();
     let gradients = |casts, policy| {
-        let pass = Pass { casts, policy, ..Pass::INFERENCE };
+        let pass = Pass { casts, policies: &[policy], ..Pass::INFERENCE };
         let loss = Sft.loss_sum(decoder, &batch, pass).unwrap();
         let weights: Vec<Tensor> = decoder.trainable().into_iter().map(|p| p.tensor).collect();
         Tensor::run_backward(&[loss], &weights, false, false)
     };
-    for policy in [Policy::Keep, Policy::Recompute] {
+    for policy in [Policy::KEEP, Policy::RECOMPUTE] {
         assert!(equal(&gradients(Some(&casts), policy), &gradients(None, policy)));
     }
 }

@@ -19,6 +19,7 @@ mod gpu_lora;
 mod gpu_memory;
 mod gpu_nf4;
 mod gpu_optim;
+mod gpu_plan;
 mod gpu_speed;
 mod hub;
 mod less_memory;

@@ -55,6 +55,11 @@ struct CudaLibrary {
   // Starts the copy of a contiguous x to the host, beside the calling thread's current stream; x must not be written. Fetched
   // last in, first out, copies hide behind the work between; one stream for stashing and fetching.
   std::shared_ptr<Stashed> (*stash)(const at::Tensor& x);
+  // The most that libtorch's allocator takes of the GPU from now on: more is an out-of-memory error. What is above that in its
+  // cache is returned.
+  void (*limit_memory)(int device, uint64_t bytes);
+  // The most that stashed tensors take of the host from now on, in pinned buffers that serve batches of up to `rows` rows.
+  void (*limit_stash)(int device, uint64_t bytes, int64_t rows);
   // Causal attention inside each segment by cuDNN, sm_90 or newer, 16-bit: q [N, H, D], k and v [N, K, D] -> out
   // [N, H, D] and its log-sum-exp lse [N, H] f32, in memory [segments, H, longest] without lengths; both written.
   void (*cudnn_attention_forward)(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k,

@@ -30,6 +30,8 @@ struct Stash {
   std::multimap<size_t, at::Tensor> free;          // pinned buffers by their bytes
   std::deque<std::weak_ptr<Entry>> on_device;      // the newest last
   std::weak_ptr<Entry> newest;
+  uint64_t pinned = 0, most_pinned = UINT64_MAX;   // bytes of all buffers
+  int64_t rows = 0;                                // that a buffer serves at least
 
   explicit Stash(c10::DeviceIndex device) : stream(c10::cuda::getStreamFromPool(true, device)) {}
 
@@ -43,12 +45,18 @@ struct Stash {
     return *stash;
   }
 
-  at::Tensor buffer(size_t bytes) {
+  at::Tensor buffer(const at::Tensor& x) {
+    // Of the largest batch at once: buffers of ever new sizes would pile up.
+    const int64_t wanted = std::max(rows, x.size(0));
+    const size_t bytes = x.nbytes() / std::max<int64_t>(1, x.size(0)) * wanted;
     const auto fits = free.lower_bound(bytes);
     if (fits == free.end()) {
       // Powers of two, so that batches of ever new sizes end with at most twice the memory of the largest.
       size_t size = 1;
       while (size < bytes) size *= 2;
+      TORCH_CHECK(pinned + size <= most_pinned, "tensors that wait in the host's memory need more than the ", most_pinned,
+                  " bytes of --max-host-memory");
+      pinned += size;
       return at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
     }
     const at::Tensor buffer = fits->second;
@@ -69,7 +77,7 @@ struct Stash {
 class Entry : public Stashed {
  public:
   Entry(Stash& stash, const at::Tensor& x, const c10::cuda::CUDAStream& compute)
-      : stash_(stash), device_tensor_(x), buffer_(stash.buffer(x.nbytes())), previous_(stash.newest) {
+      : stash_(stash), device_tensor_(x), buffer_(stash.buffer(x)), previous_(stash.newest) {
     Stash::order(compute, stash.stream);
     C10_CUDA_CHECK(cudaMemcpyAsync(buffer_.mutable_data_ptr(), x.const_data_ptr(), x.nbytes(), cudaMemcpyDeviceToHost,
                                    stash.stream));
@@ -129,6 +137,13 @@ class Entry : public Stashed {
 };
 
 }  // namespace
+
+void limit_stash(int device, uint64_t bytes, int64_t rows) {
+  Stash& stash = Stash::of(static_cast<c10::DeviceIndex>(device));
+  const std::lock_guard lock(stash.mutex);
+  stash.most_pinned = bytes;
+  stash.rows = rows;
+}
 
 std::shared_ptr<Stashed> stash(const at::Tensor& x) {
   TORCH_CHECK(x.is_cuda() && x.is_contiguous(), "stash: x must be contiguous, on a GPU");

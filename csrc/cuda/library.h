@@ -11,6 +11,11 @@ std::unique_ptr<CudaGraph> graph();
 // ---- host_stash.cpp
 std::shared_ptr<Stashed> stash(const at::Tensor& x);
 
+void limit_stash(int device, uint64_t bytes, int64_t rows);
+
+// ---- limit.cpp
+void limit_memory(int device, uint64_t bytes);
+
 // ---- cudnn_attention.cpp
 void cudnn_attention_forward(const AttentionShape& shape, const AttentionRows& q, const AttentionRows& k, const AttentionRows& v,
                               const AttentionRows& out, const AttentionRows& lse);

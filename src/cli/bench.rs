@@ -8,8 +8,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use tch::Device;
 
 use super::banner::table;
+use super::budget::{budget, plan_for};
 use super::format::{bytes, percent, rate};
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::progress::BARS;
@@ -18,16 +20,19 @@ use crate::data::Batch;
 use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
-use crate::models::FastLanguageModel;
+use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
-use crate::train::floor::{self, Floor, Work};
+use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
-use crate::train::{Dtype, GradientCheckpointing, Optim, Sft, Stepper, TrainingArguments};
+use crate::train::plan::{Plan, Work};
+use crate::train::{Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     /// Steps of LoRA training on random weights and tokens: time, memory, where the time goes, and the floor beside it
     Train(BenchTrainArgs),
+    /// The same steps under many budgets of memory, beside what was predicted of them
+    Plan(super::bench_plan::BenchPlanArgs),
 }
 
 /// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
@@ -58,6 +63,12 @@ pub struct BenchTrainArgs {
     pub profiled: usize,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
     pub use_gradient_checkpointing: GradientCheckpointing,
+    /// Of the GPU at most, all that nvidia-smi shows for the process [default: 92 % of what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<Size>,
+    /// Of the host at most, for activations that wait there [default: half of the available memory]
+    #[arg(long, value_name = "SIZE")]
+    pub max_host_memory: Option<Size>,
     #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
     pub without_graphs: bool,
     #[arg(long, help = "The kernels that repeat a run bit for bit")]
@@ -123,13 +134,18 @@ struct Report {
     device_memory: u64,
     /// Of steps that are profiled and not timed; none on the CPU.
     gpu: Option<KernelTimes>,
+    /// What was predicted, of 16 bits on a GPU.
+    plan: Option<Plan>,
     floor: Floor,
     /// ms_per_step over the floor.
     over_floor: f64,
 }
 
 pub fn run(command: BenchCommand) -> Result<()> {
-    let BenchCommand::Train(args) = command;
+    let args = match command {
+        BenchCommand::Train(args) => args,
+        BenchCommand::Plan(args) => return super::bench_plan::run(args),
+    };
     let report = measure(&args)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -165,6 +181,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         learning_rate: Some(1e-4),
         ..TrainingArguments::default()
     };
+    let planned = plan(args, &config, device)?;
     let bar = ProgressBar::new((args.warm_up + args.steps + args.profiled) as u64)
         .with_style(ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?);
     let bar = BARS.add(bar);
@@ -187,6 +204,9 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let mut stepper = Stepper::new(&Sft, &arguments, decoder)?;
     if args.without_graphs {
         stepper = stepper.without_graphs();
+    }
+    if let Some((_, run)) = &planned {
+        stepper = stepper.with_plan(run.clone());
     }
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
     let mut step = |number: usize| {
@@ -225,8 +245,12 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     };
     let (graphs, not_recorded) = (stepper.graphs(), stepper.not_recorded().map(str::to_string));
     drop(stepper);
+    if planned.is_some() {
+        // What the floor is measured on is no part of the run.
+        device::limit_memory(device, u64::MAX >> 8, u64::MAX, 0)?;
+    }
     let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
-    let work = Work {
+    let work = floor::Work {
         config: &decoder.config,
         cu_seqlens: &batch.cu_seqlens,
         load_in_4bit: args.load_in_4bit,
@@ -275,12 +299,36 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         device_memory: memory.total - memory.free,
         gpu,
         over_floor: ms_per_step / floor.ms,
+        plan: planned.map(|(plan, _)| plan),
         floor,
     })
 }
 
+/// The plan of these steps on a GPU.
+fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
+    if !device.is_cuda() || kind_of(args.dtype, device, config.overflows_f16()) == tch::Kind::Float {
+        return Ok(None);
+    }
+    let (tokens, sample) = match args.packing.iter().max() {
+        Some(longest) => (args.batch * args.packing.iter().sum::<usize>(), *longest),
+        None => (args.batch * args.seq, args.seq),
+    };
+    let mut work = Work::uniform(config, (1, sample), args.r, args.load_in_4bit, args.optim)
+        .with_embeddings(args.offload_embedding, args.nf4_head);
+    work.tokens = tokens as u64;
+    work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
+    let budget = budget(args.max_memory, args.max_host_memory, device)?;
+    let (plan, run, _) = plan_for(&work, args.use_gradient_checkpointing, budget, device)?;
+    Ok(Some((plan, run)))
+}
+
 /// Rows of samples of `lengths` with random tokens, every one of them a target.
-fn random_batch(random: &mut ChaCha8Rng, rows: usize, lengths: &[usize], vocab_size: i64) -> Batch {
+pub(super) fn random_batch(
+    random: &mut ChaCha8Rng,
+    rows: usize,
+    lengths: &[usize],
+    vocab_size: i64,
+) -> Batch {
     let samples: Vec<Vec<i64>> = (0..rows)
         .flat_map(|_| lengths)
         .map(|&length| (0..length).map(|_| random.random_range(0..vocab_size)).collect())
@@ -308,6 +356,7 @@ fn render(report: &Report) -> String {
                     GradientCheckpointing::Off => "",
                     GradientCheckpointing::On => ", gradient checkpointing",
                     GradientCheckpointing::Unsloth => ", gradient checkpointing in the host's memory",
+                    GradientCheckpointing::Auto => ", planned",
                 },
                 if report.deterministic { ", deterministic" } else { "" }
             ),
@@ -332,6 +381,18 @@ fn render(report: &Report) -> String {
             ),
         ),
     ];
+    if let Some(plan) = &report.plan {
+        lines.push((
+            "plan",
+            format!(
+                "{} allocated, {} of the device and {:.0} ms predicted; {} at the host",
+                bytes(plan.memory.allocated()),
+                bytes(plan.memory.device()),
+                plan.milliseconds,
+                bytes(plan.memory.host)
+            ),
+        ));
+    }
     if let Some(gpu) = &report.gpu {
         lines.push((
             "GPU idle",

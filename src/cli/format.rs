@@ -8,23 +8,6 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
-/// `8GiB`, `24GB`, `500 MiB`, `1.5gib`.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let unit: u64 = match unit.to_ascii_lowercase().as_str() {
-        "gib" | "g" => 1 << 30,
-        "mib" | "m" => 1 << 20,
-        "gb" => 1_000_000_000,
-        "mb" => 1_000_000,
-        _ => return Err("expected a size such as 8GiB, 24GB or 500MiB".to_string()),
-    };
-    match number.trim().parse::<f64>() {
-        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * unit as f64) as u64),
-        _ => Err("expected a positive number before the unit".to_string()),
-    }
-}
-
 /// `1,234,567`.
 pub fn count(number: u64) -> String {
     let digits = number.to_string();

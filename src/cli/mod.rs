@@ -2,6 +2,9 @@
 
 pub mod banner;
 pub mod bench;
+mod bench_plan;
+mod budget;
+mod cards;
 pub mod chat;
 pub mod config_file;
 pub mod doctor;
@@ -20,6 +23,7 @@ mod shapes;
 pub mod signals;
 mod sources;
 pub mod train;
+mod train_plan;
 
 use std::process::ExitCode;
 
@@ -51,7 +55,7 @@ enum Command {
     /// Measure this machine on a model's shape, beside the least time it could take
     #[command(subcommand)]
     Bench(bench::BenchCommand),
-    /// Predict the memory of a training run, without a GPU, and what would make it fit
+    /// Predict memory and time of a training run, without a GPU, and what would make it fit
     Plan(plan::PlanArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
     Quantize(quantize::QuantizeArgs),

@@ -1,17 +1,20 @@
-//! `ferrotune plan`: the memory of a run before it starts, and what would make it fit.
+//! `ferrotune plan`: memory and time of a run before it starts, what its layers would keep, and what would make it fit.
 
 use anyhow::{Result, bail};
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 
 use super::banner::table;
+use super::budget::{chosen, smallest_change};
+use super::cards;
 use super::format::{bytes, count};
 use super::shapes::ShapeArgs;
 use crate::error::Error;
-use crate::train::plan::{Memory, Work};
-use crate::train::{GradientCheckpointing, Optim};
+use crate::train::plan::{Budget, Card, Moment, Plan, Work};
+use crate::train::{GradientCheckpointing, Optim, Size};
 
-/// Predicts the memory of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU.
+/// Predicts memory and time of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
@@ -19,6 +22,9 @@ pub struct PlanArgs {
     /// Samples of a forward pass
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub per_device_train_batch_size: usize,
+    /// Forward passes of a step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub gradient_accumulation_steps: usize,
     /// Tokens of a sample
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_length: usize,
@@ -26,42 +32,54 @@ pub struct PlanArgs {
     pub r: u32,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
-    #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
+    #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
     #[arg(long, help = "Optimizer [default: adamw_8bit with 4-bit weights, else adamw_torch]", value_enum)]
     pub optim: Option<Optim>,
-    /// Of the GPU, for this process: 8GiB, 24GB, 500MiB
-    #[arg(long, value_name = "SIZE", value_parser = super::format::parse_bytes)]
-    pub max_memory: Option<u64>,
+    /// Of the GPU, for this process: 8GiB, 24GB, 500MiB [default: no bound]
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<Size>,
+    /// Of the host, for activations that wait there [default: no bound]
+    #[arg(long, value_name = "SIZE")]
+    pub max_host_memory: Option<Size>,
+    /// Whose rates predict the time [default: this machine's GPU if it was measured, else the first]
+    #[arg(long, value_parser = PossibleValuesParser::new(cards::names()))]
+    pub card: Option<String>,
     #[arg(long, help = "Print the plan as JSON")]
     pub json: bool,
 }
 
 /// Sizes in bytes.
 #[derive(Debug, Serialize)]
-struct Plan {
+struct Report {
     shape: String,
-    memory: Memory,
-    peak_allocated: u64,
-    peak_device: u64,
+    card: Card,
+    /// Where nothing fits, the one that needs least.
+    #[serde(flatten)]
+    plan: Plan,
     max_memory: Option<u64>,
-    fits: Option<bool>,
+    max_host_memory: Option<u64>,
+    fits: bool,
+    /// Where it does not fit.
+    smallest_change: Option<String>,
+    /// The longest samples of this batch size that fit max_memory.
+    longest: Option<u64>,
     others: Vec<Other>,
 }
 
-/// The same work with other flags.
+/// The same work with another word for --use-gradient-checkpointing.
 #[derive(Debug, Serialize)]
 struct Other {
-    load_in_4bit: bool,
     use_gradient_checkpointing: GradientCheckpointing,
     peak_device: u64,
-    /// The longest samples of this batch size that fit max_memory.
-    longest: Option<usize>,
+    host: u64,
+    ms_per_step: f64,
 }
 
 pub fn run(args: PlanArgs) -> Result<()> {
     for (flag, value) in [
         ("--per-device-train-batch-size", args.per_device_train_batch_size),
+        ("--gradient-accumulation-steps", args.gradient_accumulation_steps),
         ("--max-seq-length", args.max_seq_length),
         ("--r", args.r as usize),
     ] {
@@ -70,112 +88,114 @@ pub fn run(args: PlanArgs) -> Result<()> {
         }
     }
     let (shape, config) = args.shape.config()?;
-    let work = |load_in_4bit, use_gradient_checkpointing| Work {
-        config: &config,
-        rows: args.per_device_train_batch_size,
-        length: args.max_seq_length,
-        r: args.r,
-        load_in_4bit,
-        optim: args.optim.unwrap_or(if load_in_4bit { Optim::Adamw8bit } else { Optim::AdamwTorch }),
-        use_gradient_checkpointing,
-    };
-    let memory = work(args.load_in_4bit, args.use_gradient_checkpointing).memory();
-    // From the least change to the largest: recomputation costs time, the host's memory and the bus a little more, 4 bits
-    // change the weights.
-    let all = [false, true].into_iter().flat_map(|load_in_4bit| {
-        use GradientCheckpointing::{Off, On, Unsloth};
-        [Off, On, Unsloth].map(|checkpointing| (load_in_4bit, checkpointing))
+    let card = cards::named(args.card.as_deref())?;
+    let batch = (args.per_device_train_batch_size, args.max_seq_length);
+    let mut work = Work::uniform(&config, batch, args.r, args.load_in_4bit, args.optim);
+    work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
+    let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
+    let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
+    let checkpointing = args.use_gradient_checkpointing;
+    let fitting = chosen(&work, checkpointing, budget, &card);
+    let fits = fitting.is_some();
+    let plan = fitting.unwrap_or_else(|| match checkpointing {
+        GradientCheckpointing::Auto => work.smallest(&card, budget.host),
+        other => work.uniform_plan(other.policy(), &card),
     });
-    let others = all
-        .map(|(load_in_4bit, use_gradient_checkpointing)| {
-            let work = work(load_in_4bit, use_gradient_checkpointing);
-            Other {
-                load_in_4bit,
-                use_gradient_checkpointing,
-                peak_device: work.memory().device(),
-                longest: args.max_memory.map(|budget| work.longest(budget)),
-            }
-        })
-        .collect();
-    let plan = Plan {
+    use GradientCheckpointing::{Off, On, Unsloth};
+    let other = |word: GradientCheckpointing| {
+        let plan = work.uniform_plan(word.policy(), &card);
+        Other {
+            use_gradient_checkpointing: word,
+            peak_device: plan.memory.device(),
+            host: plan.memory.host,
+            ms_per_step: plan.milliseconds,
+        }
+    };
+    let report = Report {
+        others: [Off, On, Unsloth].map(other).into(),
+        smallest_change: (!fits).then(|| smallest_change(&work, checkpointing, budget, &card)),
+        longest: args.max_memory.map(|_| work.longest(budget, &card)),
+        max_memory: args.max_memory.map(|size| size.0),
+        max_host_memory: args.max_host_memory.map(|size| size.0),
         shape,
-        memory,
-        peak_allocated: memory.allocated(),
-        peak_device: memory.device(),
-        max_memory: args.max_memory,
-        fits: args.max_memory.map(|budget| memory.device() <= budget),
-        others,
+        card,
+        plan,
+        fits,
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", render(&plan, &args));
+        print!("{}", render(&report, &args));
     }
-    match plan.fits {
-        Some(false) => bail!("the run does not fit --max-memory"),
-        _ => Ok(()),
+    if !fits {
+        bail!("the run does not fit --max-memory and --max-host-memory");
+    }
+    Ok(())
+}
+
+fn word(checkpointing: GradientCheckpointing) -> &'static str {
+    match checkpointing {
+        GradientCheckpointing::Off => "--use-gradient-checkpointing off",
+        GradientCheckpointing::On => "--use-gradient-checkpointing on",
+        GradientCheckpointing::Unsloth => "--use-gradient-checkpointing unsloth",
+        GradientCheckpointing::Auto => "--use-gradient-checkpointing auto",
     }
 }
 
-fn flags(other: &Other) -> String {
-    let word = match other.use_gradient_checkpointing {
-        GradientCheckpointing::Off => "off",
-        GradientCheckpointing::On => "on",
-        GradientCheckpointing::Unsloth => "unsloth",
+fn milliseconds(ms: f64) -> String {
+    format!("{} ms a step", count(ms.round() as u64))
+}
+
+fn render(report: &Report, args: &PlanArgs) -> String {
+    let memory = &report.plan.memory;
+    let at = match memory.at {
+        Moment::Forward => "the forward pass",
+        Moment::Loss => "the loss",
+        Moment::Backward => "the backward pass of a layer",
     };
-    let quantised = if other.load_in_4bit { " --load-in-4bit" } else { "" };
-    format!("--use-gradient-checkpointing {word}{quantised}")
-}
-
-fn render(plan: &Plan, args: &PlanArgs) -> String {
-    let memory = &plan.memory;
-    let larger = |ours: u64, other: u64| if ours >= other { "" } else { ", not at the same time" };
-    let rows = [
+    let mut rows = vec![
         ("weights", bytes(memory.weights)),
         ("LoRA", bytes(memory.lora)),
         ("gradients", bytes(memory.gradients)),
         ("optimizer", bytes(memory.optimizer)),
         ("kept", bytes(memory.kept)),
-        ("workspace", format!("{}{}", bytes(memory.workspace), larger(memory.workspace, memory.loss))),
-        ("loss", format!("{}{}", bytes(memory.loss), larger(memory.loss, memory.workspace))),
+        ("workspace", format!("{}, of {at}", bytes(memory.workspace))),
         ("context", bytes(memory.context())),
-        ("peak", format!("{} of the GPU, {} allocated", bytes(plan.peak_device), bytes(plan.peak_allocated))),
+        ("peak", format!("{} of the GPU, {} allocated", bytes(memory.device()), bytes(memory.allocated()))),
+        ("at the host", bytes(memory.host)),
+        ("time", format!("{}, by the rates of {}", milliseconds(report.plan.milliseconds), report.card.name)),
     ];
+    rows.extend(report.plan.lines().into_iter().map(|(name, places)| ("keeps", format!("{name} {places}"))));
     let title = format!(
-        "Plan: {}, {} x {} tokens, r {}",
-        plan.shape,
+        "Plan: {}, {} x {} tokens, {} passes a step, r {}{}, {}",
+        report.shape,
         args.per_device_train_batch_size,
         count(args.max_seq_length as u64),
-        args.r
+        args.gradient_accumulation_steps,
+        args.r,
+        if args.load_in_4bit { ", 4-bit weights" } else { "" },
+        word(args.use_gradient_checkpointing)
     );
     let mut text = table(&title, &rows);
-    let others: Vec<(String, String)> = plan
+    let others: Vec<(&str, String)> = report
         .others
         .iter()
         .map(|other| {
-            let longest = match other.longest {
-                Some(0) => ", no length fits".to_string(),
-                Some(longest) => format!(", up to {} tokens a sample", count(longest as u64)),
-                None => String::new(),
-            };
-            (flags(other), format!("{}{longest}", bytes(other.peak_device)))
+            let at_host =
+                if other.host > 0 { format!(", {} at the host", bytes(other.host)) } else { String::new() };
+            let text = format!("{}{at_host}, {}", bytes(other.peak_device), milliseconds(other.ms_per_step));
+            (word(other.use_gradient_checkpointing), text)
         })
         .collect();
-    let rows: Vec<(&str, String)> = others.iter().map(|(flags, text)| (&flags[..], text.clone())).collect();
-    text.push_str(&table("\nWith other flags", &rows));
-    if let (Some(budget), Some(false)) = (plan.max_memory, plan.fits) {
-        // In the order of the list, from what is given on.
-        let given = |other: &&Other| !args.load_in_4bit || other.load_in_4bit;
-        let fitting = plan.others.iter().filter(given).find(|other| other.peak_device <= budget);
-        text.push_str(&match fitting {
-            Some(other) => {
-                format!("\nIt does not fit {}; the smallest change that does: {}\n", bytes(budget), flags(other))
-            }
-            None => format!(
-                "\nIt does not fit {}, and no flag changes that: take shorter samples, fewer of them, or a smaller model\n",
-                bytes(budget)
-            ),
+    text.push_str(&table("\nWith one policy for all layers", &others));
+    if let (Some(budget), Some(longest)) = (report.max_memory, report.longest) {
+        text.push_str(&match longest {
+            0 => format!("\nNo length fits {}\n", bytes(budget)),
+            longest => format!("\nWithin {} fit up to {} tokens a sample\n", bytes(budget), count(longest)),
         });
+    }
+    if let Some(change) = &report.smallest_change {
+        text.push_str(&format!("\nIt does not fit; the smallest change that does: {change}\n"));
     }
     text
 }

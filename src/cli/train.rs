@@ -1,18 +1,19 @@
 //! `ferrotune train`: supervised fine-tuning, LoRA or full.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use tch::Device;
 
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
 use super::model_args::{init_device, kind_of, name_of, overflows_f16};
 use super::progress::Progress;
 use super::quant_args::{self, QuantArgs};
+use super::train_plan::{TrainPlan, train_plan};
 use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
@@ -43,18 +44,28 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     }
     args.threads = Some(tch::get_num_threads() as usize);
 
-    let mut model = load_model(&args, device)?;
-    args.optim = Some(args.optim_for(model.decoder.is_quantized()));
-    if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now)
-        && let Some(tokenizer) = model.tokenizer_mut()
-    {
+    let dir = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
+    let mut tokenizer = load_tokenizer(&args, &dir)?;
+    if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now) {
         tokenizer.set_template_now(now);
     }
-    let (train, eval, reports) = load_data(&args, &model)?;
+    let (train, eval, reports) = load_data(&args, &tokenizer)?;
+    let kind = kind_of(args.dtype, device, overflows_f16(&dir).context("--model")?);
+    let options = LoadOptions {
+        load_in_4bit: args.load_in_4bit,
+        offload_embedding: args.offload_embedding,
+        nf4_head: args.nf4_head,
+        ..LoadOptions::new(kind, device)
+    };
+    let dense = dense_modules(&args, &dir, options)?;
+    let plan = train_plan(&args, &dir, options, &dense, &train, eval.as_ref())?;
+    let mut model = load_model(&args, &dir, options, &dense)?;
+    model.set_tokenizer(tokenizer);
+    args.optim = Some(args.optim_for(model.decoder.is_quantized()));
     if args.dry_run {
         return show_sample(model.tokenizer()?, train.data(), &reports[0]);
     }
-    print!("{}", banner(&args, &model, &train, &reports));
+    print!("{}", banner(&args, &model, &train, &reports, plan.as_ref()));
 
     let title = format!(
         "{} on {}",
@@ -73,9 +84,14 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         train,
         eval,
         observer: &mut observer,
+        plan: plan.as_ref().map(|plan| plan.run.clone()),
         stop: &stop,
     };
-    let results = trainer.run(resume.as_ref())?;
+    let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
+        // In a backward pass it comes from libtorch's own engine, as text.
+        Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
+        _ => error,
+    })?;
     drop(observer);
     if results.stop_reason == StopReason::Interrupted {
         print!("\n{}", summary(&results, &args.output_dir));
@@ -140,38 +156,53 @@ fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoin
     Ok(found)
 }
 
-fn load_model(args: &TrainingArguments, device: Device) -> Result<FastLanguageModel> {
-    let dir = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
-    let kind = kind_of(args.dtype, device, overflows_f16(&dir).context("--model")?);
+/// The model's tokenizer with the chat template that was asked for.
+fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
+    let mut tokenizer = FastLanguageModel::tokenizer_of(dir)?;
+    if let Some(template) = &args.chat_template {
+        let path = Path::new(template);
+        tokenizer.set_chat_template(match path.is_file() {
+            true => ChatTemplate::from_file(path)?,
+            false => ChatTemplate::new(template, "--chat-template")?,
+        });
+    }
+    Ok(tokenizer)
+}
+
+fn load_model(
+    args: &TrainingArguments,
+    dir: &Path,
+    options: LoadOptions,
+    dense: &BTreeSet<String>,
+) -> Result<FastLanguageModel> {
     let mut model = if args.from_scratch {
-        FastLanguageModel::from_scratch(&dir, kind, device, args.seed)?
+        FastLanguageModel::from_scratch(dir, options.kind, options.device, args.seed)?
     } else {
-        let options = LoadOptions {
-            load_in_4bit: args.load_in_4bit,
-            offload_embedding: args.offload_embedding,
-            nf4_head: args.nf4_head,
-            ..LoadOptions::new(kind, device)
-        };
-        let plan = load_plan(args, &dir, options)?;
-        let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
-        FastLanguageModel::from_pretrained_keeping(&dir, options, &kept)?
+        FastLanguageModel::from_pretrained_keeping(dir, options, dense)?
     };
     match args.trains_all_weights() {
         true => model.train_all()?,
         false => model.get_peft_model(args.adapter_config(&args.model), args.seed)?,
     }
-    if let Some(template) = &args.chat_template {
-        let path = Path::new(template);
-        let template = match path.is_file() {
-            true => ChatTemplate::from_file(path)?,
-            false => ChatTemplate::new(template, "--chat-template")?,
-        };
-        model.tokenizer()?;
-        if let Some(tokenizer) = model.tokenizer_mut() {
-            tokenizer.set_chat_template(template);
-        }
-    }
     Ok(model)
+}
+
+/// Modules that `--load-in-4bit` leaves as they are.
+fn dense_modules(args: &TrainingArguments, dir: &Path, options: LoadOptions) -> Result<BTreeSet<String>> {
+    if args.from_scratch {
+        return Ok(BTreeSet::new());
+    }
+    Ok(load_plan(args, dir, options)?.map(|plan| plan.kept()).unwrap_or_default())
+}
+
+fn missed(plan: &TrainPlan) -> String {
+    let memory = &plan.plan.memory;
+    format!(
+        "the plan of this run was wrong: it predicted {} of the GPU, and the {} of --max-memory were not enough. A larger \
+         --max-memory or a smaller batch helps; please report it with the output of `ferrotune plan`",
+        bytes(memory.device()),
+        bytes(plan.budget.device)
+    )
 }
 
 /// What `--quant dynamic-nf4` keeps: judged once a run. It stands in the output folder, where a resumed run finds it: on a GPU
@@ -200,7 +231,7 @@ fn load_plan(args: &TrainingArguments, dir: &Path, options: LoadOptions) -> Resu
 /// Training batches, evaluation batches, and what became of the rows of both.
 fn load_data(
     args: &TrainingArguments,
-    model: &FastLanguageModel,
+    tokenizer: &Tokenizer,
 ) -> Result<(BatchStream, Option<BatchStream>, Vec<DatasetReport>)> {
     let options = DatasetOptions {
         rows: RowOptions {
@@ -218,7 +249,6 @@ fn load_data(
         completion_only_loss: args.completion_only_loss.unwrap_or(true),
         allow_missing_eot: args.allow_missing_eot,
     };
-    let tokenizer = model.tokenizer()?;
     let read = |names: &[String]| {
         let files = sources::dataset_files(names, &args.dataset_split)?;
         prepare(&files, tokenizer, &options)
@@ -255,6 +285,7 @@ fn banner(
     model: &FastLanguageModel,
     train: &BatchStream,
     reports: &[DatasetReport],
+    plan: Option<&TrainPlan>,
 ) -> String {
     let decoder = &model.decoder;
     let config = &decoder.config;
@@ -319,6 +350,9 @@ fn banner(
         ),
         ("output", args.output_dir.display().to_string()),
     ]);
+    if let Some(TrainPlan { plan, budget, card, .. }) = plan {
+        lines.extend(super::budget::lines(plan, *budget, card));
+    }
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }
 

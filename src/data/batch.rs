@@ -175,6 +175,18 @@ impl BatchStream {
         self.order.num_rows().div_ceil(self.options.batch_size) as u64
     }
 
+    /// No batch has more tokens.
+    pub fn most_tokens(&self) -> usize {
+        let rows = self.options.batch_size;
+        if self.options.packing {
+            return (rows * self.options.max_seq_length).min(self.data.num_tokens() as usize);
+        }
+        let mut lengths: Vec<usize> =
+            (0..self.data.len()).map(|sample| self.data.sample_len(sample)).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        lengths.iter().take(rows).sum()
+    }
+
     /// The part of the present epoch that was given out, 0 to 1.
     pub fn epoch_share(&self) -> f64 {
         self.cursor.index as f64 / self.order.num_rows() as f64

@@ -336,7 +336,8 @@ impl Decoder {
     }
 }
 
-fn prefix_of(weights: &Weights) -> Result<&'static str> {
+/// What a checkpoint puts before `layers.0`.
+pub fn prefix_of(weights: &Weights) -> Result<&'static str> {
     let found = PREFIXES.into_iter().find(|prefix| weights.contains(&format!("{prefix}norm.weight")));
     // The error for the usual name is the one that helps.
     found.map_or_else(
@@ -346,7 +347,7 @@ fn prefix_of(weights: &Weights) -> Result<&'static str> {
 }
 
 /// The parts `(module name, rows)` and the width of the input of a layer's qkv, o, gate_up and down.
-fn projections(config: &Config, index: usize, prefix: &str) -> [(Vec<(String, i64)>, i64); 4] {
+pub fn projections(config: &Config, index: usize, prefix: &str) -> [(Vec<(String, i64)>, i64); 4] {
     let at = |name: &str| format!("{prefix}layers.{index}.{name}");
     let spec = &config.layers[index].attention;
     let (hidden, ff) = (config.hidden_size, config.intermediate_size);

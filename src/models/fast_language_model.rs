@@ -72,6 +72,15 @@ impl FastLanguageModel {
         Ok(FastLanguageModel { decoder, tokenizer: None, dir: PathBuf::new(), adapter: None })
     }
 
+    /// The tokenizer of a model folder, before anything else of it is read.
+    pub fn tokenizer_of(dir: &Path) -> Result<Tokenizer> {
+        match load_tokenizer(&Config::from_dir(dir)?, dir)? {
+            Some(tokenizer) => Ok(tokenizer),
+            // The reason is the one that reading it gives.
+            None => Tokenizer::from_dir(dir),
+        }
+    }
+
     /// The tokenizer; an error where the folder has none (token ids still work without).
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         match &self.tokenizer {
@@ -83,8 +92,9 @@ impl FastLanguageModel {
         }
     }
 
-    pub fn tokenizer_mut(&mut self) -> Option<&mut Tokenizer> {
-        self.tokenizer.as_mut()
+    /// Takes another tokenizer: the model's own with another chat template, say.
+    pub fn set_tokenizer(&mut self, tokenizer: Tokenizer) {
+        self.tokenizer = Some(tokenizer);
     }
 
     /// Puts fresh LoRA on the modules that `config` targets and makes its `modules_to_save` trainable. The same seed gives

@@ -15,7 +15,7 @@ use crate::train::schedule::SchedulerType;
 
 mod values;
 
-pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant};
+pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size};
 use values::{list, target_modules};
 
 const MODEL: &str = "Model";
@@ -68,9 +68,15 @@ pub struct TrainingArguments {
     /// Longest sample in tokens; what is beyond is cut off
     #[arg(long, help_heading = MODEL, default_value_t = 2048)]
     pub max_seq_length: usize,
-    /// Keep fewer activations and compute them again in the backward pass: less memory, about a third more time
-    #[arg(long, help_heading = MODEL, value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Off)]
+    /// Keep fewer activations and compute them again in the backward pass: less memory, up to a third more time
+    #[arg(long, help_heading = MODEL, value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
+    /// Of the GPU at most, all that nvidia-smi shows for the process: 8GiB, 24GB, 500MiB [default: 92 % of what is free]
+    #[arg(long, value_name = "SIZE", help_heading = MODEL)]
+    pub max_memory: Option<Size>,
+    /// Of the host at most, for activations that wait there [default: half of the available memory]
+    #[arg(long, value_name = "SIZE", help_heading = MODEL)]
+    pub max_host_memory: Option<Size>,
 
     /// Training data: files, globs or a hub id, comma-separated or repeated (json, jsonl, csv, parquet; .gz and .zst of these)
     #[arg(long, value_name = "FILE|ID", help_heading = DATA, value_delimiter = ',')]

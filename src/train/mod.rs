@@ -18,10 +18,10 @@ mod step;
 pub mod tensorboard;
 mod trainer;
 
-pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, TrainingArguments};
+pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size, TrainingArguments};
 pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;
 pub use schedule::Schedule;
-pub use step::{StepOutcome, Stepper};
+pub use step::{Recording, RunPlan, StepOutcome, Stepper};
 pub use trainer::Trainer;

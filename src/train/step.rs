@@ -5,6 +5,7 @@
 //! launched as a whole from then on; so is the update.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -15,7 +16,7 @@ use super::{GradientCheckpointing, TrainingArguments};
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
-use crate::ops::{DropoutKey, LoraCasts, Pass};
+use crate::ops::{DropoutKey, LoraCasts, Pass, Policy};
 
 /// Runs the steps of one model, one after another.
 pub struct Stepper<'a> {
@@ -27,7 +28,29 @@ pub struct Stepper<'a> {
     /// and what the sums of its micro-batches are divided by.
     targets: Tensor,
     casts: Option<LoraCasts>,
+    /// What each layer keeps for the backward.
+    policies: Arc<[Policy]>,
+    /// Memory has no room for recorded steps beside others.
+    one_shape: bool,
     graphs: Graphs,
+}
+
+/// What a step keeps to, chosen before it runs (`train::plan`).
+#[derive(Debug, Clone)]
+pub struct RunPlan {
+    /// What each layer keeps for the backward.
+    pub policies: Vec<Policy>,
+    pub recording: Recording,
+}
+
+/// Whether steps are recorded as CUDA graphs. A graph's memory is its own: nothing of it is returned while it is recorded, so
+/// that gaps between tensors stay, and steps of other shapes cannot use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recording {
+    No,
+    /// Until the first batch of another shape.
+    OneShape,
+    Yes,
 }
 
 /// What a step gave.
@@ -84,7 +107,28 @@ impl<'a> Stepper<'a> {
         // Where memory is short each product makes its own: no measurable time at 8B with r 16 for 78 MiB.
         let spares_memory = arguments.use_gradient_checkpointing == GradientCheckpointing::Unsloth;
         let casts = if spares_memory { None } else { decoder.lora_casts()? };
-        Ok(Stepper { objective, arguments, optimizer, loss, targets, casts, graphs })
+        let policies = Arc::new([arguments.use_gradient_checkpointing.policy()]);
+        Ok(Stepper {
+            objective,
+            arguments,
+            optimizer,
+            loss,
+            targets,
+            casts,
+            policies,
+            one_shape: false,
+            graphs,
+        })
+    }
+
+    /// The same, keeping to a plan.
+    pub fn with_plan(mut self, plan: RunPlan) -> Stepper<'a> {
+        self.policies = plan.policies.into();
+        self.one_shape = plan.recording == Recording::OneShape;
+        if plan.recording == Recording::No {
+            self.graphs.stop();
+        }
+        self
     }
 
     /// The same, launching every kernel by itself: to compare with.
@@ -125,10 +169,10 @@ impl<'a> Stepper<'a> {
         }
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
-        let policy = args.use_gradient_checkpointing.policy();
+        let policies = Arc::clone(&self.policies);
         for (micro_batch, batch) in ahead.into_iter().chain(uploads).enumerate() {
             let dropout = Some(DropoutKey::new(args.seed, step, micro_batch as u64));
-            let pass = Pass { policy, dropout, ..Pass::INFERENCE };
+            let pass = Pass { policies: &policies, dropout, ..Pass::INFERENCE };
             self.micro_batch(decoder, batch?, pass, micro_batch == 0)?;
         }
         let grad_norm = self.update()?;
@@ -141,14 +185,12 @@ impl<'a> Stepper<'a> {
         Ok(StepOutcome { loss: numbers[0], grad_norm: numbers[1], loss_scale: numbers.get(2).copied() })
     }
 
-    fn micro_batch(
-        &mut self,
-        decoder: &Decoder,
-        batch: DeviceBatch,
-        pass: Pass<'static>,
-        first: bool,
-    ) -> Result<()> {
+    fn micro_batch(&mut self, decoder: &Decoder, batch: DeviceBatch, pass: Pass, first: bool) -> Result<()> {
         let shape = batch.shape();
+        if self.one_shape && self.graphs.lacks(&shape) {
+            self.graphs.stop();
+            device::empty_cache(decoder.device)?;
+        }
         if first {
             if let Some(recorded) =
                 self.graphs.first.as_mut().filter(|recorded| recorded.batch.shape() == shape)
@@ -195,7 +237,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Adds the gradients of the micro-batch's part of the mean loss, and that part to `self.loss`.
-    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass<'static>) -> Result<()> {
+    fn forward_backward(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<()> {
         let pass = Pass { casts: self.casts.as_ref(), ..pass };
         let loss = self.objective.loss_sum(decoder, batch, pass)?.f_div(&self.targets)?;
         match self.optimizer.loss_scale() {
@@ -283,6 +325,18 @@ impl Graphs {
         let count = self.seen.entry(shape.clone()).or_insert(0);
         *count += 1;
         *count > REPEATS
+    }
+
+    /// Whether other shapes are recorded and this one is not.
+    fn lacks(&self, shape: &BatchShape) -> bool {
+        let first = self.first.as_ref().map(|recorded| recorded.batch.shape());
+        first.is_some_and(|first| first != *shape) && !self.adding.contains_key(shape)
+    }
+
+    /// Drops what is recorded and records no more.
+    fn stop(&mut self) {
+        *self = Graphs::new(false);
+        self.problem = Some("the memory that the run may take has no room for recorded steps".into());
     }
 
     /// Goes on without: what a failed recording enqueued has not run.

@@ -13,7 +13,7 @@ use super::memory;
 use super::objective::{Objective, input, upload};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
-use super::step::Stepper;
+use super::step::{RunPlan, Stepper};
 use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
 use crate::data::{Batch, BatchStream, Cursor};
 use crate::io::{Weights, write_atomically};
@@ -50,6 +50,7 @@ use crate::ops::Pass;
 ///     train: BatchStream::new(Arc::new(data), options)?,
 ///     eval: None,
 ///     observer: &mut observer,
+///     plan: None,
 ///     stop: &AtomicBool::new(false),
 /// };
 /// let results = trainer.run(None)?;
@@ -67,6 +68,8 @@ pub struct Trainer<'a> {
     pub train: BatchStream,
     pub eval: Option<BatchStream>,
     pub observer: &'a mut dyn TrainObserver,
+    /// What each layer keeps for the backward; without one, what `arguments.use_gradient_checkpointing` says.
+    pub plan: Option<RunPlan>,
     /// Set from outside: save and stop after the present step.
     pub stop: &'a AtomicBool,
 }
@@ -93,6 +96,9 @@ impl Trainer<'_> {
             args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
         let schedule = self.schedule(total_steps);
         let mut stepper = Stepper::new(self.objective, args, &self.model.decoder)?;
+        if let Some(plan) = self.plan.take() {
+            stepper = stepper.with_plan(plan);
+        }
         self.check_disk(&stepper.optimizer)?;
         let mut at = Progress { step: 0, num_tokens: 0, best: BestMetric::default() };
         if let Some(checkpoint) = resume {

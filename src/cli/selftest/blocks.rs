@@ -152,10 +152,10 @@ fn linear(op: &'static str, nf4: bool) -> Case {
 /// Both blocks, keeping what the backward needs and computing it again.
 pub(super) fn blocks() -> [Case; 4] {
     [
-        attention_block("attention_block, keep", false, Policy::Keep),
-        attention_block("attention_block, NF4, recompute", true, Policy::Recompute),
-        mlp_block("mlp_block, keep", false, Policy::Keep),
-        mlp_block("mlp_block, NF4, recompute", true, Policy::Recompute),
+        attention_block("attention_block, keep", false, Policy::KEEP),
+        attention_block("attention_block, NF4, recompute", true, Policy::RECOMPUTE),
+        mlp_block("mlp_block, keep", false, Policy::KEEP),
+        mlp_block("mlp_block, NF4, recompute", true, Policy::RECOMPUTE),
     ]
 }
 
@@ -200,7 +200,13 @@ fn attention_block(op: &'static str, nf4: bool, policy: Policy) -> Case {
                 };
                 let segments = Segments::new(&cu_seqlens, t[x].device())?;
                 let rows = ops::Rows { cos: &t[cos], sin: &t[sin], segments: &segments };
-                ops::attention_block(&t[x], &block, &rows, None, Pass { policy, ..Pass::INFERENCE })
+                ops::attention_block(
+                    &t[x],
+                    &block,
+                    &rows,
+                    None,
+                    Pass { policies: &[policy], ..Pass::INFERENCE },
+                )
             }),
             plain: Box::new(move |t| {
                 let projected = plain_qkv.plain(&plain::rms_norm(&t[x], &norm(&t[weight]))?, t)?;
@@ -235,7 +241,7 @@ fn mlp_block(op: &'static str, nf4: bool, policy: Policy) -> Case {
                     post_norm: None,
                     activation: Activation::Silu,
                 };
-                ops::mlp_block(&t[x], &block, Pass { policy, ..Pass::INFERENCE })
+                ops::mlp_block(&t[x], &block, Pass { policies: &[policy], ..Pass::INFERENCE })
             }),
             plain: Box::new(move |t| {
                 let gated = plain_gate_up.plain(&plain::rms_norm(&t[x], &norm(&t[weight]))?, t)?;

@@ -1,6 +1,7 @@
 //! What single arguments can be, and how run.yaml says it.
 
 use std::fmt;
+use std::str::FromStr;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -48,14 +49,17 @@ pub enum GradientCheckpointing {
     On,
     /// The same, and on a GPU these inputs wait in the host's memory
     Unsloth,
+    /// On a GPU what is fastest within max_memory and max_host_memory, layer by layer; on the CPU everything
+    Auto,
 }
 
 impl GradientCheckpointing {
-    pub(in crate::train) fn policy(self) -> Policy {
+    /// Of every layer. `Auto` leaves it to a plan (`train::plan`); without one everything is kept.
+    pub fn policy(self) -> Policy {
         match self {
-            GradientCheckpointing::Off => Policy::Keep,
-            GradientCheckpointing::On => Policy::Recompute,
-            GradientCheckpointing::Unsloth => Policy::Host,
+            GradientCheckpointing::Off | GradientCheckpointing::Auto => Policy::KEEP,
+            GradientCheckpointing::On => Policy::RECOMPUTE,
+            GradientCheckpointing::Unsloth => Policy::HOST,
         }
     }
 }
@@ -74,8 +78,55 @@ impl<'de> Deserialize<'de> for GradientCheckpointing {
             Given::Word(word) => word,
         };
         GradientCheckpointing::from_str(&word, false).map_err(|_| {
-            serde::de::Error::custom(format!("{word:?}: expected off, on, unsloth, true or false"))
+            serde::de::Error::custom(format!("{word:?}: expected off, on, unsloth, auto, true or false"))
         })
+    }
+}
+
+/// Bytes, as `8GiB`, `24GB`, `500 MiB` or `1.5gib`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Size, String> {
+        let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let unit: u64 = match unit.to_ascii_lowercase().as_str() {
+            "gib" | "g" => 1 << 30,
+            "mib" | "m" => 1 << 20,
+            "gb" => 1_000_000_000,
+            "mb" => 1_000_000,
+            "b" => 1,
+            _ => return Err("expected a size such as 8GiB, 24GB or 500MiB".to_string()),
+        };
+        match number.trim().parse::<f64>() {
+            Ok(number) if number > 0.0 && number.is_finite() => Ok(Size((number * unit as f64) as u64)),
+            _ => Err("expected a positive number before the unit".to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes % (1 << 30) == 0 => write!(f, "{}GiB", bytes >> 30),
+            bytes if bytes % (1 << 20) == 0 => write!(f, "{}MiB", bytes >> 20),
+            bytes => write!(f, "{bytes}B"),
+        }
+    }
+}
+
+impl Serialize for Size {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 

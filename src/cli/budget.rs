@@ -1,0 +1,157 @@
+//! The memory that a run may take, and the plan for it.
+
+use anyhow::{Result, anyhow, bail};
+use tch::Device;
+
+use super::cards;
+use super::format::{bytes, count};
+use crate::device;
+use crate::train::plan::{Budget, Card, Memory, Plan, Work};
+use crate::train::{GradientCheckpointing, RunPlan, Size};
+
+/// Of what is free on the GPU, and of the host's available memory.
+const SHARE_OF_DEVICE: f64 = 0.92;
+const SHARE_OF_HOST: f64 = 0.5;
+
+/// `--max-memory` and `--max-host-memory`, or their defaults on `device`.
+pub fn budget(max_memory: Option<Size>, max_host_memory: Option<Size>, device: Device) -> Result<Budget> {
+    let ours = || -> Result<u64> {
+        let memory = device::memory(device)?;
+        // What CUDA took at the start is part of what the process may have.
+        let taken = device::process_memory(device).unwrap_or(0).saturating_sub(memory.reserved);
+        Ok((memory.free as f64 * SHARE_OF_DEVICE) as u64 + taken)
+    };
+    let host = || -> Result<u64> { Ok((device::memory(Device::Cpu)?.free as f64 * SHARE_OF_HOST) as u64) };
+    Ok(Budget {
+        device: max_memory.map_or_else(ours, |size| Ok(size.0))?,
+        host: max_host_memory.map_or_else(host, |size| Ok(size.0))?,
+    })
+}
+
+/// What the run will keep of each layer on the GPU `device`, which is held to the budget from here on.
+///
+/// # Errors
+/// The run does not fit: what it needs, and the smallest change that would fit.
+pub fn plan_for(
+    work: &Work,
+    checkpointing: GradientCheckpointing,
+    budget: Budget,
+    device: Device,
+) -> Result<(Plan, RunPlan, Card)> {
+    let card = cards::of_gpu(device)?;
+    let plan = chosen(work, checkpointing, budget, &card)
+        .ok_or_else(|| refusal(work, checkpointing, budget, &card))?;
+    device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)?;
+    let run = plan.run(budget);
+    Ok((plan, run, card))
+}
+
+/// The plan that a word of the flag means; none if it does not fit.
+pub fn chosen(
+    work: &Work,
+    checkpointing: GradientCheckpointing,
+    budget: Budget,
+    card: &Card,
+) -> Option<Plan> {
+    match checkpointing {
+        GradientCheckpointing::Auto => work.fastest(card, budget),
+        other => {
+            let plan = work.uniform_plan(other.policy(), card);
+            (plan.memory.device() <= budget.device && plan.memory.host <= budget.host).then_some(plan)
+        }
+    }
+}
+
+fn refusal(work: &Work, checkpointing: GradientCheckpointing, budget: Budget, card: &Card) -> anyhow::Error {
+    let needed = match checkpointing {
+        GradientCheckpointing::Auto => work.smallest(card, budget.host),
+        other => work.uniform_plan(other.policy(), card),
+    };
+    anyhow!(
+        "this run does not fit: it needs {} of the GPU and {} of the host, and may take {} and {} (--max-memory, \
+         --max-host-memory). The smallest change that fits: {}",
+        bytes(needed.memory.device()),
+        bytes(needed.memory.host),
+        bytes(budget.device),
+        bytes(budget.host),
+        smallest_change(work, checkpointing, budget, card)
+    )
+}
+
+/// From what changes nothing but time to what changes the model: the first that fits.
+pub fn smallest_change(
+    work: &Work,
+    checkpointing: GradientCheckpointing,
+    budget: Budget,
+    card: &Card,
+) -> String {
+    let fits = |work: &Work, budget: Budget| work.fastest(card, budget).is_some();
+    if checkpointing != GradientCheckpointing::Auto && fits(work, budget) {
+        return "--use-gradient-checkpointing auto".into();
+    }
+    let host = work.smallest(card, u64::MAX).memory;
+    if host.device() <= budget.device && host.host > budget.host {
+        return format!("--max-host-memory {}", mebibytes(host.host));
+    }
+    let rows = work.tokens / work.sample.max(1);
+    let fewer =
+        (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
+    if let Some(rows) = fewer {
+        return format!("--per-device-train-batch-size {rows} (with more --gradient-accumulation-steps)");
+    }
+    let one = Work { tokens: work.sample, ..work.clone() };
+    match one.longest(budget, card) {
+        0 => {}
+        length if rows > 1 => {
+            return format!("--per-device-train-batch-size 1 --max-seq-length {length}");
+        }
+        length => return format!("--max-seq-length {length}"),
+    }
+    if let Some(quantised) = one.in_4bit()
+        && fits(&quantised, budget)
+    {
+        return "--load-in-4bit".into();
+    }
+    let least = one.with_length(256).smallest(card, budget.host).memory.device();
+    format!("--max-memory {}, or a smaller model", mebibytes(least))
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
+}
+
+/// What a plan says, as lines of a table.
+pub fn lines(plan: &Plan, budget: Budget, card: &Card) -> Vec<(&'static str, String)> {
+    let memory = &plan.memory;
+    let kept: Vec<String> =
+        plan.lines().into_iter().map(|(name, places)| format!("{name} {places}")).collect();
+    let mut lines = vec![(
+        "plan",
+        format!(
+            "{} of {} on the GPU, {} of {} at the host, about {} ms a step by the rates of {}",
+            bytes(memory.device()),
+            bytes(budget.device),
+            bytes(memory.host),
+            bytes(budget.host),
+            count(plan.milliseconds.round() as u64),
+            card.name
+        ),
+    )];
+    lines.extend(kept.into_iter().map(|line| ("", line)));
+    lines
+}
+
+/// Refuses evaluation batches that do not fit.
+pub fn check_evaluation(work: &Work, tokens: u64, budget: Budget) -> Result<()> {
+    let needed = work.evaluation(tokens);
+    if needed > budget.device {
+        bail!(
+            "the evaluation does not fit: its batches of up to {} tokens need {} of the GPU, and may take {}: lower \
+             --per-device-eval-batch-size",
+            count(tokens),
+            bytes(needed),
+            bytes(budget.device)
+        );
+    }
+    Ok(())
+}

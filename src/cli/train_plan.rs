@@ -1,0 +1,123 @@
+//! The plan of a training run: what it computes, from its files and flags, before its weights are read.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind};
+
+use super::budget::{budget, check_evaluation, plan_for};
+use crate::data::BatchStream;
+use crate::device::limit_memory;
+use crate::io::Weights;
+use crate::io::adapter::text_module;
+use crate::io::lora_spec::LoraSpec;
+use crate::models::{Config, prefix_of, projections};
+use crate::nn::LoadOptions;
+use crate::train::plan::{Budget, Card, Memory, Module, Plan, Work};
+use crate::train::{RunPlan, TrainingArguments};
+
+/// What a run was given and will keep to.
+pub struct TrainPlan {
+    pub plan: Plan,
+    pub run: RunPlan,
+    pub budget: Budget,
+    pub card: Card,
+}
+
+/// Why no plan covers this run on a GPU: it then runs as --use-gradient-checkpointing says (auto: as off), and is not refused.
+fn not_covered(args: &TrainingArguments, kind: Kind) -> Option<&'static str> {
+    match () {
+        () if args.trains_all_weights() => Some("full fine-tuning"),
+        () if !args.modules_to_save.is_empty() => Some("--modules-to-save"),
+        () if args.lora_dropout > 0.0 => Some("--lora-dropout"),
+        () if kind == Kind::Float => Some("--dtype f32"),
+        () => None,
+    }
+}
+
+/// The plan of LoRA on `dir`, whose modules `dense` are not quantised; none on the CPU and where none covers the run. The GPU
+/// is held to the budget from here on.
+///
+/// # Errors
+/// The run cannot fit.
+pub fn train_plan(
+    args: &TrainingArguments,
+    dir: &Path,
+    options: LoadOptions,
+    dense: &BTreeSet<String>,
+    train: &BatchStream,
+    eval: Option<&BatchStream>,
+) -> Result<Option<TrainPlan>> {
+    if !options.device.is_cuda() {
+        return Ok(None);
+    }
+    let budget = budget(args.max_memory, args.max_host_memory, options.device)?;
+    if let Some(what) = not_covered(args, options.kind) {
+        tracing::info!("no plan covers {what}: whether the run fits is not checked");
+        if args.max_memory.is_some() {
+            limit(options.device, budget, train)?;
+        }
+        return Ok(None);
+    }
+    let work = work(args, dir, options, dense, train)?;
+    let (plan, run, card) = plan_for(&work, args.use_gradient_checkpointing, budget, options.device)?;
+    if let Some(eval) = eval {
+        check_evaluation(&work, eval.most_tokens() as u64, budget)?;
+    }
+    Ok(Some(TrainPlan { plan, run, budget, card }))
+}
+
+fn limit(device: Device, budget: Budget, train: &BatchStream) -> Result<()> {
+    limit_memory(device, Memory::allocator_limit(budget.device), budget.host, train.most_tokens() as u64)
+}
+
+fn work(
+    args: &TrainingArguments,
+    dir: &Path,
+    options: LoadOptions,
+    dense: &BTreeSet<String>,
+    train: &BatchStream,
+) -> Result<Work> {
+    let config = Config::from_dir(dir)?;
+    let weights = Weights::open(dir)?;
+    let prefix = prefix_of(&weights)?;
+    let spec = LoraSpec::new(&args.adapter_config(&args.model))?;
+    let quantises = options.load_in_4bit && !weights.is_quantized();
+    // A pattern may have been written for the names that transformers gives, or for the text model alone.
+    let peft = if config.ignores_vision { "model.language_model." } else { "model." };
+    let rank = |module: &str| -> Result<u64> {
+        let name = format!("{peft}{}", module.strip_prefix(prefix).unwrap_or(module));
+        let lora = match spec.for_module(&name)? {
+            None => spec.for_module(&text_module(&name))?,
+            found => found,
+        };
+        Ok(lora.map_or(0, |lora| u64::from(lora.r)))
+    };
+    let mut ranks = std::collections::HashMap::new();
+    for layer in 0..config.num_hidden_layers() {
+        for (module, _) in projections(&config, layer, prefix).iter().flat_map(|(parts, _)| parts) {
+            ranks.insert(module.clone(), rank(module).context("target_modules")?);
+        }
+    }
+    let stored = |module: &str| {
+        let weight = format!("{module}.weight");
+        weights.names().any(|name| name.starts_with(&weight) && name.len() > weight.len())
+    };
+    let stored: BTreeSet<&str> = if weights.is_quantized() {
+        ranks.keys().map(String::as_str).filter(|m| stored(m)).collect()
+    } else {
+        BTreeSet::new()
+    };
+    let module = |name: &str| Module {
+        r: ranks.get(name).copied().unwrap_or(0),
+        nf4: stored.contains(name) || (quantises && !dense.contains(name)),
+    };
+    let longest = train.data().max_len();
+    let optim = args.optim_for(quantises || weights.is_quantized());
+    let mut work = Work::new(&config, (1, longest), optim, prefix, module)
+        .with_embeddings(options.offload_embedding, options.nf4_head);
+    work.tokens = train.most_tokens() as u64;
+    work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
+    Ok(work)
+}
