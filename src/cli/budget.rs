@@ -93,6 +93,17 @@ pub fn smallest_change(
     if host.device() <= budget.device && host.host > budget.host {
         return format!("--max-host-memory {}", mebibytes(host.host));
     }
+    // What the flags would change of `work` and it has not yet.
+    let with = |work: &Work, flags: [bool; 2]| -> Option<String> {
+        let [offload, nf4] = [flags[0] && work.embedding > 0, flags[1] && !work.nf4_head];
+        let words = [(offload, "--offload-embedding"), (nf4, "--nf4-head")];
+        let words: Vec<&str> = words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect();
+        let changed = work.clone().with_embeddings(offload, nf4).ok().filter(|_| !words.is_empty())?;
+        fits(&changed, budget).then(|| words.join(" "))
+    };
+    if let Some(words) = with(work, [true, false]) {
+        return words;
+    }
     let rows = work.tokens / work.sample.max(1);
     let fewer =
         (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
@@ -106,6 +117,9 @@ pub fn smallest_change(
             return format!("--per-device-train-batch-size 1 --max-seq-length {length}");
         }
         length => return format!("--max-seq-length {length}"),
+    }
+    if let Some(words) = with(&one, [false, true]).or_else(|| with(&one, [true, true])) {
+        return words;
     }
     if let Some(quantised) = one.in_4bit()
         && fits(&quantised, budget)
