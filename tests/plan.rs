@@ -151,6 +151,10 @@ fn what_does_not_fit_is_refused_with_the_smallest_change() {
         (&[quantised, "--max-memory=7GiB"], "--offload-embedding"),
         (&[quantised, "--max-memory=6000MiB", one, "--offload-embedding"], "--nf4-head"),
         (&[quantised, "--max-memory=6000MiB", one], "--offload-embedding --nf4-head"),
+        (
+            &[quantised, "--max-memory=5700MiB"],
+            "--offload-embedding --nf4-head --per-device-train-batch-size 1",
+        ),
         (&["--max-memory=9GiB", one], "--load-in-4bit"),
         (&[quantised, "--max-memory=2GiB"], "--max-memory"),
     ] {

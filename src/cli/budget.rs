@@ -93,15 +93,10 @@ pub fn smallest_change(
     if host.device() <= budget.device && host.host > budget.host {
         return format!("--max-host-memory {}", mebibytes(host.host));
     }
-    // What the flags would change of `work` and it has not yet.
-    let with = |work: &Work, flags: [bool; 2]| -> Option<String> {
-        let [offload, nf4] = [flags[0] && work.embedding > 0, flags[1] && !work.nf4_head];
-        let words = [(offload, "--offload-embedding"), (nf4, "--nf4-head")];
-        let words: Vec<&str> = words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect();
-        let changed = work.clone().with_embeddings(offload, nf4).ok().filter(|_| !words.is_empty())?;
-        fits(&changed, budget).then(|| words.join(" "))
+    let fitting = |work: &Work, offload: bool, nf4: bool| {
+        with_flags(work, offload, nf4).filter(|(_, changed)| fits(changed, budget)).map(|(words, _)| words)
     };
-    if let Some(words) = with(work, [true, false]) {
+    if let Some(words) = fitting(work, true, false) {
         return words;
     }
     let rows = work.tokens / work.sample.max(1);
@@ -118,7 +113,7 @@ pub fn smallest_change(
         }
         length => return format!("--max-seq-length {length}"),
     }
-    if let Some(words) = with(&one, [false, true]).or_else(|| with(&one, [true, true])) {
+    if let Some(words) = fitting(&one, false, true).or_else(|| fitting(&one, true, true)) {
         return words;
     }
     if let Some(quantised) = one.in_4bit()
@@ -126,8 +121,25 @@ pub fn smallest_change(
     {
         return "--load-in-4bit".into();
     }
+    for (offload, nf4) in [(true, false), (false, true), (true, true)] {
+        if let Some((words, changed)) = with_flags(&one, offload, nf4)
+            && let length @ 1.. = changed.longest(budget, card)
+        {
+            let one_row = if rows > 1 { " --per-device-train-batch-size 1" } else { "" };
+            return format!("{words}{one_row} --max-seq-length {length}");
+        }
+    }
     let least = one.with_length(256).smallest(card, budget.host).memory.device();
     format!("--max-memory {}, or a smaller model", mebibytes(least))
+}
+
+/// `work` with the flags of these that it has not yet, and their words; none where it has them or loading would refuse it.
+fn with_flags(work: &Work, offload: bool, nf4: bool) -> Option<(String, Work)> {
+    let (offload, nf4) = (offload && work.embedding > 0, nf4 && !work.nf4_head);
+    let words = [(offload, "--offload-embedding"), (nf4, "--nf4-head")];
+    let words: Vec<&str> = words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect();
+    let changed = work.clone().with_embeddings(offload, nf4).ok()?;
+    (!words.is_empty()).then(|| (words.join(" "), changed))
 }
 
 fn mebibytes(bytes: u64) -> String {
