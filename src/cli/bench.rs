@@ -314,7 +314,7 @@ fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option
         None => (args.batch * args.seq, args.seq),
     };
     let mut work = Work::uniform(config, (1, sample), args.r, args.load_in_4bit, args.optim)
-        .with_embeddings(args.offload_embedding, args.nf4_head);
+        .with_embeddings(args.offload_embedding, args.nf4_head)?;
     work.tokens = tokens as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;

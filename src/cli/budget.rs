@@ -93,6 +93,12 @@ pub fn smallest_change(
     if host.device() <= budget.device && host.host > budget.host {
         return format!("--max-host-memory {}", mebibytes(host.host));
     }
+    let fitting = |work: &Work, offload: bool, nf4: bool| {
+        with_flags(work, offload, nf4).filter(|(_, changed)| fits(changed, budget)).map(|(words, _)| words)
+    };
+    if let Some(words) = fitting(work, true, false) {
+        return words;
+    }
     let rows = work.tokens / work.sample.max(1);
     let fewer =
         (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
@@ -107,13 +113,33 @@ pub fn smallest_change(
         }
         length => return format!("--max-seq-length {length}"),
     }
+    if let Some(words) = fitting(&one, false, true).or_else(|| fitting(&one, true, true)) {
+        return words;
+    }
     if let Some(quantised) = one.in_4bit()
         && fits(&quantised, budget)
     {
         return "--load-in-4bit".into();
     }
+    for (offload, nf4) in [(true, false), (false, true), (true, true)] {
+        if let Some((words, changed)) = with_flags(&one, offload, nf4)
+            && let length @ 1.. = changed.longest(budget, card)
+        {
+            let one_row = if rows > 1 { " --per-device-train-batch-size 1" } else { "" };
+            return format!("{words}{one_row} --max-seq-length {length}");
+        }
+    }
     let least = one.with_length(256).smallest(card, budget.host).memory.device();
     format!("--max-memory {}, or a smaller model", mebibytes(least))
+}
+
+/// `work` with the flags of these that it has not yet, and their words; none where it has them or loading would refuse it.
+fn with_flags(work: &Work, offload: bool, nf4: bool) -> Option<(String, Work)> {
+    let (offload, nf4) = (offload && work.embedding > 0, nf4 && !work.nf4_head);
+    let words = [(offload, "--offload-embedding"), (nf4, "--nf4-head")];
+    let words: Vec<&str> = words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect();
+    let changed = work.clone().with_embeddings(offload, nf4).ok()?;
+    (!words.is_empty()).then(|| (words.join(" "), changed))
 }
 
 fn mebibytes(bytes: u64) -> String {

@@ -32,6 +32,10 @@ pub struct PlanArgs {
     pub r: u32,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
+    #[arg(long, help = "Leave the embedding in the host's memory")]
+    pub offload_embedding: bool,
+    #[arg(long, help = "Quantise the head to NF4")]
+    pub nf4_head: bool,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
     #[arg(long, help = "Optimizer [default: adamw_8bit with 4-bit weights, else adamw_torch]", value_enum)]
@@ -90,7 +94,8 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let (shape, config) = args.shape.config()?;
     let card = cards::named(args.card.as_deref())?;
     let batch = (args.per_device_train_batch_size, args.max_seq_length);
-    let mut work = Work::uniform(&config, batch, args.r, args.load_in_4bit, args.optim);
+    let mut work = Work::uniform(&config, batch, args.r, args.load_in_4bit, args.optim)
+        .with_embeddings(args.offload_embedding, args.nf4_head)?;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
     let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
@@ -167,13 +172,15 @@ fn render(report: &Report, args: &PlanArgs) -> String {
     ];
     rows.extend(report.plan.lines().into_iter().map(|(name, places)| ("keeps", format!("{name} {places}"))));
     let title = format!(
-        "Plan: {}, {} x {} tokens, {} passes a step, r {}{}, {}",
+        "Plan: {}, {} x {} tokens, {} passes a step, r {}{}{}{}, {}",
         report.shape,
         args.per_device_train_batch_size,
         count(args.max_seq_length as u64),
         args.gradient_accumulation_steps,
         args.r,
         if args.load_in_4bit { ", 4-bit weights" } else { "" },
+        if args.nf4_head { ", 4-bit head" } else { "" },
+        if args.offload_embedding { ", embedding in the host's memory" } else { "" },
         word(args.use_gradient_checkpointing)
     );
     let mut text = table(&title, &rows);

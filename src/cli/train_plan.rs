@@ -116,7 +116,7 @@ fn work(
     let longest = train.data().max_len();
     let optim = args.optim_for(quantises || weights.is_quantized());
     let mut work = Work::new(&config, (1, longest), optim, prefix, module)
-        .with_embeddings(options.offload_embedding, options.nf4_head);
+        .with_embeddings(options.offload_embedding, options.nf4_head)?;
     work.tokens = train.most_tokens() as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     Ok(work)

@@ -61,6 +61,16 @@ pub(super) type Watch<'a> = dyn FnMut(Option<&DecoderLayer>, &Tensor, &Tensor) -
 
 const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_model.", ""];
 
+/// Refuses an embedding in the host's memory that is `tied` to a head in 16 bits.
+pub fn check_embeddings(tied: bool, offload_embedding: bool, nf4_head: bool) -> Result<()> {
+    if offload_embedding && tied && !nf4_head {
+        let what = "offload_embedding where the embedding is also the head".to_string();
+        let supported = "it with nf4_head, which gives the head a copy of its own".to_string();
+        return Err(Error::Unsupported { what, supported }.into());
+    }
+    Ok(())
+}
+
 impl Decoder {
     /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
@@ -119,11 +129,7 @@ impl Decoder {
             let what = format!("{} in f16, which its hidden states overflow,", config.model_type);
             return Err(Error::Unsupported { what, supported: "bf16, f32".to_string() }.into());
         }
-        if offload_embedding && config.tie_word_embeddings && !nf4_head {
-            let what = "offload_embedding where the embedding is also the head".to_string();
-            let supported = "it with nf4_head, which gives the head a copy of its own".to_string();
-            return Err(Error::Unsupported { what, supported }.into());
-        }
+        check_embeddings(config.tie_word_embeddings, offload_embedding, nf4_head)?;
         let named = |name: &str| match &loader.init {
             Init::Checkpoint(weights) => weights.contains(name),
             Init::Random { .. } => false,

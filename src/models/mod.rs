@@ -16,7 +16,7 @@ mod sensitivity;
 use anyhow::Result;
 
 pub use config::{Config, LayerConfig};
-pub use decoder::{Decoder, Input, prefix_of, projections};
+pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;
 pub use parameters::{LoraModule, Parameter, ParameterRole};

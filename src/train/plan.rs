@@ -4,6 +4,7 @@
 //! [`Work`] describes a step, [`Work::memory`] and [`Work::milliseconds`] predict it for given policies, and [`Work::fastest`]
 //! chooses them. Dimensions are those of docs/architecture.md; activations take 2 bytes an element.
 
+mod blocks;
 mod card;
 mod choose;
 mod memory;
@@ -13,8 +14,10 @@ pub use card::Card;
 pub use choose::{Budget, Plan};
 pub use memory::{Memory, Moment};
 
+use anyhow::Result;
+
 use super::Optim;
-use crate::models::{Config, projections};
+use crate::models::{Config, check_embeddings, projections};
 
 /// An optimizer step of LoRA training in bf16, of `gradient_accumulation_steps` forward passes.
 #[derive(Debug, Clone)]
@@ -29,6 +32,7 @@ pub struct Work {
     /// Bytes of the embedding on the device, and of the head where it is another matrix.
     pub embedding: u64,
     pub head: u64,
+    pub nf4_head: bool,
 }
 
 /// What all layers share.
@@ -151,6 +155,7 @@ impl Work {
             optim,
             embedding: 2 * v * c,
             head: if config.tie_word_embeddings { 0 } else { 2 * v * c },
+            nf4_head: false,
         }
     }
 
@@ -167,18 +172,21 @@ impl Work {
         Work::new(config, (rows, length), optim, "model.", |_| module)
     }
 
-    /// The same with the embedding at the host, the head in NF4 (where it is the embedding, as another matrix), or both.
-    pub fn with_embeddings(mut self, offload_embedding: bool, nf4_head: bool) -> Work {
-        let matrix = 2 * self.shape.v * self.shape.c;
+    /// The same with the embedding at the host, the head in NF4 (where it is the embedding, as another matrix), or both, if they
+    /// were not before.
+    ///
+    /// # Errors
+    /// Loading would refuse it.
+    pub fn with_embeddings(mut self, offload_embedding: bool, nf4_head: bool) -> Result<Work> {
+        check_embeddings(self.head == 0, offload_embedding, nf4_head)?;
         if nf4_head {
             self.head = memory::in_nf4(self.shape.v * self.shape.c);
-        } else if offload_embedding && self.head == 0 {
-            self.head = matrix;
+            self.nf4_head = true;
         }
         if offload_embedding {
             self.embedding = 0;
         }
-        self
+        Ok(self)
     }
 
     /// The same on projections in 4 bits; none if they are.

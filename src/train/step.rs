@@ -10,9 +10,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
+use super::TrainingArguments;
 use super::objective::{Objective, upload};
 use super::optim::AdamW;
-use super::{GradientCheckpointing, TrainingArguments};
 use crate::data::Batch;
 use crate::device::{self, Graph};
 use crate::models::{BatchShape, Decoder, DeviceBatch};
@@ -104,10 +104,8 @@ impl<'a> Stepper<'a> {
         let (loss, targets) = (scalar()?, scalar()?);
         // A mask is a function of the step's number, which a recorded step would repeat.
         let graphs = Graphs::new(Graph::available(decoder.device) && !decoder.has_dropout());
-        // Where memory is short each product makes its own: no measurable time at 8B with r 16 for 78 MiB.
-        let spares_memory = arguments.use_gradient_checkpointing == GradientCheckpointing::Unsloth;
-        let casts = if spares_memory { None } else { decoder.lora_casts()? };
         let policies = Arc::new([arguments.use_gradient_checkpointing.policy()]);
+        let casts = if Policy::spare_memory(&*policies) { None } else { decoder.lora_casts()? };
         Ok(Stepper {
             objective,
             arguments,
@@ -123,6 +121,9 @@ impl<'a> Stepper<'a> {
 
     /// The same, keeping to a plan.
     pub fn with_plan(mut self, plan: RunPlan) -> Stepper<'a> {
+        if Policy::spare_memory(&plan.policies) {
+            self.casts = None;
+        }
         self.policies = plan.policies.into();
         self.one_shape = plan.recording == Recording::OneShape;
         if plan.recording == Recording::No {

@@ -4,8 +4,9 @@
 //! before its kernel. LoRA is skinny: its products cost the bytes that they read again. What is computed again is the same op a
 //! second time. Copies to the host and back run beside: a pass takes the longer of its work and its copies, in each direction.
 
+use super::blocks::tail_of;
 use super::card::Card;
-use super::memory::{KEYS_FOR_HOST, tail_of};
+use super::memory::KEYS_FOR_HOST;
 use super::{Layer, Linear, Work};
 use crate::ops::{Place, Policy};
 use crate::train::Optim;
