@@ -14,6 +14,7 @@ use crate::ffi::{self, bridge};
 mod lora_casts;
 mod nf4;
 mod optim;
+mod pass;
 pub mod plain;
 mod policy;
 pub mod proof;
@@ -24,6 +25,7 @@ pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };
+pub use pass::{DropoutKey, Pass};
 pub use policy::Policy;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
@@ -131,59 +133,6 @@ pub struct Rows<'a> {
     pub sin: &'a Tensor,
     /// Not used with a cache.
     pub segments: &'a Segments,
-}
-
-/// Names one draw of dropout masks; with the module's number it is the key of the counter-based generator.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct DropoutKey(pub u64);
-
-impl DropoutKey {
-    /// The key of micro-batch `micro_batch` of optimizer step `step`.
-    pub fn new(seed: u64, step: u64, micro_batch: u64) -> DropoutKey {
-        DropoutKey(mix(mix(mix(seed) ^ step) ^ micro_batch))
-    }
-
-    fn module(self, layer: usize, module: usize) -> u64 {
-        mix(self.0 ^ ((layer as u64) << 8 | module as u64))
-    }
-}
-
-/// SplitMix64's finaliser: every bit of the input changes half of the output's.
-fn mix(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-/// How a block runs in this pass.
-#[derive(Debug, Clone, Copy)]
-pub struct Pass<'a> {
-    /// What each layer keeps for the backward; the last one stands for all layers after it.
-    pub policies: &'a [Policy],
-    /// `Some` in training: LoRA dropout is on, with this key.
-    pub dropout: Option<DropoutKey>,
-    /// LoRA is left out: the base model, for instance as reference in preference training.
-    pub without_lora: bool,
-    /// LoRA in the dtype of the products, of this decoder; else each product makes its own.
-    pub casts: Option<&'a LoraCasts>,
-}
-
-impl Pass<'_> {
-    /// Inference: LoRA on, no dropout.
-    pub const INFERENCE: Pass<'static> =
-        Pass { policies: &[Policy::KEEP], dropout: None, without_lora: false, casts: None };
-}
-
-impl<'a> Pass<'a> {
-    fn policy(&self, layer: usize) -> Policy {
-        self.policies.get(layer).or(self.policies.last()).copied().unwrap_or(Policy::KEEP)
-    }
-
-    /// Of the linear `index` (qkv, o, gate_up, down) of a layer.
-    fn cast(&self, layer: usize, index: usize) -> Option<&'a LinearCast> {
-        self.casts.filter(|_| !self.without_lora).map(|casts| casts.linear(layer, index))
-    }
 }
 
 /// `y = x W^T + bias + LoRA`: x `[N, in]` -> `[N, rows]`.

@@ -15,7 +15,7 @@ use super::budget::{budget, plan_for};
 use super::format::{bytes, percent, rate};
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::progress::BARS;
-use super::shapes::ShapeArgs;
+use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::data::Batch;
 use crate::device;
 use crate::error::Error;
@@ -40,12 +40,8 @@ pub enum BenchCommand {
 pub struct BenchTrainArgs {
     #[command(flatten)]
     pub shape: ShapeArgs,
-    /// Rows of a forward pass
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub batch: usize,
-    /// Tokens of a row
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub seq: usize,
+    #[command(flatten)]
+    pub rows: RowsArgs,
     /// Lengths of the samples packed into each row, instead of one of --seq tokens
     #[arg(long, value_name = "N,N,..", value_delimiter = ',', conflicts_with = "seq")]
     pub packing: Vec<usize>,
@@ -73,12 +69,8 @@ pub struct BenchTrainArgs {
     pub without_graphs: bool,
     #[arg(long, help = "The kernels that repeat a run bit for bit")]
     pub deterministic: bool,
-    #[arg(long, help = "Quantise the weights of the layers to NF4")]
-    pub load_in_4bit: bool,
-    #[arg(long, help = "Leave the embedding in the host's memory")]
-    pub offload_embedding: bool,
-    #[arg(long, help = "Quantise the head to NF4")]
-    pub nf4_head: bool,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
     #[arg(long, value_enum)]
     pub optim: Option<Optim>,
@@ -158,9 +150,9 @@ pub fn run(command: BenchCommand) -> Result<()> {
 fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let start = Instant::now();
     let (name, config) = args.shape.config()?;
-    let sample_lengths = if args.packing.is_empty() { vec![args.seq] } else { args.packing.clone() };
+    let sample_lengths = if args.packing.is_empty() { vec![args.rows.seq] } else { args.packing.clone() };
     for (flag, zero) in [
-        ("--batch", args.batch == 0),
+        ("--batch", args.rows.batch == 0),
         ("--steps", args.steps == 0),
         ("--warm-up", args.warm_up == 0),
         ("--gradient-accumulation-steps", args.gradient_accumulation_steps == 0),
@@ -188,9 +180,9 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     bar.set_message("random weights");
     let kind = kind_of(args.dtype, device, config.overflows_f16());
     let options = LoadOptions {
-        load_in_4bit: args.load_in_4bit,
-        offload_embedding: args.offload_embedding,
-        nf4_head: args.nf4_head,
+        load_in_4bit: args.weights.load_in_4bit,
+        offload_embedding: args.weights.offload_embedding,
+        nf4_head: args.weights.nf4_head,
         ..LoadOptions::new(kind, device)
     };
     let mut model = FastLanguageModel::untrained(config, options)?;
@@ -211,7 +203,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
     let mut step = |number: usize| {
         let batches: Vec<Batch> = (0..args.gradient_accumulation_steps)
-            .map(|_| random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size))
+            .map(|_| random_batch(&mut random, args.rows.batch, &sample_lengths, decoder.config.vocab_size))
             .collect();
         stepper.run(decoder, &batches, number as u64, 1e-4)
     };
@@ -249,11 +241,11 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         // What the floor is measured on is no part of the run.
         device::limit_memory(device, u64::MAX >> 8, u64::MAX, 0)?;
     }
-    let batch = random_batch(&mut random, args.batch, &sample_lengths, decoder.config.vocab_size);
+    let batch = random_batch(&mut random, args.rows.batch, &sample_lengths, decoder.config.vocab_size);
     let work = floor::Work {
         config: &decoder.config,
         cu_seqlens: &batch.cu_seqlens,
-        load_in_4bit: args.load_in_4bit,
+        load_in_4bit: args.weights.load_in_4bit,
         kind,
         device,
     };
@@ -270,11 +262,11 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         shape: name,
         device: device::describe(device),
         dtype: name_of(kind),
-        load_in_4bit: args.load_in_4bit,
-        offload_embedding: args.offload_embedding,
-        nf4_head: args.nf4_head,
+        load_in_4bit: args.weights.load_in_4bit,
+        offload_embedding: args.weights.offload_embedding,
+        nf4_head: args.weights.nf4_head,
         parameters: decoder.num_parameters(),
-        batch: args.batch,
+        batch: args.rows.batch,
         sample_lengths,
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         use_gradient_checkpointing: args.use_gradient_checkpointing,
@@ -310,11 +302,11 @@ fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
-        Some(longest) => (args.batch * args.packing.iter().sum::<usize>(), *longest),
-        None => (args.batch * args.seq, args.seq),
+        Some(longest) => (args.rows.batch * args.packing.iter().sum::<usize>(), *longest),
+        None => (args.rows.batch * args.rows.seq, args.rows.seq),
     };
-    let mut work = Work::uniform(config, (1, sample), args.r, args.load_in_4bit, args.optim)
-        .with_embeddings(args.offload_embedding, args.nf4_head)?;
+    let mut work = Work::uniform(config, (1, sample), args.r, args.weights.load_in_4bit, args.optim)
+        .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
     work.tokens = tokens as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;

@@ -14,7 +14,7 @@ use super::budget::budget;
 use super::cards;
 use super::format::bytes;
 use super::model_args::{MachineArgs, kind_of};
-use super::shapes::ShapeArgs;
+use super::shapes::{RowsArgs, ShapeArgs};
 use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
@@ -28,12 +28,8 @@ use crate::train::{Dtype, Sft, Size, Stepper, TrainingArguments};
 pub struct BenchPlanArgs {
     #[command(flatten)]
     pub shape: ShapeArgs,
-    /// Rows of a forward pass
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub batch: usize,
-    /// Tokens of a row
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub seq: usize,
+    #[command(flatten)]
+    pub rows: RowsArgs,
     #[arg(long, help = "Quantise the weights of the layers to NF4")]
     pub load_in_4bit: bool,
     /// Budgets, at equal distances
@@ -81,7 +77,7 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
     }
     let (name, config) = args.shape.config()?;
     let card = cards::of_gpu(device)?;
-    let work = Work::uniform(&config, (args.batch, args.seq), 16, args.load_in_4bit, None);
+    let work = Work::uniform(&config, (args.rows.batch, args.rows.seq), 16, args.load_in_4bit, None);
     let arguments =
         TrainingArguments { init_lora_weights: InitLoraWeights::Random, ..TrainingArguments::default() };
     let kind = kind_of(Dtype::Auto, device, false);
@@ -92,7 +88,7 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
-    let batch = random_batch(&mut random, args.batch, &[args.seq], decoder.config.vocab_size);
+    let batch = random_batch(&mut random, args.rows.batch, &[args.rows.seq], decoder.config.vocab_size);
     device::synchronize(device)?;
     device::empty_cache(device)?;
 

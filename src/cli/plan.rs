@@ -9,7 +9,7 @@ use super::banner::table;
 use super::budget::{chosen, smallest_change};
 use super::cards;
 use super::format::{bytes, count};
-use super::shapes::ShapeArgs;
+use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::error::Error;
 use crate::train::plan::{Budget, Card, Moment, Plan, Work};
 use crate::train::{GradientCheckpointing, Optim, Size};
@@ -30,12 +30,8 @@ pub struct PlanArgs {
     pub max_seq_length: usize,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
     pub r: u32,
-    #[arg(long, help = "Quantise the weights of the layers to NF4")]
-    pub load_in_4bit: bool,
-    #[arg(long, help = "Leave the embedding in the host's memory")]
-    pub offload_embedding: bool,
-    #[arg(long, help = "Quantise the head to NF4")]
-    pub nf4_head: bool,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
     #[arg(long, help = "Optimizer [default: adamw_8bit with 4-bit weights, else adamw_torch]", value_enum)]
@@ -94,8 +90,8 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let (shape, config) = args.shape.config()?;
     let card = cards::named(args.card.as_deref())?;
     let batch = (args.per_device_train_batch_size, args.max_seq_length);
-    let mut work = Work::uniform(&config, batch, args.r, args.load_in_4bit, args.optim)
-        .with_embeddings(args.offload_embedding, args.nf4_head)?;
+    let mut work = Work::uniform(&config, batch, args.r, args.weights.load_in_4bit, args.optim)
+        .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
     let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
@@ -178,9 +174,9 @@ fn render(report: &Report, args: &PlanArgs) -> String {
         count(args.max_seq_length as u64),
         args.gradient_accumulation_steps,
         args.r,
-        if args.load_in_4bit { ", 4-bit weights" } else { "" },
-        if args.nf4_head { ", 4-bit head" } else { "" },
-        if args.offload_embedding { ", embedding in the host's memory" } else { "" },
+        if args.weights.load_in_4bit { ", 4-bit weights" } else { "" },
+        if args.weights.nf4_head { ", 4-bit head" } else { "" },
+        if args.weights.offload_embedding { ", embedding in the host's memory" } else { "" },
         word(args.use_gradient_checkpointing)
     );
     let mut text = table(&title, &rows);

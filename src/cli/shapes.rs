@@ -29,6 +29,28 @@ fn config(name: &str) -> Option<Result<Config>> {
     SHAPES.iter().find(|(known, _)| *known == name).map(|(_, json)| Config::from_json(json))
 }
 
+/// The rows of random tokens that a benchmark runs on.
+#[derive(Debug, Args)]
+pub struct RowsArgs {
+    /// Rows of a forward pass
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub batch: usize,
+    /// Tokens of a row
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub seq: usize,
+}
+
+/// How the weights of a shape lie in memory.
+#[derive(Debug, Args)]
+pub struct WeightsArgs {
+    #[arg(long, help = "Quantise the weights of the layers to NF4")]
+    pub load_in_4bit: bool,
+    #[arg(long, help = "Leave the embedding in the host's memory")]
+    pub offload_embedding: bool,
+    #[arg(long, help = "Quantise the head to NF4")]
+    pub nf4_head: bool,
+}
+
 /// The shape of a model that need not be there.
 #[derive(Debug, Args)]
 pub struct ShapeArgs {
