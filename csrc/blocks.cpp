@@ -321,7 +321,9 @@ struct MlpBlock {
   Tensor tile_forward(const Tensor& x) const {
     const int64_t run = columns(x);
     if (run == 0) return forward(x, nullptr, true);
-    return x + linear_forward(mlp_product(norm.forward(x, nullptr, tail(x)), gate_up, activation, run), down, nullptr);
+    const int64_t room = linear_tail(x, down);
+    const Tensor product = mlp_product(norm.forward(x, nullptr, tail(x)), gate_up, activation, run, room);
+    return x + (room > 0 ? linear_with_tail(product, down, nullptr) : linear_forward(product, down, nullptr));
   }
 
   Tensor tile_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include "ferrotune/csrc/kernels.h"
+
 namespace ferrotune {
 
 namespace {
@@ -35,7 +37,7 @@ void limit_memory(std::int32_t index, std::uint64_t device_bytes, std::uint64_t 
 
 std::unique_ptr<CudaGraph> cuda_graph() {
   TORCH_CHECK(cuda_functions != nullptr, "libferrotune_cuda.so is not loaded");
-  return cuda_functions->graph();
+  return cuda_functions->graph(clear_memory());
 }
 
 }  // namespace ferrotune

@@ -36,6 +36,17 @@ const Kernels* kernels_for(const at::Tensor& x) {
   return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ? &table : nullptr;
 }
 
+int (*clear_memory())(void*, int64_t, void*) {
+  if (!loaded) return nullptr;
+  return [](void* to, int64_t bytes, void* stream) {
+    KernelFill matrix{};
+    matrix.to = to;
+    matrix.rows = 1;
+    matrix.columns = matrix.to_stride = bytes / 4;
+    return table.fill(&matrix, 1, KERNEL_F32, stream);
+  };
+}
+
 int kernel_dtype(const at::Tensor& x) {
   switch (x.scalar_type()) {
     case at::kFloat:

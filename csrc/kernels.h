@@ -23,6 +23,9 @@ const Kernels* kernels_for(const at::Tensor& x);
 
 int kernel_dtype(const at::Tensor& x);
 
+// The launcher of a kernel that sets bytes to zero, a multiple of 4; nullptr where no library is loaded.
+int (*clear_memory())(void* to, int64_t bytes, void* stream);
+
 // Selects x's device for as long as it lives, and holds the stream to launch on.
 class Launch {
  public:

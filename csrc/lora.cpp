@@ -44,18 +44,20 @@ bool in_16_byte_rows(const Tensor& x) {
 }
 
 // Whether the kernel takes these shapes. It was measured for ranks up to 32; beyond, cuBLAS is faster.
-bool kernel_takes(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g) {
+bool kernel_takes(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g, const std::vector<Tensor>& db) {
   if (kernels_for(dy) == nullptr || dy.scalar_type() == at::kFloat || lora.places.size() > kMostParts) return false;
   if (!in_16_byte_rows(dy) || !in_16_byte_rows(z) || !in_16_byte_rows(g)) return false;
-  return std::all_of(lora.places.begin(), lora.places.end(), [](const LoraParts::Place& place) {
-    const Tensor& b = place.lora->b;
-    return place.rank <= 32 && place.rank % 8 == 0 && place.row % 8 == 0 && place.lora->rows % 8 == 0 &&
-           b.requires_grad() && b.scalar_type() == at::kFloat;
-  });
+  for (size_t p = 0; p < db.size(); ++p) {
+    const LoraParts::Place& place = lora.places[p];
+    const bool fits = place.rank <= 32 && place.rank % 8 == 0 && place.row % 8 == 0 && place.lora->rows % 8 == 0;
+    if (!fits || !db[p].defined() || db[p].scalar_type() != at::kFloat || !db[p].is_contiguous()) return false;
+  }
+  return true;
 }
 
-// Empty where this GPU cannot.
-std::vector<Tensor> gradients_by_kernel(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g) {
+// False where this GPU cannot.
+bool gradients_by_kernel(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
+                         const std::vector<Tensor>& db) {
   const Kernels& kernels = *kernels_for(dy);
   const Launch launch(dy);
   KernelLora operands{};
@@ -66,25 +68,24 @@ std::vector<Tensor> gradients_by_kernel(const Tensor& dy, const Tensor& z, const
   operands.g_stride = g.stride(0);
   operands.zeros = g.size(1) - lora.rank;
   operands.dtype = kernel_dtype(dy);
-  std::vector<Tensor> bs, gradients;
+  std::vector<Tensor> bs;
   for (size_t p = 0; p < lora.places.size(); ++p) {
     const auto& [part, row, column, rank] = lora.places[p];
     bs.push_back(part->b_in(dy.scalar_type()).contiguous());
-    gradients.push_back(at::empty({part->rows, rank}, part->b.options().requires_grad(false)));
     operands.parts[p] = {dy.narrow(1, row, part->rows).const_data_ptr(),
                          bs.back().const_data_ptr(),
                          z.narrow(1, column, rank).const_data_ptr(),
                          g.narrow(1, column, rank).mutable_data_ptr(),
-                         gradients.back().mutable_data_ptr<float>(),
+                         db[p].mutable_data_ptr<float>(),
                          part->rows,
                          rank,
                          static_cast<float>(part->scale)};
   }
   const int64_t floats = kernels.lora_gradients_workspace(&operands);
-  if (floats == 0) return {};
+  if (floats == 0) return false;
   const Tensor workspace = at::empty({floats}, dy.options().dtype(at::kFloat));
   check_launch(kernels.lora_gradients(&operands, workspace.mutable_data_ptr<float>(), launch.stream()), "lora_gradients");
-  return gradients;
+  return true;
 }
 
 // What KernelFill says, of `to` [rows, columns].
@@ -112,20 +113,25 @@ void fill_all(const Tensor& like, const std::vector<KernelFill>& matrices) {
 
 }  // namespace
 
-std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g) {
-  std::vector<Tensor> gradients;
-  if (kernel_takes(dy, z, lora, g)) gradients = gradients_by_kernel(dy, z, lora, g);
-  if (!gradients.empty()) return gradients;
-  for (const auto& [part, row, column, rank] : lora.places) {
+void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
+                         const std::vector<Tensor>& db) {
+  if (kernel_takes(dy, z, lora, g, db) && gradients_by_kernel(dy, z, lora, g, db)) return;
+  for (size_t p = 0; p < lora.places.size(); ++p) {
+    const auto& [part, row, column, rank] = lora.places[p];
     const Tensor dy_p = dy.narrow(1, row, part->rows);
     product_into(g.narrow(1, column, rank), dy_p, part->b_in(dy.scalar_type()), part->scale, false);
-    gradients.emplace_back();
-    if (part->b.requires_grad()) {
-      gradients.back() = weight_gradient(dy_p.t(), z.narrow(1, column, rank), part->scale, part->b.scalar_type());
-    }
+    if (db[p].defined()) product_as(db[p], dy_p.t(), z.narrow(1, column, rank), part->scale, false);
   }
   if (g.size(1) > lora.rank) g.narrow(1, lora.rank, g.size(1) - lora.rank).zero_();
-  return gradients;
+}
+
+std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g) {
+  std::vector<Tensor> db;
+  for (const auto& [part, row, column, rank] : lora.places) {
+    db.push_back(part->b.requires_grad() ? at::empty(part->b.sizes(), part->b.options().requires_grad(false)) : Tensor());
+  }
+  lora_gradients_into(dy, z, lora, g, db);
+  return db;
 }
 
 void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraParts& lora) {

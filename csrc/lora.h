@@ -27,6 +27,10 @@ Tensor weight_gradient(const Tensor& a, const Tensor& b, double alpha, at::Scala
 // place, undefined where B does not train. dy [N, rows], whose rows may lie apart.
 std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g);
 
+// The same with dB_p into db[p] [rows, R], where that is defined.
+void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
+                         const std::vector<Tensor>& db);
+
 // For [X | Z] [W | s B]^T: Z behind X, then zero; s_p B_p in the columns of Z_p behind W, zero around them. [N, tail], [rows, tail].
 void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraParts& lora);
 

@@ -8,8 +8,8 @@ namespace ferrotune {
 
 namespace {
 
-// Llama-3.1-8B, 4096 rows, an H200: runs of 2048 take 321 ms a step and 35 MiB less than those of 3584, which take 317. Where
-// rows are many, attention's backward needs more than either.
+// Of a run. Llama-3.1-8B, 4096 rows, an H200: runs of 2048 take 313.5 ms a step, of 3584 312.4 and 44 MiB more, of 7168 312.1 and
+// 160 MiB more. Where rows are many, tiles of them need as much with either.
 constexpr int64_t kMostColumns = 2048, kManyRows = 8192, kMostOfManyRows = 4096;
 // The steps that keep rows of a run on 16 bytes.
 constexpr int64_t kStep = 64;
@@ -24,74 +24,103 @@ const Nf4* nf4_part(const Linear& l, size_t part) { return std::get_if<Nf4>(&l.p
 
 // gate and up with what all runs share.
 struct GateUp {
-  // The LoRA of gate (half 0) or up (1), with its columns of z.
-  struct Place {
-    const Lora* lora;
-    int64_t half, column, rank;
-  };
-
   const Linear& linear;
   int64_t columns, in, tail;
   Tensor wide, x;  // [N, in + tail] and its first columns
-  std::vector<Place> places;
-  Tensor a, z;  // [rank, in], [N, rank]; undefined without LoRA
+  LoraParts lora;
+  Tensor z;  // [N, rank], behind x where there is a tail; undefined without LoRA
 
   GateUp(const Tensor& given, const Linear& l, int64_t run)
-      : linear(l), columns(run), in(l.in()), tail(given.size(1) - l.in()), wide(given), x(given.narrow(1, 0, in)) {
-    const auto dtype = given.scalar_type();
-    TensorList as;
-    int64_t rank = 0;
-    for (size_t half = 0; half < 2; ++half) {
-      const Lora& part = l.parts[half];
-      if (!part.a.defined()) continue;
-      places.push_back({&part, static_cast<int64_t>(half), rank, part.a.size(0)});
-      as.push_back(part.a);
-      rank += part.a.size(0);
-    }
-    if (places.empty()) return;
-    const bool made = l.a_cast.defined() && l.a_cast.scalar_type() == dtype;
-    a = made ? l.a_cast : at::cat(as, 0).to(dtype);
-    if (tail == 0) {
-      z = product(x, a.t());
-    } else {
-      z = wide.narrow(1, in, rank);
-      product_into(z, x, a.t(), 1, false);
-      wide.narrow(1, in + rank, tail - rank).zero_();
-    }
+      : linear(l), columns(run), in(l.in()), tail(given.size(1) - l.in()), wide(given), x(given.narrow(1, 0, in)),
+        lora(l, given.scalar_type()) {
+    if (lora.places.empty()) return;
+    z = tail > 0 ? wide.narrow(1, in, lora.rank) : at::empty({x.size(0), lora.rank}, x.options());
+    product_into(z, x, lora.a.t(), 1, false);
   }
 
   int64_t runs() const { return nf4_part(linear, 0)->rows / columns; }
+};
 
-  Tensor b_of(const Place& place, int64_t run) const {
-    return place.lora->b_in(x.scalar_type()).narrow(0, run * columns, columns);
+// The rows of gate, then of up, that belong to a run's columns: a projection of its own.
+struct ColumnRun {
+  Linear linear;
+  LoraParts lora;
+  Tensor weight;  // [2 columns + below, in + tail]: scale B in the tail, nothing in the rows below
+
+  ColumnRun(const GateUp& all, int64_t run, int64_t below = 0)
+      : linear(rows_of(all, run * all.columns)), lora(linear, all.x.scalar_type()),
+        weight(linear.part_weights->joined(all.x.scalar_type(), all.tail, below)) {
+    if (all.tail == 0) return;
+    const Tensor behind = weight.narrow(0, 0, 2 * all.columns).narrow(1, all.in, all.tail);
+    lora_fill_columns(all.wide.narrow(1, all.in, all.tail), behind, lora);
   }
 
-  // [2 columns, in + tail]: gate's rows, then up's; scale B in the tail.
-  Tensor weight(int64_t run) const {
-    const Tensor w = at::empty({2 * columns, in + tail}, x.options());
-    const Nf4 gate = nf4_part(linear, 0)->some_rows(run * columns, columns);
-    const Nf4 up = nf4_part(linear, 1)->some_rows(run * columns, columns);
-    dequantize_into({&gate, &up}, w.narrow(1, 0, in));
+  // [gate | up] of the run into y [N, 2 columns].
+  void forward(const GateUp& all, Tensor y) const {
+    const Tensor w = weight.narrow(0, 0, 2 * all.columns);
+    product_into(y, all.wide, w.t(), 1, false);
+    if (all.tail > 0) return;
+    for (const auto& [part, row, column, rank] : lora.places) {
+      product_into(y.narrow(1, row, part->rows), all.z.narrow(1, column, rank), part->b_in(y.scalar_type()).t(),
+                   part->scale, true);
+    }
+  }
+
+ private:
+  static Linear rows_of(const GateUp& all, int64_t first) {
+    Linear some = all.linear;
+    some.a_cast = all.lora.a;
+    some.part_weights = c10::make_intrusive<PartWeights>();
+    some.part_weights->rows = 2 * all.columns;
+    some.part_weights->in = all.in;
+    for (size_t half = 0; half < 2; ++half) {
+      some.part_weights->parts.emplace_back(nf4_part(all.linear, half)->some_rows(first, all.columns));
+      Lora& part = some.parts[half];
+      part.rows = all.columns;
+      if (!part.b.defined()) continue;
+      // A part of a leaf forgets, where autograd does not look, that the leaf trains.
+      part.b = part.b.detach().narrow(0, first, part.rows).set_requires_grad(part.b.requires_grad());
+      if (part.b_cast.defined()) part.b_cast = part.b_cast.narrow(0, first, part.rows);
+    }
+    return some;
+  }
+};
+
+// dY [W_down; A] of down, with G = s dY B behind dY where there is room for it.
+struct DownGradient {
+  LoraParts lora;
+  Tensor g;          // [N, R]; undefined without LoRA
+  Tensor d_product;  // [N, F]
+
+  DownGradient(const Tensor& dy, const Linear& down, int64_t tail) : lora(down, dy.scalar_type()) {
+    const auto dtype = dy.scalar_type();
+    const int64_t n = dy.size(0), rows = down.rows();
+    Tensor wide;
+    if (tail > 0) wide = dy.as_strided({n, rows + tail}, {dy.stride(0), 1});
+    if (!lora.places.empty()) {
+      const Lora& part = *lora.places[0].lora;
+      g = tail > 0 ? wide.narrow(1, rows, lora.rank) : at::empty({n, lora.rank}, dy.options());
+      product_into(g, dy, part.b_in(dtype), part.scale, false);
+    }
     if (tail > 0) {
-      const Tensor behind = w.narrow(1, in, tail).zero_();
-      for (const Place& place : places) {
-        Tensor block = behind.narrow(0, place.half * columns, columns).narrow(1, place.column, place.rank);
-        at::mul_out(block, place.lora->b.narrow(0, run * columns, columns), at::scalar_tensor(place.lora->scale));
-      }
+      wide.narrow(1, rows + lora.rank, tail - lora.rank).zero_();
+      const Tensor w = down.part_weights->joined(dtype, 0, tail);
+      lora_fill_rows(w.narrow(0, rows, tail), lora);
+      d_product = at::mm(wide, w);
+      return;
     }
-    return w;
+    d_product = product(dy, down.dense(dtype));
+    if (g.defined()) product_into(d_product, g, lora.a, 1, true);
   }
 
-  // [gate | up] of the run, [N, 2 columns].
-  Tensor gated(const Tensor& weight, int64_t run) const {
-    Tensor y = product(wide, weight.t());
-    if (tail == 0) {
-      for (const Place& place : places) {
-        product_into(y.narrow(1, place.half * columns, columns), z.narrow(1, place.column, place.rank),
-                     b_of(place, run).t(), place.lora->scale, true);
-      }
+  // Into the gradients of down, from its input and dy: dA = G^T X and dB = s dY^T X A^T.
+  void weights(const Tensor& dy, const Tensor& product_of_mlp, Tensor* grads) const {
+    if (!g.defined()) return;
+    const Lora& part = *lora.places[0].lora;
+    if (part.a.requires_grad()) grads[2] = weight_gradient(g.t(), product_of_mlp, 1, part.a.scalar_type());
+    if (part.b.requires_grad()) {
+      grads[3] = weight_gradient(dy.t(), product(product_of_mlp, lora.a.t()), part.scale, part.b.scalar_type());
     }
-    return y;
   }
 };
 
@@ -111,99 +140,72 @@ int64_t mlp_columns(const Tensor& x, const Linear& gate_up, const Linear& down) 
   return 0;
 }
 
-Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation, int64_t columns) {
-  const GateUp shared(x, gate_up, columns);
-  const Tensor y = at::empty({x.size(0), shared.runs() * columns}, x.options());
-  for (int64_t run = 0; run < shared.runs(); ++run) {
-    const Tensor w = shared.weight(run);
-    swiglu_forward_into(y.narrow(1, run * columns, columns), shared.gated(w, run), activation);
+Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation, int64_t columns, int64_t room) {
+  const GateUp all(x, gate_up, columns);
+  const Tensor y = at::empty({x.size(0), all.runs() * columns + room}, x.options());
+  const Tensor gated = at::empty({x.size(0), 2 * columns}, x.options());
+  for (int64_t j = 0; j < all.runs(); ++j) {
+    ColumnRun(all, j).forward(all, gated);
+    swiglu_forward_into(y.narrow(1, j * columns, columns), gated, activation);
   }
   return y;
 }
 
-// The gradients of LoRA are those of linear_backward: with G = s dY B, dA = G^T X and dB = s dY^T Z, for down of its whole
-// matrices, for gate and up of sums over the runs (G) and run by run (dB).
+// With G_j = s [dgate_j | dup_j] B_j, LoRA's terms for gate and up are
+//   dX += sum_j G_j A      dA = sum_j G_j^T X      dB_j = s [dgate_j | dup_j]^T Z
+// All G_j stand side by side. Where products have tails, they stand behind the last run, and below its weight A as often: LoRA's
+// part of dX is then in that product.
 Tensor mlp_columns_backward(const Tensor& dy, Tensor given, const Linear& gate_up, const Linear& down,
                             Activation activation, int64_t columns, bool need_dx, Tensor* gate_up_grads,
-                            Tensor* down_grads, int64_t tail) {
-  const auto dtype = dy.scalar_type();
-  const Lora& lora = down.parts[0];
-  const int64_t n = dy.size(0), rows = down.rows();
-  // dproduct, and behind the run that is worked on product.
-  Tensor y, down_a, down_g;
-  if (tail > 0) {
-    const LoraParts parts(down, dtype);
-    const Tensor wide = dy.as_strided({n, rows + tail}, {dy.stride(0), 1}), room = wide.narrow(1, rows, tail);
-    down_a = parts.a;
-    down_g = room.narrow(1, 0, parts.rank);
-    product_into(down_g, dy, lora.b_in(dtype), lora.scale, false);
-    room.narrow(1, parts.rank, tail - parts.rank).zero_();
-    const Tensor w = down.part_weights->joined(dtype, 0, tail);
-    lora_fill_rows(w.narrow(0, rows, tail), parts);
-    y = at::mm(wide, w);
-  } else {
-    y = product(dy, down.dense(dtype));
-  }
-  if (tail == 0 && lora.a.defined()) {
-    const bool made = down.a_cast.defined() && down.a_cast.scalar_type() == dtype;
-    down_a = made ? down.a_cast : lora.a.to(dtype);
-    down_g = at::empty({n, lora.a.size(0)}, dy.options());
-    product_into(down_g, dy, lora.b_in(dtype), lora.scale, false);
-    product_into(y, down_g, down_a, 1, true);
-  }
+                            Tensor* down_grads, int64_t down_tail) {
+  constexpr int64_t kMultiple = 64;  // see linear_tail
+  const DownGradient of_down(dy, down, down_tail);
+  const Tensor& y = of_down.d_product;  // and behind the run that is worked on, product
 
-  const GateUp shared(given, gate_up, columns);
+  const GateUp all(given, gate_up, columns);
   given = Tensor();
-  const auto places = shared.places;
-  const bool wide = dtype == at::kHalf || dtype == at::kBFloat16;  // sums over runs in f32
-  const auto options = dy.options().dtype(wide ? at::kFloat : dtype);
-  // With a tail, g has its columns: [dgate_j | dup_j] times scale B behind the weight is G of both.
-  Tensor g, dx;
-  if (!places.empty()) g = at::empty({dy.size(0), shared.tail > 0 ? shared.tail : shared.a.size(0)}, options);
+  const int64_t n = dy.size(0), rank = all.lora.rank, ranks = all.runs() * rank;
+  const int64_t folded = all.tail > 0 ? (ranks + kMultiple - 1) / kMultiple * kMultiple : 0;
+  const Tensor wide = at::empty({n, 2 * columns + (folded > 0 ? folded : ranks)}, dy.options());
+  const Tensor gated = wide.narrow(1, 0, 2 * columns), g = wide.narrow(1, 2 * columns, ranks);
+  if (folded > ranks) wide.narrow(1, 2 * columns + ranks, folded - ranks).zero_();
+  const Tensor repeated_a = rank > 0 ? all.lora.a.repeat({all.runs(), 1}) : Tensor();
+
   Tensor* const lora_grads = gate_up_grads + 2;
-  for (const auto& place : places) {
+  std::vector<Tensor> db;
+  for (const auto& place : all.lora.places) {
     const Tensor& b = place.lora->b;
-    if (b.requires_grad()) lora_grads[2 * place.half + 1] = at::empty(b.sizes(), b.options().requires_grad(false));
+    db.push_back(b.requires_grad() ? at::empty(b.sizes(), b.options().requires_grad(false)) : Tensor());
+    lora_grads[2 * (place.lora - gate_up.parts.data()) + 1] = db.back();
   }
-  for (int64_t run = 0; run < shared.runs(); ++run) {
-    const Tensor w = shared.weight(run), gated = shared.gated(w, run);
-    swiglu_backward_in_place(y.narrow(1, run * columns, columns), gated, activation);
-    if (need_dx) {
-      if (run == 0) dx = at::empty(shared.x.sizes(), dy.options());
-      product_into(dx, gated, w.narrow(1, 0, shared.in), 1, run > 0);
+  const Tensor dx = need_dx ? at::empty(all.x.sizes(), dy.options()) : Tensor();
+  for (int64_t j = 0; j < all.runs(); ++j) {
+    const ColumnRun run(all, j, folded);
+    run.forward(all, gated);
+    swiglu_backward_in_place(y.narrow(1, j * columns, columns), gated, activation);
+    std::vector<Tensor> some_db;
+    for (const Tensor& whole : db) some_db.push_back(whole.defined() ? whole.narrow(0, j * columns, columns) : Tensor());
+    if (rank > 0) lora_gradients_into(gated, all.z, run.lora, g.narrow(1, j * rank, rank), some_db);
+    if (!need_dx) continue;
+    const bool last = j + 1 == all.runs() && folded > 0;
+    const int64_t inner = 2 * columns + (last ? folded : 0);
+    const Tensor w = run.weight.narrow(1, 0, all.in).narrow(0, 0, inner);
+    if (last) {
+      w.narrow(0, 2 * columns, ranks).copy_(repeated_a);
+      if (folded > ranks) w.narrow(0, 2 * columns + ranks, folded - ranks).zero_();
     }
-    if (shared.tail > 0 && !places.empty()) product_as(g, gated, w.narrow(1, shared.in, shared.tail), 1, run > 0);
-    for (const auto& place : places) {
-      const Tensor half = gated.narrow(1, place.half * columns, columns);
-      if (shared.tail == 0) {
-        product_as(g.narrow(1, place.column, place.rank), half, shared.b_of(place, run), place.lora->scale, run > 0);
-      }
-      const Tensor& db = lora_grads[2 * place.half + 1];
-      if (!db.defined()) continue;
-      product_as(db.narrow(0, run * columns, columns), half.t(), shared.z.narrow(1, place.column, place.rank),
-               place.lora->scale, false);
+    product_into(dx, wide.narrow(1, 0, inner), w, 1, j > 0);
+  }
+  if (rank > 0) {
+    if (need_dx && folded == 0) product_into(dx, g, repeated_a, 1, true);
+    const Tensor da = weight_gradient(g.t(), all.x, 1, all.lora.places[0].lora->a.scalar_type())
+                          .view({all.runs(), rank, all.in})
+                          .sum(0);
+    for (const auto& [part, row, column, part_rank] : all.lora.places) {
+      if (part->a.requires_grad()) lora_grads[2 * (part - gate_up.parts.data())] = da.narrow(0, column, part_rank);
     }
   }
-  if (!places.empty()) {
-    const Tensor all = g.narrow(1, 0, shared.a.size(0)).to(dtype);
-    const Tensor& any = places[0].lora->a;
-    const Tensor da = at::empty(shared.a.sizes(), any.options().requires_grad(false));
-    product_as(da, all.t(), shared.x, 1, false);
-    for (const auto& place : places) {
-      if (place.lora->a.requires_grad()) lora_grads[2 * place.half] = da.narrow(0, place.column, place.rank);
-    }
-    if (need_dx) product_into(dx, all, shared.a, 1, true);
-  }
-  if (lora.a.defined()) {
-    const auto gradient = [&](const Tensor& of, const Tensor& left, const Tensor& right, double scale) {
-      if (!of.requires_grad()) return Tensor();
-      const Tensor out = at::empty(of.sizes(), of.options().requires_grad(false));
-      product_as(out, left, right, scale, false);
-      return out;
-    };
-    down_grads[2] = gradient(lora.a, down_g.t(), y, 1);
-    down_grads[3] = gradient(lora.b, dy.t(), product(y, down_a.t()), lora.scale);
-  }
+  of_down.weights(dy, y, down_grads);
   return dx;
 }
 

@@ -15,12 +15,14 @@ namespace ferrotune {
 // Columns of a run, or 0 where the MLP is worked on whole: weights that are not in 4 bits, dropout, few rows.
 int64_t mlp_columns(const Tensor& x, const Linear& gate_up, const Linear& down);
 
-// act(gate) up, [N, F], of x [N, C], or [N, C + tail] where linear_tail gives one: the tail is written.
-Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation, int64_t columns);
+// act(gate) up, [N, F], in rows with room for `room` columns more, of x [N, C], or [N, C + tail] where linear_tail gives one: the
+// tail is written.
+Tensor mlp_product(const Tensor& x, const Linear& gate_up, Activation activation, int64_t columns, int64_t room);
 
 // dX (undefined if not wanted) from x as above and dy, the gradient of down's output; into the two lists the gradients of
-// what trains, in the order of Linear::visit. `tail` as in linear_backward, for down.
+// what trains, in the order of Linear::visit. `down_tail`: that of linear_backward, for down.
 Tensor mlp_columns_backward(const Tensor& dy, Tensor x, const Linear& gate_up, const Linear& down, Activation activation,
-                            int64_t columns, bool need_dx, Tensor* gate_up_grads, Tensor* down_grads, int64_t tail);
+                            int64_t columns, bool need_dx, Tensor* gate_up_grads, Tensor* down_grads,
+                            int64_t down_tail);
 
 }  // namespace ferrotune

@@ -125,7 +125,7 @@ void swiglu_forward_into(const Tensor& y, const Tensor& gate_up, Activation acti
 
 void swiglu_backward_in_place(const Tensor& dy, const Tensor& gate_up, Activation activation) {
   const Kernels* const kernels = kernels_for(gate_up);
-  if (kernels != nullptr && dy.stride(1) == 1 && gate_up.is_contiguous()) {
+  if (kernels != nullptr && dy.stride(1) == 1 && gate_up.stride(1) == 1) {
     const Launch launch(gate_up);
     void* const y = dy.mutable_data_ptr();
     check_launch(kernels->swiglu_backward(y, gate_up.const_data_ptr(), gate_up.mutable_data_ptr(), y, dy.size(0),

@@ -6,14 +6,14 @@ use std::collections::HashMap;
 use std::process::Command;
 
 use ferrotune::device::{self, Choice};
-use ferrotune::ops::{self, Activation, Policy};
+use ferrotune::ops::{self, Activation, AttentionSpec, Policy, Segments};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{attentions, check_one_row};
 use crate::golden::{self, Flat, checkpoints, load_on, logits, rel, root};
 use crate::ops::{check, check_empty, check_log_probs, norm, ops};
 use crate::parity::{cases, gradients_of};
-use crate::tolerance::{What, assert_close, f64_on_cpu};
+use crate::tolerance::{What, assert_close, f64_on_cpu, floor};
 
 /// The first GPU, or a line that says what is skipped.
 pub fn gpu(what: &str) -> Option<Device> {
@@ -36,7 +36,7 @@ fn cuda_that_lacks_is_explained() {
 }
 
 /// ATen answers its first question about CUDA for good, so each order needs a process of its own.
-fn in_child(test: &str) {
+pub fn in_child(test: &str) {
     if device::probe().devices.is_empty() {
         println!("skipped: {test}: {}", device::probe().problem);
         return;
@@ -54,7 +54,7 @@ fn in_child(test: &str) {
     );
 }
 
-fn is_child(test: &str) -> bool {
+pub fn is_child(test: &str) -> bool {
     std::env::var_os("FERROTUNE_TEST_CHILD").is_some_and(|name| name == test)
 }
 
@@ -104,6 +104,41 @@ fn attention_agrees_with_its_definition() {
     for op in attentions() {
         for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
             check(&op, kind, device);
+        }
+    }
+}
+
+/// Where gradients are summed in groups of heads, because there are many rows.
+#[test]
+fn attention_of_many_rows() {
+    let Some(device) = gpu("long samples") else { return };
+    for (cu_seqlens, heads, kv_heads, window) in [
+        (vec![0, 12_288], 32, 8, None),
+        (vec![0, 8_000, 12_300], 32, 8, None),
+        (vec![0, 8_000, 12_300], 32, 8, Some(3_000)),
+        (vec![0, 6_000, 12_000], 32, 32, Some(3_000)),
+    ] {
+        let n = i64::from(*cu_seqlens.last().unwrap());
+        let spec = AttentionSpec {
+            num_heads: heads,
+            num_kv_heads: kv_heads,
+            head_dim: 128,
+            scale: 0.09,
+            softcap: None,
+            sliding_window: window,
+        };
+        let random = |heads: i64| Tensor::randn([n, heads, 128], (Kind::BFloat16, device));
+        let (q, k, v, dy) = (random(heads), random(kv_heads), random(kv_heads), random(heads).view([n, -1]));
+        let gradients = |kind: Kind| {
+            let [q, k, v] = [&q, &k, &v].map(|x| x.to_kind(kind).detach().set_requires_grad(true));
+            let segments = Segments::new(&cu_seqlens, device).unwrap();
+            let y = ops::attention(&q, &k, &v, &segments, &spec).unwrap();
+            Tensor::run_backward(&[(y * dy.to_kind(kind)).sum(kind)], &[q, k, v], false, false)
+        };
+        for (ours, f32s) in gradients(Kind::BFloat16).iter().zip(gradients(Kind::Float)) {
+            let apart = crate::tolerance::rel(ours, &f32s);
+            let label = format!("{cu_seqlens:?}, {heads} heads on {kv_heads}, window {window:?}: {apart:?}");
+            assert!(apart.iter().all(|&apart| apart < floor(Kind::BFloat16, What::Gradient)), "{label}");
         }
     }
 }

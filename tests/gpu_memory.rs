@@ -2,7 +2,7 @@
 
 use tch::Kind;
 
-use crate::gpu::gpu;
+use crate::gpu::{gpu, in_child, is_child};
 use crate::less_memory::{check_offloaded_embedding, heads, mlps};
 use crate::ops::check;
 use crate::step;
@@ -17,8 +17,13 @@ fn runs_of_columns_and_of_words() {
     }
 }
 
+/// In a process of its own: what is deterministic stays so.
 #[test]
 fn an_embedding_on_the_host() {
+    const TEST: &str = "gpu_memory::an_embedding_on_the_host";
+    if !is_child(TEST) {
+        return in_child(TEST);
+    }
     let Some(device) = gpu("an embedding in the host's memory") else { return };
     check_offloaded_embedding(device);
     step::check_offloaded_steps(device);

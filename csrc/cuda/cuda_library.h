@@ -8,7 +8,7 @@
 #include <memory>
 
 // Raised with every change of this file; csrc refuses a library of another number.
-#define FERROTUNE_CUDA_ABI 6
+#define FERROTUNE_CUDA_ABI 7
 
 namespace ferrotune {
 
@@ -49,9 +49,12 @@ struct AttentionShape {
   double scale;        // of q k^T
 };
 
+// Enqueues a kernel that sets bytes to zero, a multiple of 4. 0, or a cudaError_t.
+using ClearMemory = int (*)(void* to, int64_t bytes, void* stream);
+
 struct CudaLibrary {
-  // A graph that holds nothing yet.
-  std::unique_ptr<CudaGraph> (*graph)();
+  // A graph that holds nothing yet. Small memsets in it become launches of `clear`, if there is one.
+  std::unique_ptr<CudaGraph> (*graph)(ClearMemory clear);
   // Starts the copy of a contiguous x to the host, beside the calling thread's current stream; x must not be written. Fetched
   // last in, first out, copies hide behind the work between; one stream for stashing and fetching.
   std::shared_ptr<Stashed> (*stash)(const at::Tensor& x);

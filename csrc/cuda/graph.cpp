@@ -27,6 +27,8 @@ struct Pool {
 
 class Graph : public CudaGraph {
  public:
+  explicit Graph(ClearMemory clear) : clear_(clear) {}
+
   void begin() override {
     device_ = c10::cuda::current_device();
     offset_ = at::cuda::detail::getDefaultCUDAGenerator(device_).get_offset();
@@ -37,6 +39,8 @@ class Graph : public CudaGraph {
   void end() override {
     try {
       graph_.capture_end();
+      if (clear_ != nullptr) memsets_to_kernels(graph_.raw_cuda_graph(), clear_);
+      graph_.instantiate();
     } catch (...) {
       leave_capture();
       throw;
@@ -70,13 +74,14 @@ class Graph : public CudaGraph {
 
   // Before the graph, which returns its memory to the pool.
   std::shared_ptr<Pool> pool_ = Pool::common();
-  at::cuda::CUDAGraph graph_;
+  at::cuda::CUDAGraph graph_{/*keep_graph=*/true};  // capture_end leaves it to be changed
+  ClearMemory clear_;
   c10::DeviceIndex device_ = 0;
   uint64_t offset_ = 0;
 };
 
 }  // namespace
 
-std::unique_ptr<CudaGraph> graph() { return std::make_unique<Graph>(); }
+std::unique_ptr<CudaGraph> graph(ClearMemory clear) { return std::make_unique<Graph>(clear); }
 
 }  // namespace ferrotune

@@ -1,12 +1,18 @@
 // The functions of this folder, declared once for the table in library.cpp.
 #pragma once
 
+#include <driver_types.h>
+
 #include "cuda_library.h"
 
 namespace ferrotune {
 
 // ---- graph.cpp
-std::unique_ptr<CudaGraph> graph();
+std::unique_ptr<CudaGraph> graph(ClearMemory clear);
+
+// ---- graph_memsets.cpp
+// Before the graph is instantiated.
+void memsets_to_kernels(cudaGraph_t graph, ClearMemory clear);
 
 // ---- host_stash.cpp
 std::shared_ptr<Stashed> stash(const at::Tensor& x);

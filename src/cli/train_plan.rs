@@ -50,6 +50,11 @@ pub fn train_plan(
     eval: Option<&BatchStream>,
 ) -> Result<Option<TrainPlan>> {
     if !options.device.is_cuda() {
+        if args.max_memory.is_some() || args.max_host_memory.is_some() {
+            tracing::warn!(
+                "--max-memory and --max-host-memory bound runs on a GPU: on the CPU nothing is bounded"
+            );
+        }
         return Ok(None);
     }
     let budget = budget(args.max_memory, args.max_host_memory, options.device)?;

@@ -35,6 +35,16 @@ fn beside(place: Place, linear: &Linear) -> u64 {
     if place == Place::Device && tail_of(linear) > 0 { 0 } else { linear.rank() }
 }
 
+/// csrc/attention_fused.cpp: groups of heads whose backward goes one after the other, so that its sums stay small.
+fn head_groups(rows: u64, layer: &Layer) -> u64 {
+    const MOST_BYTES: u64 = 256 << 20;
+    let mut groups = 1;
+    while 8 * rows * layer.query() > groups * MOST_BYTES && layer.k % (2 * groups) == 0 {
+        groups *= 2;
+    }
+    groups
+}
+
 /// Columns behind the input of `linear`, rows below it and columns behind its gradient; 16-bit weights have room for one step.
 pub(super) fn tail_of(linear: &Linear) -> u64 {
     let tail = linear.rank().next_multiple_of(TAIL);
@@ -84,9 +94,10 @@ impl Work {
             .max(bytes(held + normed) + output);
         // cuDNN sums dq in f32, and dk where heads share keys; FlashAttention-2, for windows, dk and dv of every head.
         let shared = if layer.window.is_some() || layer.k < layer.h { 2 * query } else { 0 };
+        let groups = head_groups(n, layer);
         let (d_out, d_projected) = (post, projected + tail);
         let attention = (bytes(held + d_out + query) + made(&layer.o, o_tail, 0))
-            .max(bytes(held + d_out + query + d_projected + qk + 2 * query + shared));
+            .max(bytes(held + d_out + query + d_projected + qk) + bytes(2 * query + shared) / groups);
         let last = bytes(absent(policy.output, post) + d_out + d_projected + qk);
         let used = bytes(device(policy.projected, turned) + device(policy.inner, attended));
         let with_normed = (last + bytes(absent(policy.normed, c))).saturating_sub(used);
@@ -187,12 +198,13 @@ impl Work {
         let (c, f) = (self.shape.c, self.shape.f);
         let tail = tail_of(&layer.gate_up);
         let bytes = |width: u64| 2 * rows * width;
-        let gate_up = 4 * run * (c + tail) + bytes(2 * run);
-        let whole = bytes(c + tail + f);
-        let out = bytes(c) + made(&layer.down, 0, 0).max(bytes(c));
-        // G of gate and up is summed in f32.
-        let gradients = made(&layer.down, down_tail, 0).max(bytes(c + 2 * tail) + gate_up);
-        (whole + gate_up.max(out), whole + gradients.max(bytes(2 * c + down_tail)))
+        // G of all runs stands behind the last, and A below its weight.
+        let folded = if tail > 0 { (f / run * layer.gate_up.rank()).next_multiple_of(TAIL) } else { 0 };
+        let of_run = |below: u64| 2 * (2 * run + below) * (c + tail) + bytes(2 * run + below);
+        let out = bytes(c) + made(&layer.down, 0, down_tail).max(bytes(c));
+        let forward = of_run(0).max(out) + bytes(c + tail + f + down_tail);
+        let gradients = made(&layer.down, down_tail, 0).max(bytes(c) + of_run(folded));
+        (forward, bytes(c + tail + f) + gradients.max(bytes(2 * c + down_tail)))
     }
 
     /// csrc/mlp_columns.cpp: columns of a run, 0 where the MLP is worked on whole.

@@ -12,8 +12,8 @@ use crate::ops::{Place, Policy};
 use crate::train::Optim;
 
 /// A step over the same ops one by one in a cool card's short bursts: the card's power limit, skinny products, gaps. Fitted to
-/// QLoRA 8B (1.16 to 1.19), 14B (1.22) and 70B (1.15) on an H200.
-const SUSTAINED: f64 = 1.17;
+/// QLoRA 8B (1.05 to 1.08), 14B (1.08) and 16-bit 8B (1.07) on H200s and H100s.
+const SUSTAINED: f64 = 1.08;
 
 /// What a block costs, and what filling in each part of it costs the backward that does not find it.
 #[derive(Debug, Clone, Copy)]
