@@ -12,6 +12,7 @@ mod cli_train;
 mod cpu;
 mod data;
 mod dynamic;
+mod engine;
 mod generate;
 mod golden;
 mod gpu;

@@ -1,5 +1,6 @@
 //! The `ferrotune` command: flags, progress bars, exit codes.
 
+mod answers;
 pub mod banner;
 pub mod bench;
 mod bench_plan;
@@ -8,6 +9,7 @@ mod cards;
 pub mod chat;
 pub mod config_file;
 pub mod doctor;
+pub mod engine_args;
 pub mod format;
 pub mod generate;
 pub mod hub_env;
