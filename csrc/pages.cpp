@@ -140,12 +140,12 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
                   k.size(0) == batch.rows() && k.size(2) == q.size(2) && q.size(1) % k.size(1) == 0,
               "paged attention: q is ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " for ", batch.rows(),
               " rows, expected [N, H, D] and twice [N, K, D]");
-  const at::IntArrayRef row{batch.page_size(), k.size(1), k.size(2)};
+  const std::array<int64_t, 3> row{batch.page_size(), k.size(1), k.size(2)};
   for (const Tensor* pool : {&pages.k, &pages.v}) {
-    TORCH_CHECK(pool->dim() == 4 && pool->sizes().slice(1) == row && pool->size(0) >= batch.pool() &&
+    TORCH_CHECK(pool->dim() == 4 && pool->sizes().slice(1) == at::IntArrayRef(row) && pool->size(0) >= batch.pool() &&
                     pool->is_contiguous() && pool->scalar_type() == q.scalar_type() && pool->device() == q.device(),
                 "paged attention: the pool is ", pool->sizes(), " ", pool->scalar_type(), ", expected at least ",
-                batch.pool(), " pages of ", row, " ", q.scalar_type(), " on ", q.device());
+                batch.pool(), " pages of ", at::IntArrayRef(row), " ", q.scalar_type(), " on ", q.device());
   }
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
   return cpu_kernels_for(q) != nullptr ? by_cpu_kernel(q, k, v, pages, spec) : by_formula(q, k, v, pages, spec);

@@ -21,6 +21,7 @@ pub mod quantize;
 pub mod sampling_args;
 pub mod score;
 pub mod selftest;
+pub mod serve;
 mod shapes;
 pub mod signals;
 mod sources;
@@ -52,6 +53,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk to a model in the terminal
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP, as OpenAI's API does
+    Serve(serve::ServeArgs),
     /// Print how likely a model finds each token of a text, as JSON
     Score(score::ScoreArgs),
     /// Measure this machine on a model's shape, beside the least time it could take
@@ -85,6 +88,7 @@ pub fn run() -> ExitCode {
         Command::Train(arguments) => train::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
+        Command::Serve(arguments) => serve::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
         Command::Plan(arguments) => plan::run(arguments),
