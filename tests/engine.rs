@@ -325,3 +325,112 @@ fn a_prompt_is_found_in_the_pages() {
     engine.run(&decoder, [Request::new(&turn, &params)], |_, _, _| ()).unwrap();
     assert_eq!(engine.stats().found_tokens, after.found_tokens);
 }
+
+/// Steps an engine between the steps of a training run, and keeps the weights that each token must come from.
+struct Serving {
+    engine: Engine,
+    weights: Vec<(u64, Vec<(String, Tensor)>)>,
+    tokens: std::rc::Rc<std::cell::RefCell<Seen>>,
+}
+
+#[derive(Default)]
+struct Seen {
+    ids: Vec<i64>,
+    logprobs: Vec<(u64, f32)>,
+    weights: Vec<(u64, Vec<(String, Tensor)>)>,
+}
+
+impl ferrotune::train::observer::TrainObserver for Serving {
+    fn between_steps(&mut self, model: &FastLanguageModel, last: bool) -> anyhow::Result<()> {
+        let number = self.engine.weights_changed();
+        let copies =
+            model.decoder.adapter_state().into_iter().map(|(name, tensor)| (name, tensor.detach().copy()));
+        self.weights.push((number, copies.collect()));
+        let mut seen = self.tokens.borrow_mut();
+        for _ in 0..2 {
+            for event in self.engine.step(model)? {
+                match event.kind {
+                    EventKind::Token(token) => {
+                        seen.ids.push(token.id);
+                        seen.logprobs.push((token.weights, token.logprobs.unwrap().logprob));
+                    }
+                    EventKind::Finished(_) => {}
+                    EventKind::Failed(error) => return Err(error),
+                }
+            }
+        }
+        if last {
+            seen.weights = std::mem::take(&mut self.weights);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn no_token_comes_from_torn_weights() {
+    use ferrotune::data::{BatchOptions, BatchStream, DatasetOptions, prepare};
+    use ferrotune::train::{Sft, Trainer, TrainingArguments};
+
+    let folder = tempfile::tempdir().unwrap();
+    let example = root().join("../../examples/tiny");
+    let mut model =
+        FastLanguageModel::from_pretrained(&example.join("model"), Kind::Float, Device::Cpu).unwrap();
+    let arguments = TrainingArguments {
+        model: example.join("model").display().to_string(),
+        dataset: vec![example.join("train.jsonl").display().to_string()],
+        max_steps: Some(6),
+        learning_rate: Some(2e-2),
+        output_dir: folder.path().to_path_buf(),
+        ..TrainingArguments::default()
+    }
+    .resolved()
+    .unwrap();
+    model.get_peft_model(arguments.adapter_config("tiny"), 1).unwrap();
+    let (data, _) =
+        prepare(&arguments.dataset, model.tokenizer().unwrap(), &DatasetOptions::default()).unwrap();
+    let options = BatchOptions { batch_size: 2, max_seq_length: 128, packing: false, shuffle: true, seed: 1 };
+    let prompt: Vec<i64> =
+        model.prompt_ids("The opposite of hot is cold and the opposite of big is").unwrap();
+    let params =
+        SamplingParams { max_new_tokens: 30, logprobs: Some(0), temperature: 1.0, ..Default::default() };
+    let mut engine = engine(&model.decoder, 1024, 2);
+    engine.submit(&model, Request::new(&prompt, &params)).unwrap();
+    let tokens = std::rc::Rc::new(std::cell::RefCell::new(Seen::default()));
+    let mut observer = Serving { engine, weights: Vec::new(), tokens: tokens.clone() };
+    Trainer {
+        model: &mut model,
+        objective: &Sft,
+        arguments: &arguments,
+        train: BatchStream::new(std::sync::Arc::new(data), options).unwrap(),
+        eval: None,
+        observer: &mut observer,
+        plan: None,
+        stop: &std::sync::atomic::AtomicBool::new(false),
+    }
+    .run(None)
+    .unwrap();
+    let seen = tokens.borrow();
+    assert_eq!((seen.ids.len(), seen.weights.len()), (12, 6), "two tokens after each step");
+    let mut all = Vec::new();
+    for (at, (number, found)) in seen.logprobs.iter().enumerate() {
+        let (_, weights) = seen.weights.iter().find(|(known, _)| known == number).unwrap();
+        assert_eq!(*number, seen.weights[at / 2].0, "a token of the step before it");
+        let _no_grad = tch::no_grad_guard();
+        for ((_, mut own), (_, kept)) in model.decoder.adapter_state().into_iter().zip(weights) {
+            own.copy_(kept);
+        }
+        let ids = [&prompt[..], &seen.ids[..=at]].concat();
+        let expected = Vec::<f32>::try_from(model.decoder.log_probs(&ids).unwrap()).unwrap();
+        assert!((found - expected[ids.len() - 2]).abs() < 1e-4, "token {at}");
+        all.push(expected[ids.len() - 2]);
+    }
+    // The weights did change what is likely.
+    let first = &seen.weights[0].1;
+    let _no_grad = tch::no_grad_guard();
+    for ((_, mut own), (_, kept)) in model.decoder.adapter_state().into_iter().zip(first) {
+        own.copy_(kept);
+    }
+    let ids = [&prompt[..], &seen.ids].concat();
+    let of_first = Vec::<f32>::try_from(model.decoder.log_probs(&ids).unwrap()).unwrap();
+    assert!((of_first[ids.len() - 2] - all[11]).abs() > 1e-3);
+}

@@ -32,5 +32,6 @@ mod plan;
 mod run_log;
 mod schedule;
 mod selftest;
+mod serve;
 mod step;
 mod tolerance;

@@ -308,15 +308,21 @@ fn json_line(row: &Map<String, Value>, generation: Generation) -> String {
     format!("{}\n", Value::Object(row))
 }
 
-/// `12 prompt tokens, 256 new tokens in 2.1s: 122 tokens/s, seed 17`
+/// `12 prompt tokens in 0.1s, 256 new tokens in 2.1s: 122 tokens/s, seed 17`; the rate is that of the steps that only chose
+/// tokens, where prompts were not read beside all of them.
 fn summary(stats: &EngineStats, elapsed: f64, params: &SamplingParams) -> String {
-    let mut text = format!(
-        "{} prompt tokens, {} new tokens in {}: {} tokens/s",
-        count(stats.prompt_tokens + stats.found_tokens),
-        count(stats.new_tokens),
-        seconds(elapsed),
-        rate(stats.new_tokens as f64 / elapsed.max(1e-9)),
-    );
+    let (prompt, new) = (count(stats.prompt_tokens + stats.found_tokens), count(stats.new_tokens));
+    let mut text = if 2 * stats.decode_tokens > stats.new_tokens {
+        format!(
+            "{prompt} prompt tokens in {}, {new} new tokens in {}: {} tokens/s",
+            seconds(stats.prefill_seconds),
+            seconds(stats.decode_seconds),
+            rate(stats.decode_tokens as f64 / stats.decode_seconds.max(1e-9)),
+        )
+    } else {
+        let speed = rate(stats.new_tokens as f64 / elapsed.max(1e-9));
+        format!("{prompt} prompt tokens and {new} new tokens in {}: {speed} new tokens/s", seconds(elapsed))
+    };
     if params.temperature > 0.0 {
         text += &format!(", seed {}", params.seed);
     }

@@ -27,6 +27,7 @@ pub mod signals;
 mod sources;
 pub mod train;
 mod train_plan;
+pub mod train_serve;
 
 use std::process::ExitCode;
 

@@ -118,7 +118,8 @@ pub fn run(args: ServeArgs) -> Result<()> {
     if !args.address.ip().is_loopback() && options.api_key.is_none() {
         tracing::warn!("{} is open to the network and needs no key: give --api-key", args.address);
     }
-    let server = Server::bind(args.address, served, options, commands, shared.clone()).context("--address")?;
+    let server =
+        Server::bind(args.address, served, options, commands, shared.clone()).context("--address")?;
     println!("{name} at http://{} (Ctrl-C stops)", server.address()?);
     let stop = signals::stop_flag()?;
     let worker = Worker::new(engine, received, shared);
@@ -142,7 +143,8 @@ fn serve(server: Server, worker: Worker, model: FastLanguageModel, stop: Arc<Ato
 }
 
 fn lora_module(module: &str) -> Result<(String, PathBuf)> {
-    let Some((name, place)) = module.split_once('=').filter(|(name, place)| !name.is_empty() && !place.is_empty())
+    let Some((name, place)) =
+        module.split_once('=').filter(|(name, place)| !name.is_empty() && !place.is_empty())
     else {
         bail!(Error::Usage(format!("--lora-modules: {module:?}, expected NAME=DIR or NAME=ID")));
     };

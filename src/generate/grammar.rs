@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory, token_bytes_from_tokenizer_json};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::data::Tokenizer;
 
@@ -36,7 +36,13 @@ impl Grammars {
     /// # Errors
     /// A schema that is none, or that asks for what is not implemented.
     pub fn json_schema(&self, schema: &Value) -> Result<Grammar> {
-        let parser = self.0.create_parser(TopLevelGrammar::from_json_schema(schema.clone()));
+        let mut schema = schema.clone();
+        if let Some(object) = schema.as_object_mut() {
+            // As json.dumps writes it: where any space may stand, a small model writes nothing else.
+            let form = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
+            object.entry("x-guidance").or_insert(form);
+        }
+        let parser = self.0.create_parser(TopLevelGrammar::from_json_schema(schema));
         let matcher = Matcher::new(parser);
         match matcher.get_error() {
             Some(error) => bail!("json_schema: {error}"),

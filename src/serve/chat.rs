@@ -16,12 +16,17 @@ pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response
     let parsing = app.clone();
     // Templates and tokenizers of long prompts take their time.
     let parsed = tokio::task::spawn_blocking(move || parse(&parsing, &body)).await;
-    let Parsed { common, request, tools } = parsed.map_err(|_| ApiError::bad("the request cannot be read"))??;
+    let Parsed { common, request, tools } =
+        parsed.map_err(|_| ApiError::bad("the request cannot be read"))??;
     let prompt_tokens = request.prompt_ids.len();
     let answers = app.submit(vec![request])?;
     let kind = Kind::Chat { tools };
     let reply = Reply::new(&app, kind, &common.model, common.n, &[prompt_tokens], common.include_usage);
-    Ok(if common.stream { respond::streamed(reply, answers).await } else { respond::whole(reply, answers).await })
+    Ok(if common.stream {
+        respond::streamed(reply, answers).await
+    } else {
+        respond::whole(reply, answers).await
+    })
 }
 
 struct Parsed {
@@ -80,7 +85,9 @@ fn grammar(fields: &mut Fields, app: &App) -> Result<Option<Grammar>, ApiError> 
     let schema = match format["type"].as_str() {
         Some("text") => return Ok(None),
         Some("json_object") => json!({"type": "object"}),
-        Some("json_schema") if format["json_schema"]["schema"].is_object() => format["json_schema"]["schema"].clone(),
+        Some("json_schema") if format["json_schema"]["schema"].is_object() => {
+            format["json_schema"]["schema"].clone()
+        }
         _ => {
             let expected = "expected the type text, json_object, or json_schema with json_schema.schema";
             return Err(ApiError::field("response_format", expected));

@@ -22,7 +22,11 @@ pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response
     let prompts: Vec<usize> = requests.iter().map(|request| request.prompt_ids.len()).collect();
     let answers = app.submit(requests)?;
     let reply = Reply::new(&app, Kind::Text, &common.model, common.n, &prompts, common.include_usage);
-    Ok(if common.stream { respond::streamed(reply, answers).await } else { respond::whole(reply, answers).await })
+    Ok(if common.stream {
+        respond::streamed(reply, answers).await
+    } else {
+        respond::whole(reply, answers).await
+    })
 }
 
 fn parse(app: &App, body: &[u8]) -> Result<(Common, Vec<Request>), ApiError> {

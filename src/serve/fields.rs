@@ -37,7 +37,9 @@ impl Fields {
     pub(super) fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
         match self.0.shift_remove(name) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value).map(Some).map_err(|error| ApiError::field(name, error)),
+            Some(value) => {
+                serde_json::from_value(value).map(Some).map_err(|error| ApiError::field(name, error))
+            }
         }
     }
 

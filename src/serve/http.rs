@@ -78,7 +78,8 @@ impl Server {
         commands: Sender<Command>,
         shared: Arc<Shared>,
     ) -> Result<Server> {
-        let listener = std::net::TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
+        let listener =
+            std::net::TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
         listener.set_nonblocking(true)?;
         let app = App {
             model,
@@ -138,7 +139,8 @@ impl App {
         let before = self.shared.open.fetch_add(count, Ordering::Relaxed);
         if before + count > self.limits.max_open {
             self.shared.open.fetch_sub(count, Ordering::Relaxed);
-            let message = format!("{before} requests are being answered, the most that this server takes: try again");
+            let message =
+                format!("{before} requests are being answered, the most that this server takes: try again");
             return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, message));
         }
         let (sender, answers) = mpsc::unbounded_channel();
@@ -154,7 +156,11 @@ impl App {
     fn send(&self, command: Command) -> Result<(), ApiError> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = commands.as_ref().is_some_and(|commands| commands.send(command).is_ok());
-        if sent { Ok(()) } else { Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping")) }
+        if sent {
+            Ok(())
+        } else {
+            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping"))
+        }
     }
 
     /// Refuses pages of other sites, which a browser would let send requests here, and names that others made point here.

@@ -43,7 +43,10 @@ impl ServedModel {
 
     /// A plain text; an empty one is the token that starts a text.
     pub(super) fn text_ids(&self, text: &str) -> Result<Vec<i64>, ApiError> {
-        let ids = self.tokenizer.encode(text, true).map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
+        let ids = self
+            .tokenizer
+            .encode(text, true)
+            .map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
         match (ids.is_empty(), self.bos_token_id) {
             (true, Some(bos)) => Ok(vec![bos]),
             _ => Ok(ids.into_iter().map(i64::from).collect()),
@@ -72,7 +75,12 @@ impl ServedModel {
     ///
     /// # Errors
     /// A prompt that fills the context, or leaves less than was asked for.
-    pub(super) fn check_length(&self, prompt: usize, params: &SamplingParams, limited: bool) -> Result<(), ApiError> {
+    pub(super) fn check_length(
+        &self,
+        prompt: usize,
+        params: &SamplingParams,
+        limited: bool,
+    ) -> Result<(), ApiError> {
         let left = self.context.saturating_sub(prompt);
         if left > 0 && (!limited || params.max_new_tokens <= left) {
             return Ok(());
@@ -115,14 +123,20 @@ fn message(message: Value) -> Result<Value, ApiError> {
         None | Some(Value::Null) if message.contains_key("tool_calls") => {
             message.insert("content".into(), "".into());
         }
-        _ => return Err(ApiError::field("messages", "content is missing, expected a text or a list of parts")),
+        _ => {
+            return Err(ApiError::field(
+                "messages",
+                "content is missing, expected a text or a list of parts",
+            ));
+        }
     }
     if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
         for call in calls {
             let arguments = &mut call["function"]["arguments"];
             if let Some(text) = arguments.as_str() {
-                *arguments = serde_json::from_str(text)
-                    .map_err(|error| ApiError::field("messages", format!("arguments of a tool call: {error}")))?;
+                *arguments = serde_json::from_str(text).map_err(|error| {
+                    ApiError::field("messages", format!("arguments of a tool call: {error}"))
+                })?;
             }
         }
     }

@@ -32,7 +32,11 @@ impl Histogram {
         for (count, bound) in self.counts.iter().zip(BUCKETS) {
             let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {count}");
         }
-        let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {0}\n{name}_sum {1}\n{name}_count {0}", self.count, self.sum);
+        let _ = writeln!(
+            text,
+            "{name}_bucket{{le=\"+Inf\"}} {0}\n{name}_sum {1}\n{name}_count {0}",
+            self.count, self.sum
+        );
     }
 }
 
@@ -70,22 +74,41 @@ impl Metrics {
         let mut text = String::new();
         let stats = shared.stats();
         let mut one = |name: &str, kind: &str, help: &str, value: f64| {
-            let _ = writeln!(text, "# HELP ferrotune_{name} {help}\n# TYPE ferrotune_{name} {kind}\nferrotune_{name} {value}");
+            let _ = writeln!(
+                text,
+                "# HELP ferrotune_{name} {help}\n# TYPE ferrotune_{name} {kind}\nferrotune_{name} {value}"
+            );
         };
         one("requests_open", "gauge", "Requests that have been taken and not ended", shared.open() as f64);
         one("sequences_running", "gauge", "Sequences in the batch", stats.running as f64);
         one("sequences_waiting", "gauge", "Sequences in the queue", stats.waiting as f64);
-        one("kv_pages_held", "gauge", "Pages of keys and values that sequences hold", stats.pages_held as f64);
+        one(
+            "kv_pages_held",
+            "gauge",
+            "Pages of keys and values that sequences hold",
+            stats.pages_held as f64,
+        );
         one("kv_pages", "gauge", "Pages of keys and values in all", stats.pages as f64);
         one("engine_steps_total", "counter", "Steps of the engine", stats.steps as f64);
         one("prompt_tokens_total", "counter", "Tokens of prompts that were read", stats.prompt_tokens as f64);
-        one("found_tokens_total", "counter", "Tokens of prompts that were found in the pages", stats.found_tokens as f64);
+        one(
+            "found_tokens_total",
+            "counter",
+            "Tokens of prompts that were found in the pages",
+            stats.found_tokens as f64,
+        );
         one("generation_tokens_total", "counter", "Tokens that were generated", stats.new_tokens as f64);
         one("preemptions_total", "counter", "Sequences that gave up their pages", stats.preemptions as f64);
         let counts = self.counts();
-        let _ = writeln!(text, "# HELP ferrotune_http_responses_total Responses\n# TYPE ferrotune_http_responses_total counter");
+        let _ = writeln!(
+            text,
+            "# HELP ferrotune_http_responses_total Responses\n# TYPE ferrotune_http_responses_total counter"
+        );
         for ((path, status), count) in &counts.responses {
-            let _ = writeln!(text, "ferrotune_http_responses_total{{path=\"{path}\",status=\"{status}\"}} {count}");
+            let _ = writeln!(
+                text,
+                "ferrotune_http_responses_total{{path=\"{path}\",status=\"{status}\"}} {count}"
+            );
         }
         let (first, whole) = ("ferrotune_time_to_first_token_seconds", "ferrotune_request_duration_seconds");
         counts.first_token.write(first, "From the request to its first token", &mut text);

@@ -157,7 +157,11 @@ impl Reply {
         sample.sent = sample.text.len();
         match self.kind {
             Kind::Text => {
-                vec![self.chunk(json!({"index": index, "text": rest, "logprobs": null, "finish_reason": reason}))]
+                vec![
+                    self.chunk(
+                        json!({"index": index, "text": rest, "logprobs": null, "finish_reason": reason}),
+                    ),
+                ]
             }
             Kind::Chat { .. } => {
                 let (rest, calls) = self.calls(&rest);
@@ -169,9 +173,7 @@ impl Reply {
                 if !calls.is_empty() {
                     deltas.push(json!({"tool_calls": calls}));
                 }
-                let choice = |delta: Value, reason: Option<&str>| {
-                    json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": reason})
-                };
+                let choice = |delta: Value, reason: Option<&str>| json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": reason});
                 let mut chunks: Vec<Value> =
                     deltas.into_iter().map(|delta| self.chunk(choice(delta, None))).collect();
                 chunks.push(self.chunk(choice(json!({}), reason)));
@@ -225,7 +227,8 @@ impl Reply {
 
     /// The body of a reply that is not streamed.
     fn whole(&self) -> Value {
-        let choices: Vec<Value> = self.samples.iter().enumerate().map(|(index, sample)| self.choice(index, sample)).collect();
+        let choices: Vec<Value> =
+            self.samples.iter().enumerate().map(|(index, sample)| self.choice(index, sample)).collect();
         let object = if self.kind == Kind::Text { "text_completion" } else { "chat.completion" };
         json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
@@ -262,7 +265,9 @@ impl Reply {
         }
         if self.kind == Kind::Text {
             let top = |token: &TokenText| -> Value {
-                Value::Object(token.top.iter().map(|(text, logprob)| (text.clone(), json!(logprob))).collect())
+                Value::Object(
+                    token.top.iter().map(|(text, logprob)| (text.clone(), json!(logprob))).collect(),
+                )
             };
             return json!({
                 "tokens": tokens.iter().map(|token| &token.text).collect::<Vec<_>>(),
@@ -271,7 +276,8 @@ impl Reply {
                 "text_offset": tokens.iter().map(|token| token.offset).collect::<Vec<_>>(),
             });
         }
-        let one = |text: &str, logprob: f32| json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()});
+        let one =
+            |text: &str, logprob: f32| json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()});
         let content = tokens.iter().map(|token| {
             let mut entry = one(&token.text, token.logprob);
             entry["top_logprobs"] = token.top.iter().map(|(text, logprob)| one(text, *logprob)).collect();
@@ -323,7 +329,8 @@ pub(super) async fn streamed(mut reply: Reply, mut answers: UnboundedReceiver<An
         Err(error) => return error.response(),
     }
     let deadline = Box::pin(tokio::time::sleep(limit));
-    let mut response = Response::new(Body::from_stream(EventStream { reply, answers, ready, deadline, over: false }));
+    let mut response =
+        Response::new(Body::from_stream(EventStream { reply, answers, ready, deadline, over: false }));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -16,9 +16,20 @@ use crate::models::FastLanguageModel;
 /// What HTTP asks of the engine.
 pub enum Command {
     /// `at` comes back with the answers: several requests may share a channel.
-    Submit { at: usize, request: Request, answers: mpsc::UnboundedSender<Answer> },
-    LoadLora { name: String, path: PathBuf, reply: oneshot::Sender<Result<()>> },
-    UnloadLora { name: String, reply: oneshot::Sender<Result<()>> },
+    Submit {
+        at: usize,
+        request: Request,
+        answers: mpsc::UnboundedSender<Answer>,
+    },
+    LoadLora {
+        name: String,
+        path: PathBuf,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    UnloadLora {
+        name: String,
+        reply: oneshot::Sender<Result<()>>,
+    },
 }
 
 /// News of one sample of a request.
@@ -160,7 +171,8 @@ impl Worker {
             Command::UnloadLora { name, reply } => {
                 let found = self.engine.unload_lora(&name);
                 self.publish();
-                let _ = reply.send(found.then_some(()).ok_or_else(|| anyhow!("no adapter named {name} is loaded")));
+                let _ = reply
+                    .send(found.then_some(()).ok_or_else(|| anyhow!("no adapter named {name} is loaded")));
             }
         }
     }
