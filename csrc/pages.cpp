@@ -86,7 +86,7 @@ Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor&
       const int64_t row = task / kv_heads, head = task % kv_heads;
       const auto& [sequence, position] = rows[row];
       const int64_t low = spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0;
-      scores.resize(std::max<size_t>(scores.size(), position + 1 - low + 16));
+      scores.resize(std::max<size_t>(scores.size(), 2 * (position + 1 - low + 16)));
       kernels.paged_attention({q + row * q_rows.stride + head * group * dim, ks + head * dim, vs + head * dim,
                                batch.pages(*sequence), batch.page_size(), width, low, position + 1, dim, group,
                                static_cast<float>(spec.scale), static_cast<float>(spec.softcap)},

@@ -85,7 +85,7 @@ struct CpuKernels {
   // y[i, r] (+)= scale w_r . x_i; x [m, n], w [rows, n], rows of y y_stride apart.
   void (*rows_product)(int64_t m, int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y,
                        int64_t y_stride, bool add);
-  // o [group, D]; scores: room for high - low + 16 floats.
+  // o [group, D]; scores: room for twice high - low + 16 floats.
   void (*paged_attention)(const CpuPagedAttention& attention, float* o, float* scores);
   // n elements of the parameter, its gradient and its two moments.
   void (*adamw)(int64_t n, float* p, const float* g, float* m, float* v, const CpuAdamW& step);

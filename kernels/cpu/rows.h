@@ -117,60 +117,89 @@ inline void each_run(const CpuPagedAttention& a, const Body& body) {
   }
 }
 
-// out = scale times the sum of weights[s] v_s, in registers: kCount vectors of v at a time, from dim d on.
+// out = scale times the sum of weights[s] v_s, in registers: kCount vectors of v at a time, from dim d on. Four sums side by
+// side, as one would wait for each of its multiply-adds.
 template <typename T, int kCount>
 inline void weighted(const CpuPagedAttention& a, const float* weights, int64_t d, float scale, float* out) {
   constexpr int64_t kWidth = sizeof(T) / 4;
-  T acc[kCount] = {};
+  constexpr int kSums = 4;
+  T acc[kSums][kCount] = {};
   each_run(a, [&](int64_t at, int64_t first, int64_t count) {
-    const float* row = a.v + at + d;
-    for (int64_t s = first; s < first + count; ++s, row += a.key_stride) {
-      for (int i = 0; i < kCount; ++i) acc[i] += load_as<T>(row + i * kWidth) * weights[s];
+    const float *row = a.v + at + d, *weight = weights + first;
+    int64_t s = 0;
+    for (; s + kSums <= count; s += kSums) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kSums; ++u, row += a.key_stride) {
+        for (int i = 0; i < kCount; ++i) acc[u][i] += load_as<T>(row + i * kWidth) * weight[s + u];
+      }
+    }
+    for (; s < count; ++s, row += a.key_stride) {
+      for (int i = 0; i < kCount; ++i) acc[0][i] += load_as<T>(row + i * kWidth) * weight[s];
     }
   });
   for (int i = 0; i < kCount; ++i) {
-    const T value = acc[i] * scale;
+    const T value = ((acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i])) * scale;
     memcpy(out + d + i * kWidth, &value, sizeof value);
   }
 }
 
-inline void paged_attention(const CpuPagedAttention& a, float* o, float* scores) {
-  const int64_t keys = a.high - a.low;
-  for (int64_t h = 0; h < a.group; ++h) {
-    const float* q = a.q + h * a.dim;
-    float* out = o + h * a.dim;
-    each_run(a, [&](int64_t at, int64_t first, int64_t count) {
-      for (int64_t s = 0; s < count; s += 4) {
-        const int64_t some = count - s < 4 ? count - s : 4;
-        const float* k = a.k + at + s * a.key_stride;
-        V4 four[1];
-        some == 4 ? dots<1>(k, a.key_stride, q, 0, a.dim, four) : dots_some<1>(some, k, a.key_stride, q, 0, a.dim, four);
-        four[0] = four[0] * a.scale;
-        memcpy(scores + first + s, four, 4 * some);
+// The scores of kX neighbouring heads, which share the keys: head m's at scores + m * scores_stride.
+template <int kX>
+inline void paged_scores(const CpuPagedAttention& a, const float* q, float* scores, int64_t scores_stride) {
+  each_run(a, [&](int64_t at, int64_t first, int64_t count) {
+    for (int64_t s = 0; s < count; s += 4) {
+      const int64_t some = count - s < 4 ? count - s : 4;
+      const float* k = a.k + at + s * a.key_stride;
+      V4 four[kX];
+      some == 4 ? dots<kX>(k, a.key_stride, q, a.dim, a.dim, four)
+                : dots_some<kX>(some, k, a.key_stride, q, a.dim, a.dim, four);
+      for (int m = 0; m < kX; ++m) {
+        four[m] = four[m] * a.scale;
+        memcpy(scores + m * scores_stride + first + s, &four[m], 4 * some);
       }
+    }
+  });
+}
+
+// One head, from its scores to its output.
+inline void paged_output(const CpuPagedAttention& a, float* scores, float* out) {
+  const int64_t keys = a.high - a.low;
+  if (a.softcap > 0) {
+    each_vector(keys, [&](int64_t i, auto get, auto put) {
+      put(scores + i, tanh(get(scores + i) * (1 / a.softcap)) * a.softcap);
     });
-    if (a.softcap > 0) {
-      each_vector(keys, [&](int64_t i, auto get, auto put) {
-        put(scores + i, tanh(get(scores + i) * (1 / a.softcap)) * a.softcap);
-      });
-    }
-    // Whole vectors from here on: the scores past the last key weigh nothing.
-    const int64_t padded = (keys + kLanes - 1) / kLanes * kLanes;
-    for (int64_t s = keys; s < padded; ++s) scores[s] = -INFINITY;
-    V top = spread(-INFINITY), total{};
-    for (int64_t s = 0; s < padded; s += kLanes) top = max(top, load(scores + s));
-    const float highest = largest(top);
-    for (int64_t s = 0; s < padded; s += kLanes) {
-      const V e = exp(load(scores + s) - highest);
-      store(scores + s, e);
-      total += e;
-    }
-    const float scale = 1 / sum(total);
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes) weighted<V, 4>(a, scores, d, scale, out);
-    for (; d + kLanes <= a.dim; d += kLanes) weighted<V, 1>(a, scores, d, scale, out);
-    for (; d + 4 <= a.dim; d += 4) weighted<V4, 1>(a, scores, d, scale, out);
-    for (; d < a.dim; ++d) weighted<float, 1>(a, scores, d, scale, out);
+  }
+  // Whole vectors from here on: the scores past the last key weigh nothing.
+  const int64_t padded = (keys + kLanes - 1) / kLanes * kLanes;
+  for (int64_t s = keys; s < padded; ++s) scores[s] = -INFINITY;
+  V top = spread(-INFINITY), total{};
+  for (int64_t s = 0; s < padded; s += kLanes) top = max(top, load(scores + s));
+  const float highest = largest(top);
+  for (int64_t s = 0; s < padded; s += kLanes) {
+    const V e = exp(load(scores + s) - highest);
+    store(scores + s, e);
+    total += e;
+  }
+  const float scale = 1 / sum(total);
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes) weighted<V, 4>(a, scores, d, scale, out);
+  for (; d + kLanes <= a.dim; d += kLanes) weighted<V, 1>(a, scores, d, scale, out);
+  for (; d + 8 <= a.dim; d += 8) weighted<V4, 2>(a, scores, d, scale, out);
+  for (; d + 4 <= a.dim; d += 4) weighted<V4, 1>(a, scores, d, scale, out);
+  for (; d < a.dim; ++d) weighted<float, 1>(a, scores, d, scale, out);
+}
+
+inline void paged_attention(const CpuPagedAttention& a, float* o, float* scores) {
+  const int64_t stride = a.high - a.low + kLanes;
+  int64_t h = 0;
+  for (; h + 2 <= a.group; h += 2) {
+    paged_scores<2>(a, a.q + h * a.dim, scores, stride);
+    paged_output(a, scores, o + h * a.dim);
+    paged_output(a, scores + stride, o + (h + 1) * a.dim);
+  }
+  if (h < a.group) {
+    paged_scores<1>(a, a.q + h * a.dim, scores, stride);
+    paged_output(a, scores, o + h * a.dim);
   }
 }
 
