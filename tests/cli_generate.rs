@@ -230,8 +230,9 @@ fn a_killed_job_goes_on_after_its_last_row() {
     let folder = model(true);
     let dir = folder.path();
     let prompts = dir.join("prompts.jsonl");
-    let text: String =
-        (0..400).map(|i| format!("{}\n", json!({"prompt": "the red cat ".repeat(1 + i % 5), "id": i}))).collect();
+    let text: String = (0..400)
+        .map(|i| format!("{}\n", json!({"prompt": "the red cat ".repeat(1 + i % 5), "id": i})))
+        .collect();
     fs::write(&prompts, text).unwrap();
     let flags = |answers: &Path| -> Vec<String> {
         let (prompts, answers) = (prompts.display().to_string(), answers.display().to_string());
@@ -241,7 +242,10 @@ fn a_killed_job_goes_on_after_its_last_row() {
     };
     let start = |answers: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
-        command.args(["generate", "--device", "cpu", "--threads", "1", "--model"]).arg(dir).args(flags(answers));
+        command
+            .args(["generate", "--device", "cpu", "--threads", "1", "--model"])
+            .arg(dir)
+            .args(flags(answers));
         command.stderr(Stdio::piped()).stdin(Stdio::null());
         command
     };

@@ -21,7 +21,7 @@ fn prompts(decoder: &Decoder, count: usize) -> Vec<Vec<i64>> {
     let context = decoder.config.max_position_embeddings as usize;
     let prompt = |p: usize| {
         let length = (1 + (7 * p) % 41).min(context - 14);
-        let shared = if p % 3 == 0 { length } else { 18 };
+        let shared = if p.is_multiple_of(3) { length } else { 18 };
         (0..length).map(|i| (i * i + 3 + if i < shared { 0 } else { p }) as i64 % vocab).collect()
     };
     (0..count).map(prompt).collect()

@@ -13,6 +13,10 @@ const SYNC_EVERY: usize = 64;
 
 /// An answers file that is being written.
 pub struct AnswerFile {
+    /// The settings that it was begun with.
+    pub begun: Value,
+    /// The rows of answers that stood in it when it was opened.
+    pub rows: Vec<Map<String, Value>>,
     path: PathBuf,
     beside: PathBuf,
     file: File,
@@ -20,12 +24,11 @@ pub struct AnswerFile {
 }
 
 impl AnswerFile {
-    /// Opens the file beside `path`, made anew with `settings` as its first line where there is none. Also returns the
-    /// settings that it was begun with, and the rows of answers that stand in it.
+    /// Opens the file beside `path`, made anew with `settings` as its first line where there is none.
     ///
     /// # Errors
     /// A file that holds something else.
-    pub fn open(path: &Path, settings: Value) -> Result<(AnswerFile, Value, Vec<Map<String, Value>>)> {
+    pub fn open(path: &Path, settings: Value) -> Result<AnswerFile> {
         let name =
             path.file_name().with_context(|| format!("--output: {}: not a file name", path.display()))?;
         let beside = path.with_file_name(format!("{}.unfinished", name.to_string_lossy()));
@@ -51,21 +54,20 @@ impl AnswerFile {
         file.set_len(whole)
             .and_then(|()| file.seek(SeekFrom::End(0)))
             .with_context(|| format!("writing {shown}"))?;
-        let mut answers = AnswerFile { path: path.to_path_buf(), beside, file, unsynced: 0 };
         let mut lines = lines.into_iter();
-        let begun = match lines.next() {
-            Some(begun) => begun,
-            None => {
-                answers.push(&format!("{settings}\n"))?;
-                settings
-            }
-        };
+        let begun = lines.next();
         let rows = lines.map(|line| match line {
             Value::Object(row) => Ok(row),
             other => bail!("{shown}: {other} is no row of answers; remove the file to start anew"),
         });
         let rows = rows.collect::<Result<_>>()?;
-        Ok((answers, begun, rows))
+        let (is_new, begun) = (begun.is_none(), begun.unwrap_or(settings));
+        let mut answers = AnswerFile { begun, rows, path: path.to_path_buf(), beside, file, unsynced: 0 };
+        if is_new {
+            let first = format!("{}\n", answers.begun);
+            answers.push(&first)?;
+        }
+        Ok(answers)
     }
 
     /// Where the rows are until the file is whole.

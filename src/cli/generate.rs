@@ -256,10 +256,11 @@ fn resume(
         let params = SamplingParams { seed, ..params.clone() };
         json!({"model": args.model.model, "adapter": args.model.adapter, "n": n, "seed": seed, "params": format!("{params:?}")})
     };
-    let (file, begun, rows) = AnswerFile::open(path, settings(params.seed))?;
+    let file = AnswerFile::open(path, settings(params.seed))?;
+    let (begun, rows) = (&file.begun, &file.rows);
     let shown = file.beside().display().to_string();
     let seed = begun["seed"].as_u64().filter(|_| args.sampling.seed.is_none()).unwrap_or(params.seed);
-    if begun != settings(seed) {
+    if *begun != settings(seed) {
         bail!(
             "--output: {shown} was begun with other settings ({begun}): run the same command again, or remove the file to \
              start anew"

@@ -145,7 +145,9 @@ impl App {
         }
         let (sender, answers) = mpsc::unbounded_channel();
         for (at, request) in requests.into_iter().enumerate() {
-            if let Err(error) = self.send(Command::Submit { at, request, answers: sender.clone() }) {
+            if let Err(error) =
+                self.send(Command::Submit { at, request: Box::new(request), answers: sender.clone() })
+            {
                 self.shared.open.fetch_sub(count - at, Ordering::Relaxed);
                 return Err(error);
             }

@@ -18,7 +18,7 @@ pub enum Command {
     /// `at` comes back with the answers: several requests may share a channel.
     Submit {
         at: usize,
-        request: Request,
+        request: Box<Request>,
         answers: mpsc::UnboundedSender<Answer>,
     },
     LoadLora {
@@ -149,7 +149,7 @@ impl Worker {
         match command {
             Command::Submit { at, request, answers } => {
                 let left = request.n;
-                match self.engine.submit(model, request) {
+                match self.engine.submit(model, *request) {
                     Ok(id) => drop(self.routes.insert(id, Route { at, answers, left })),
                     Err(error) => {
                         self.shared.open.fetch_sub(1, Ordering::Relaxed);
