@@ -29,10 +29,11 @@ fn main() {
         "mlp_columns",
         "nf4",
         "optim",
+        "pages",
         "profile",
         "rms_norm",
         "rope",
-        "row",
+        "rows",
         "segments",
         "swiglu",
     ];

@@ -9,7 +9,6 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/node.h"
-#include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
 
@@ -237,26 +236,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::s
   return AttentionNode::apply(q, k, v, segments, spec);
 }
 
-Tensor attention_cached(const Tensor& q, const Tensor& new_k, const Tensor& new_v, const KvView& cache,
-                        const AttentionSpec& spec) {
-  if (is_row(q) && row_fits_cache(q, new_k, new_v, cache)) return row_attention(q, new_k, new_v, cache, spec);
-  const int64_t queries = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = new_k.size(1);
-  const int64_t keys = cache.past + queries;
-  cache.k.narrow(1, cache.past, queries).copy_(new_k.transpose(0, 1));
-  cache.v.narrow(1, cache.past, queries).copy_(new_v.transpose(0, 1));
-  if (queries > 1 && cache.past == 0 && q.is_cuda()) return attention_prompt(q, new_k, new_v, spec);
-  const Tensor k = cache.k.narrow(1, 0, keys), v = cache.v.narrow(1, 0, keys);
-  if (queries > 1) {
-    return attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec).squeeze(0).transpose(0, 1).reshape(
-        {queries, heads * dim});
-  }
-  // One query: the heads of a group are the rows of one small product, and no head is repeated.
-  const int64_t low = spec.window > 0 ? std::max<int64_t>(0, keys - spec.window) : 0;
-  const Tensor ks = k.narrow(1, low, keys - low), vs = v.narrow(1, low, keys - low);
-  Tensor scores = at::bmm(q.view({kv_heads, heads / kv_heads, dim}), ks.transpose(1, 2)).mul_(spec.scale);
-  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
-  const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({1, heads * dim});
+Tensor attend_behind(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const Tensor y = attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec);
+  return y.squeeze(0).transpose(0, 1).reshape({q.size(0), q.size(1) * q.size(2)});
 }
 
 std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -1,4 +1,4 @@
-// Causal self-attention over flat batches and over a KV cache.
+// Causal self-attention over flat batches; over cached keys and values: pages.h.
 #pragma once
 
 #include "ferrotune/csrc/segments.h"
@@ -45,15 +45,8 @@ void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor
 // Without a backward, for one sequence from its start, on a GPU: [T, H*D].
 Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
 
-// The keys and values of the first `past` positions of a sequence; [K, capacity, D] each.
-struct KvView {
-  Tensor k, v;  // undefined where there is no cache
-  int64_t past;
-};
-
-// Puts k and v [T, K, D] behind the cached ones and lets q [T, H, D], which stand at the same positions, attend to all.
-// -> [T, H*D]
-Tensor attention_cached(const Tensor& q, const Tensor& k, const Tensor& v, const KvView& cache,
-                        const AttentionSpec& spec);
+// Without a backward, the last queries of one sequence over its keys: q [T, H, D], k and v [K, S, D], query i at position
+// S - T + i -> [T, H*D].
+Tensor attend_behind(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
 
 }  // namespace ferrotune

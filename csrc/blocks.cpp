@@ -9,6 +9,7 @@
 #include "ferrotune/csrc/block_node.h"
 #include "ferrotune/csrc/linear.h"
 #include "ferrotune/csrc/mlp_columns.h"
+#include "ferrotune/csrc/pages.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -61,7 +62,7 @@ struct AttentionBlock {
   Norm norm, q_norm, k_norm, post_norm;
   Linear qkv, o;
   Tensor cos, sin;
-  KvView cache;
+  PagesView pages;
   int64_t heads, kv_heads, head_dim;
   AttentionSpec spec;
   std::shared_ptr<Segments> segments;
@@ -129,12 +130,8 @@ struct AttentionBlock {
   void turn(const Tensor& x, Kept& k, bool keeps) const {
     if (!q_norm.weight.defined()) {
       const Tensor rows = query_key_rows(k.projected);
-      // In place: nothing needs them as they were. Decoding on the CPU has a quicker way for one row.
-      if (keeps) {
-        rotate_into(rows, rows, cos, sin, false);
-      } else {
-        k.qk = rope(rows, cos, sin);
-      }
+      // In place: nothing needs them as they were.
+      rotate_into(rows, rows, cos, sin, false);
       return;
     }
     const Tensor q_normed = q_norm.forward(query_rows(k.projected), keeps ? &k.q_rstd : nullptr);
@@ -155,8 +152,8 @@ struct AttentionBlock {
       turn(x, k, keeps);
     }
     const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
-    if (cache.k.defined()) {
-      k.attended = attention_cached(q, key, value_rows(k.projected), cache, spec);
+    if (pages.batch) {
+      k.attended = attention_paged(q, key, value_rows(k.projected), pages, spec);
     } else if (!k.attended.defined()) {
       const Attended attended = attention_forward(q, key, value_rows(k.projected), *segments, spec);
       k.attended = attended.out;
@@ -391,7 +388,7 @@ std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, c
                        Linear(o),
                        attention.cos,
                        attention.sin,
-                       KvView{attention.cache_k, attention.cache_v, attention.past},
+                       PagesView{attention.pages_k, attention.pages_v, attention.pages},
                        attention.num_heads,
                        attention.num_kv_heads,
                        attention.head_dim,

@@ -3,7 +3,7 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/lora.h"
 #include "ferrotune/csrc/node.h"
-#include "ferrotune/csrc/row.h"
+#include "ferrotune/csrc/rows.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -16,6 +16,11 @@ Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a
   for (const PartView& part : view.parts) {
     parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key,
                      part.b_cast});
+  }
+  for (const LoraRowsView& lora : view.lora_rows) {
+    TORCH_CHECK(lora.part >= 0 && lora.part < static_cast<int64_t>(parts.size()), "linear: LoRA on part ", lora.part, " of ",
+                parts.size());
+    lora_rows.push_back({lora.first, lora.rows, lora.part, lora.lora_a, lora.lora_b, lora.scale});
   }
   if (weight.defined()) return;
   part_weights = c10::make_intrusive<PartWeights>();
@@ -55,6 +60,12 @@ Tensor PartWeights::joined(at::ScalarType dtype, int64_t tail, int64_t below) co
     }
   }
   return wide;
+}
+
+int64_t Linear::first_row(int64_t part) const {
+  int64_t row = 0;
+  for (int64_t p = 0; p < part; ++p) row += parts[p].rows;
+  return row;
 }
 
 void Linear::visit(std::vector<Tensor*>& tensors) {
@@ -131,7 +142,7 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
 Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   TORCH_CHECK(x.dim() == 2 && (l.part_weights || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ", x.sizes(),
               ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
-  if (z_out == nullptr && is_row(x) && row_fits_linear(x, l)) return row_linear(x, l);
+  if (z_out == nullptr && is_rows(x) && rows_fit_linear(x, l)) return rows_linear(x, l);
   const auto dtype = x.scalar_type();
   const LoraParts lora(l, dtype);
   Tensor w = l.dense(dtype), z;
@@ -143,6 +154,11 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   for (const auto& [part, row, column, rank] : lora.places) {
     if (merges) break;
     product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b_in(dtype).t(), part->scale, true);
+  }
+  for (const LoraRows& lora : l.lora_rows) {
+    const Tensor some_x = x.narrow(0, lora.first, lora.rows);
+    const Tensor some_y = y.narrow(0, lora.first, lora.rows).narrow(1, l.first_row(lora.part), l.parts[lora.part].rows);
+    product_into(some_y, product(some_x, lora.a.to(dtype).t()), lora.b.to(dtype).t(), lora.scale, true);
   }
   if (z_out != nullptr) *z_out = z;
   return y;

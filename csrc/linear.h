@@ -20,6 +20,14 @@ struct Lora {
   }
 };
 
+// LoRA of an adapter that only some rows of a batch have, on one part; in inference, beside parts without LoRA of their own.
+struct LoraRows {
+  int64_t first, rows;  // of the batch
+  int64_t part;
+  Tensor a, b;
+  double scale;
+};
+
 // A frozen weight that is not one matrix: each part as the checkpoint has it, quantised or not.
 struct PartWeights : torch::CustomClassHolder {
   std::vector<std::variant<Tensor, Nf4>> parts;
@@ -36,9 +44,12 @@ struct Linear {
   Tensor bias;  // [rows] or undefined
   Tensor a_cast;  // all A_p below each other in the dtype of the products, if someone made it
   std::vector<Lora> parts;
+  std::vector<LoraRows> lora_rows;
 
   explicit Linear(const LinearView& view);
   int64_t rows() const { return part_weights ? part_weights->rows : weight.size(0); }
+  // Row of W where part p begins.
+  int64_t first_row(int64_t part) const;
   int64_t in() const { return part_weights ? part_weights->in : weight.size(1); }
   // Every tensor that may train, in a fixed order, undefined ones included.
   void visit(std::vector<Tensor*>& tensors);

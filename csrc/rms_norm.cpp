@@ -7,7 +7,7 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
-#include "ferrotune/csrc/row.h"
+#include "ferrotune/csrc/rows.h"
 
 namespace ferrotune {
 
@@ -189,8 +189,8 @@ struct RmsNorm : Function<RmsNorm> {
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
-  if (is_row(x) && fits_row(weight) && weight.dim() == 1 && x.size(-1) == weight.size(0)) {
-    return row_rms_norm(x, weight, eps, offset);
+  if (is_rows(x) && fits_rows(weight) && weight.dim() == 1 && x.size(-1) == weight.size(0)) {
+    return rows_rms_norm(x, weight, eps, offset);
   }
   return RmsNorm::apply(x, weight, eps, offset);
 }

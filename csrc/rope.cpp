@@ -6,7 +6,6 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
-#include "ferrotune/csrc/row.h"
 
 namespace ferrotune {
 
@@ -93,8 +92,6 @@ struct Rope : Function<Rope> {
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_rope(x, cos, sin);
-  const bool angles = fits_row(cos) && fits_row(sin);
-  if (is_row(x) && angles) return row_rope(x, cos, sin);
   // Inside a block's own node nothing is recorded.
   return at::GradMode::is_enabled() ? Rope::apply(x, cos, sin) : rotate(x, cos, sin, false);
 }

@@ -4,7 +4,7 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
-#include "ferrotune/csrc/row.h"
+#include "ferrotune/csrc/rows.h"
 #include "ferrotune/src/ffi.rs.h"
 
 namespace ferrotune {
@@ -161,7 +161,7 @@ Tensor swiglu(const Tensor& gate_up, Activation activation) {
               ", expected [N, 2F]");
   TORCH_CHECK(at::isFloatingType(gate_up.scalar_type()), "swiglu: gate_up is ", gate_up.scalar_type(),
               ", expected a float dtype");
-  if (is_row(gate_up)) return row_swiglu(gate_up, activation);
+  if (is_rows(gate_up)) return rows_swiglu(gate_up, activation);
   return Swiglu::apply(gate_up, activation);
 }
 

@@ -44,6 +44,17 @@ pub(crate) mod bridge {
         /// All lora_a below each other in the dtype of the products, or undefined.
         a_cast: &'a Tensor,
         parts: &'a [PartView<'a>],
+        lora_rows: &'a [LoraRowsView<'a>],
+    }
+
+    /// LoRA that rows `first..first + rows` of a batch have on part `part`.
+    struct LoraRowsView<'a> {
+        first: i64,
+        rows: i64,
+        part: i64,
+        lora_a: &'a Tensor,
+        lora_b: &'a Tensor,
+        scale: f64,
     }
 
     struct NormView<'a> {
@@ -63,10 +74,12 @@ pub(crate) mod bridge {
         k_norm: NormView<'a>,
         cos: &'a Tensor,
         sin: &'a Tensor,
+        /// Null where there are pages.
         segments: SharedPtr<Segments>,
-        cache_k: &'a Tensor,
-        cache_v: &'a Tensor,
-        past: i64,
+        /// Null where there are none.
+        pages: SharedPtr<PagedBatch>,
+        pages_k: &'a Tensor,
+        pages_v: &'a Tensor,
     }
 
     /// Device scalars where they change from step to step, so that a recorded step reads the new ones.
@@ -166,6 +179,7 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/device.h");
         include!("ferrotune/csrc/kernels.h");
         include!("ferrotune/csrc/segments.h");
+        include!("ferrotune/csrc/pages.h");
         include!("ferrotune/csrc/cuda_library.h");
         include!("ferrotune/csrc/profile.h");
 
@@ -206,6 +220,14 @@ pub(crate) mod bridge {
         type TensorList;
         type Segments;
         fn segments(cu_seqlens: &[i32], starts: &Tensor) -> Result<SharedPtr<Segments>>;
+
+        type PagedBatch;
+        fn paged_batch(
+            rows: &[i64],
+            past: &[i64],
+            pages: &[i32],
+            page_size: i64,
+        ) -> Result<SharedPtr<PagedBatch>>;
 
         fn tensor_list() -> UniquePtr<TensorList>;
         fn push(list: Pin<&mut TensorList>, tensor: &Tensor);

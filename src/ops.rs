@@ -14,6 +14,7 @@ use crate::ffi::{self, bridge};
 mod lora_casts;
 mod nf4;
 mod optim;
+mod pages;
 mod pass;
 pub mod plain;
 mod policy;
@@ -25,7 +26,8 @@ pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };
-pub use pass::{DropoutKey, Pass};
+pub use pages::{LayerPages, PagedBatch};
+pub use pass::{DropoutKey, LoraRun, LoraSet, Pass};
 pub use policy::Policy;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
@@ -101,15 +103,6 @@ pub struct AttentionSpec {
     pub sliding_window: Option<i64>,
 }
 
-/// The keys and values of one layer, for decoding one sequence.
-pub struct LayerCache<'a> {
-    /// `[K, capacity, D]`; the block writes rows `past..past + N`.
-    pub k: &'a Tensor,
-    pub v: &'a Tensor,
-    /// Positions already filled.
-    pub past: i64,
-}
-
 /// The samples of a flat batch; rows attend only to rows of their own. Made once a batch: what kernels read of it stays on
 /// the device.
 pub struct Segments(SharedPtr<bridge::Segments>);
@@ -131,22 +124,36 @@ pub struct Rows<'a> {
     /// `[N, R/2]`, f32 (f64 in an f64 model).
     pub cos: &'a Tensor,
     pub sin: &'a Tensor,
-    /// Not used with a cache.
-    pub segments: &'a Segments,
+    pub keys: Keys<'a>,
+}
+
+/// The keys that a row may attend to.
+#[derive(Clone, Copy)]
+pub enum Keys<'a> {
+    /// Those of its own sample, in the batch.
+    Segments(&'a Segments),
+    /// Those of its sequence in the pages of the layer, where the batch's own are written first.
+    Pages(&'a PagedBatch, &'a LayerPages),
 }
 
 /// `y = x W^T + bias + LoRA`: x `[N, in]` -> `[N, rows]`.
 pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
     let parts = part_views(linear, &absent, pass, None, 0, 0);
-    checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts, None)))
+    checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts, None, &[])))
 }
 
 /// `x W^T`: x `[N, C]`, weight `[V, C]` -> `[N, V]`.
 pub fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let absent = Tensor::new();
     let none = ffi::borrow(&absent);
-    let view = bridge::LinearView { weight: ffi::borrow(weight), bias: none, a_cast: none, parts: &[] };
+    let view = bridge::LinearView {
+        weight: ffi::borrow(weight),
+        bias: none,
+        a_cast: none,
+        parts: &[],
+        lora_rows: &[],
+    };
     checked(bridge::op_linear(ffi::borrow(x), &view))
 }
 
@@ -200,19 +207,17 @@ pub struct AttentionBlock<'a> {
 }
 
 /// `x + post_norm(o(attention(rope(qkv(norm(x))))))`: `[N, C]` -> `[N, C]`.
-pub fn attention_block(
-    x: &Tensor,
-    block: &AttentionBlock,
-    rows: &Rows,
-    cache: Option<LayerCache>,
-    pass: Pass,
-) -> Result<Tensor> {
+pub fn attention_block(x: &Tensor, block: &AttentionBlock, rows: &Rows, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
     let (qkv_cast, o_cast) = (pass.cast(block.layer, 0), pass.cast(block.layer, 1));
     let qkv = part_views(block.qkv, &absent, pass, qkv_cast, block.layer, 0);
     let o = part_views(block.o, &absent, pass, o_cast, block.layer, qkv.len());
-    let (cache_k, cache_v, past) =
-        cache.as_ref().map_or((&absent, &absent, 0), |cache| (cache.k, cache.v, cache.past));
+    let (qkv_rows, o_rows) =
+        (pass.lora_rows(block.qkv, block.layer, 0), pass.lora_rows(block.o, block.layer, 1));
+    let (segments, pages, pages_k, pages_v) = match rows.keys {
+        Keys::Segments(segments) => (segments.0.clone(), SharedPtr::null(), &absent, &absent),
+        Keys::Pages(batch, layer) => (SharedPtr::null(), batch.0.clone(), &layer.k, &layer.v),
+    };
     let attention = bridge::AttentionView {
         num_heads: block.spec.num_heads,
         num_kv_heads: block.spec.num_kv_heads,
@@ -224,16 +229,16 @@ pub fn attention_block(
         k_norm: norm_view(block.k_norm, &absent),
         cos: ffi::borrow(rows.cos),
         sin: ffi::borrow(rows.sin),
-        segments: rows.segments.0.clone(),
-        cache_k: ffi::borrow(cache_k),
-        cache_v: ffi::borrow(cache_v),
-        past,
+        segments,
+        pages,
+        pages_k: ffi::borrow(pages_k),
+        pages_v: ffi::borrow(pages_v),
     };
     checked(bridge::attention_block(
         ffi::borrow(x),
         &norm_view(Some(block.norm), &absent),
-        &linear_view(block.qkv, &absent, &qkv, qkv_cast),
-        &linear_view(block.o, &absent, &o, o_cast),
+        &linear_view(block.qkv, &absent, &qkv, qkv_cast, &qkv_rows),
+        &linear_view(block.o, &absent, &o, o_cast, &o_rows),
         &norm_view(block.post_norm, &absent),
         &attention,
         pass.policy(block.layer).attention,
@@ -258,11 +263,13 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     let (gate_up_cast, down_cast) = (pass.cast(block.layer, 2), pass.cast(block.layer, 3));
     let gate_up = part_views(block.gate_up, &absent, pass, gate_up_cast, block.layer, 8);
     let down = part_views(block.down, &absent, pass, down_cast, block.layer, 8 + gate_up.len());
+    let gate_up_rows = pass.lora_rows(block.gate_up, block.layer, 2);
+    let down_rows = pass.lora_rows(block.down, block.layer, 3);
     checked(bridge::mlp_block(
         ffi::borrow(x),
         &norm_view(Some(block.norm), &absent),
-        &linear_view(block.gate_up, &absent, &gate_up, gate_up_cast),
-        &linear_view(block.down, &absent, &down, down_cast),
+        &linear_view(block.gate_up, &absent, &gate_up, gate_up_cast, &gate_up_rows),
+        &linear_view(block.down, &absent, &down, down_cast, &down_rows),
         &norm_view(block.post_norm, &absent),
         block.activation,
         pass.policy(block.layer).mlp,
@@ -385,7 +392,7 @@ fn part_views<'a>(
     first_module: usize,
 ) -> Vec<bridge::PartView<'a>> {
     let view = |(module, part): (usize, &'a Part)| {
-        let lora = part.lora.as_ref().filter(|_| !pass.without_lora);
+        let lora = part.lora.as_ref().filter(|_| !pass.without_lora && pass.lora.is_empty());
         let (dense, nf4) = match &linear.weight {
             Weight::Joined(_) => (absent, None),
             Weight::Parts(weights) => match &weights[module] {
@@ -413,6 +420,7 @@ fn linear_view<'a>(
     absent: &'a Tensor,
     parts: &'a [bridge::PartView<'a>],
     cast: Option<&'a LinearCast>,
+    lora_rows: &'a [bridge::LoraRowsView<'a>],
 ) -> bridge::LinearView<'a> {
     bridge::LinearView {
         weight: ffi::borrow(match &linear.weight {
@@ -422,6 +430,7 @@ fn linear_view<'a>(
         bias: ffi::borrow(linear.bias.as_ref().unwrap_or(absent)),
         a_cast: ffi::borrow(cast.map_or(absent, |cast| &cast.a)),
         parts,
+        lora_rows,
     }
 }
 

@@ -58,7 +58,7 @@ fn without_lora_the_base_model_stays() {
     let flat = Flat::new([&[5, 9, 3, 7][..]]);
     let pass = Pass { without_lora: true, ..Pass::INFERENCE };
     let hidden =
-        |model: &FastLanguageModel| tch::no_grad(|| model.decoder.hidden(flat.input(), None, pass).unwrap());
+        |model: &FastLanguageModel| tch::no_grad(|| model.decoder.hidden(flat.input(), pass).unwrap());
     assert_eq!(hidden(&model), hidden(&base));
     assert_ne!(logits(&model.decoder, &flat), logits(&base.decoder, &flat));
 }

@@ -223,3 +223,59 @@ fn score_prints_the_log_probabilities() {
     refused(run("score", dir, &["--input-ids", "1 2"], ""), 1, "not a JSON list");
     refused(run("score", dir, &[], ""), 2, "--text");
 }
+
+/// Killed and started again, a job gives the file that it would have given.
+#[test]
+fn a_killed_job_goes_on_after_its_last_row() {
+    let folder = model(true);
+    let dir = folder.path();
+    let prompts = dir.join("prompts.jsonl");
+    let text: String = (0..400)
+        .map(|i| format!("{}\n", json!({"prompt": "the red cat ".repeat(1 + i % 5), "id": i})))
+        .collect();
+    fs::write(&prompts, text).unwrap();
+    let flags = |answers: &Path| -> Vec<String> {
+        let (prompts, answers) = (prompts.display().to_string(), answers.display().to_string());
+        let sampled = ["--max-new-tokens", "40", "--ignore-eos", "--temperature", "1", "--n", "2"];
+        let files = ["--prompt-file".to_string(), prompts, "--output".to_string(), answers];
+        sampled.iter().map(ToString::to_string).chain(files).collect()
+    };
+    let start = |answers: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+        command
+            .args(["generate", "--device", "cpu", "--threads", "1", "--model"])
+            .arg(dir)
+            .args(flags(answers));
+        command.stderr(Stdio::piped()).stdin(Stdio::null());
+        command
+    };
+    let answers = dir.join("answers.jsonl");
+    let unfinished = dir.join("answers.jsonl.unfinished");
+    let mut child = start(&answers).spawn().unwrap();
+    let rows = || fs::read_to_string(&unfinished).unwrap_or_default().lines().count();
+    while rows() < 40 {
+        assert!(child.try_wait().unwrap().is_none(), "the job ended before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!answers.exists());
+    // A torn last line, as a full disk or a lost machine leaves it.
+    let mut file = fs::OpenOptions::new().append(true).open(&unfinished).unwrap();
+    file.write_all(b"{\"prompt\": \"the r").unwrap();
+    let header = fs::read_to_string(&unfinished).unwrap().lines().next().unwrap().to_string();
+    let seed = serde_json::from_str::<Value>(&header).unwrap()["seed"].as_u64().unwrap().to_string();
+
+    // Other settings do not mix with what is there.
+    let other = start(&answers).args(["--top-k", "3"]).output().unwrap();
+    refused(other, 1, "was begun with other settings");
+    let output = start(&answers).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("continues after row"));
+    succeeded(output);
+    assert!(!unfinished.exists());
+    let again = dir.join("again.jsonl");
+    succeeded(start(&again).args(["--seed", &seed]).output().unwrap());
+    let found = fs::read_to_string(&answers).unwrap();
+    assert_eq!(found.lines().count(), 800);
+    assert!(found == fs::read_to_string(&again).unwrap(), "not what one run gives");
+}

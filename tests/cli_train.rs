@@ -365,3 +365,30 @@ fn usage_errors_name_the_flag_and_end_with_code_2() {
         assert!(help.contains(expected), "{expected}");
     }
 }
+
+/// Requests are answered while the run goes on, and told when it is over.
+#[test]
+fn a_run_answers_requests_between_its_steps() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    let place = Workplace::with_model();
+    let flags = ["--serve", "127.0.0.1:0", "--max-steps", "3000", "--save-steps", "0"];
+    let mut child = place.command("model", "out", &flags).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let line = lines.by_ref().find(|line| line.contains(" at http://")).unwrap();
+    let address = line.split("http://").nth(1).unwrap().split(',').next().unwrap().to_string();
+    let reader = std::thread::spawn(move || lines.collect::<Vec<_>>());
+    for _ in 0..3 {
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        let body = r#"{"prompt": "a red cat", "max_tokens": 5, "ignore_eos": true}"#;
+        let length = body.len();
+        let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length";
+        stream.write_all(format!("{head}: {length}\r\n\r\n{body}").as_bytes()).unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).unwrap();
+        assert!(reply.starts_with("HTTP/1.1 200") && reply.contains("\"completion_tokens\":5"), "{reply}");
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(reader.join().unwrap().iter().any(|line| line.contains("step ")));
+    assert!(std::net::TcpStream::connect(&address).is_err(), "nobody listens any more");
+}

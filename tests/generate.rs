@@ -4,14 +4,14 @@ use std::fs;
 
 use ferrotune::data::Tokenizer;
 use ferrotune::generate::{
-    FinishReason, GenerationConfig, Generator, Sampler, SamplingParams, Sequence, TextStream, generate,
-    generate_several,
+    Engine, EngineOptions, FinishReason, GenerationConfig, KvBudget, Sampler, SamplingParams, TextStream,
+    generate,
 };
 use ferrotune::models::FastLanguageModel;
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::golden::{Flat, adapters, assert_close, checkpoints, load, logits, rel, root, shared_data};
+use crate::golden::{Fed, Flat, adapters, assert_close, checkpoints, load, logits, rel, root, shared_data};
 
 fn ids(value: &Value) -> Vec<i64> {
     serde_json::from_value(value.clone()).unwrap()
@@ -131,7 +131,7 @@ fn streamed_text_is_whole() {
             for prompt in [0, 1, all.len() / 2] {
                 let mut stream = TextStream::new(&tokenizer, &all[..prompt], &[]).unwrap();
                 let mut pieces: Vec<String> =
-                    all[prompt..].iter().map(|&id| stream.push(id).unwrap()).collect();
+                    all[prompt..].iter().map(|&id| stream.push(&tokenizer, id).unwrap()).collect();
                 // Where the prompt ends inside a character, so does the text before the stream.
                 let split = decoded(&tokenizer, &all[..prompt]).ends_with('\u{fffd}');
                 assert!(
@@ -139,7 +139,7 @@ fn streamed_text_is_whole() {
                     "{}",
                     dir.display()
                 );
-                pieces.push(stream.finish().unwrap());
+                pieces.push(stream.finish(&tokenizer).unwrap());
                 if !split {
                     let shown = decoded(&tokenizer, &all[..prompt]) + &pieces.concat();
                     assert_eq!(shown, decoded(&tokenizer, &all), "{}, from {prompt}", dir.display());
@@ -194,22 +194,6 @@ fn stop_strings_end_the_text_before_them() {
 }
 
 #[test]
-fn samples_share_the_prompt_and_nothing_else() {
-    let decoder = load(&root().join("llama"), Kind::Float);
-    let params = SamplingParams { temperature: 1.5, max_new_tokens: 20, ..Default::default() };
-    let prompt = [1, 5, 9, 30];
-    let several = |n| generate_several(&decoder, None, &prompt, &params, n, |_, _| ()).unwrap();
-    let (three, five) = (several(3), several(5));
-    let tokens = |generations: &[ferrotune::generate::Generation]| -> Vec<Vec<i64>> {
-        generations.iter().map(|generation| generation.token_ids.clone()).collect()
-    };
-    assert_eq!(tokens(&three), tokens(&five)[..3]);
-    assert_eq!(three[0].token_ids, generate(&decoder, None, &prompt, &params, |_| ()).unwrap().token_ids);
-    assert_ne!(three[0].token_ids, three[1].token_ids);
-    assert!(three[0].prefill_seconds > 0.0 && three[1].prefill_seconds == 0.0);
-}
-
-#[test]
 fn rewound_and_grown_caches_give_the_uncached_logits() {
     let mut distances = Vec::new();
     // Every architecture: sliding windows, softcaps, ropes that depend on the length.
@@ -220,23 +204,22 @@ fn rewound_and_grown_caches_give_the_uncached_logits() {
         let long: Vec<i64> = (0..context).map(|i| (i * i + 3) % vocab).collect();
         let other: Vec<i64> =
             long.iter().enumerate().map(|(i, &id)| if i < 12 { id } else { (id + 1) % vocab }).collect();
-        let mut sequence = Sequence::new(&decoder).unwrap();
+        let mut fed = Fed::new(&decoder, long.len());
+        let mut before: &[i64] = &[];
         // Grows, goes back, branches off, feeds the same again, and starts anew.
         for (ids, end) in
             [(&long, 9), (&long, 70), (&other, 14), (&other, 14), (&other, 71), (&long, 40), (&long, 1)]
         {
             let ids = &ids[..end.min(ids.len())];
-            sequence.set(ids).unwrap();
-            let cached = sequence.logits().unwrap();
+            let common = before.iter().zip(ids).take_while(|(old, new)| old == new).count();
+            let cached = fed.logits(ids, common);
             let uncached = logits(&decoder, &Flat::new([ids])).get(ids.len() as i64 - 1);
             distances.push((format!("{name} to {end}"), rel(&cached, &uncached)));
-            assert_eq!(sequence.cached(), ids.len());
+            before = ids;
         }
         // One by one from nothing.
-        sequence.set(&[]).unwrap();
-        for (i, &id) in long.iter().enumerate() {
-            sequence.push(id);
-            let cached = sequence.logits().unwrap();
+        for i in 0..long.len() {
+            let cached = fed.logits(&long[..=i], i);
             if i % 7 == 6 {
                 let uncached = logits(&decoder, &Flat::new([&long[..=i]])).get(i as i64);
                 distances.push((format!("{name} token {i}"), rel(&cached, &uncached)));
@@ -250,27 +233,27 @@ fn rewound_and_grown_caches_give_the_uncached_logits() {
 fn an_iterator_can_stop_early_and_go_on() {
     let decoder = load(&root().join("qwen2"), Kind::Float);
     let params = SamplingParams { max_new_tokens: 12, ..Default::default() };
-    let whole = generate(&decoder, None, &[3, 4, 5], &params, |_| ()).unwrap().token_ids;
-    let mut sequence = Sequence::new(&decoder).unwrap();
-    let first: Vec<i64> = Generator::new(&mut sequence, None, &[3, 4, 5], &params)
+    let whole = generate(&decoder, &[3, 4, 5], &params).unwrap().token_ids;
+    let options = EngineOptions { kv_budget: KvBudget::Tokens(64), max_num_seqs: 2 };
+    let mut engine = Engine::new(&decoder, options).unwrap();
+    let first: Vec<i64> = engine
+        .stream(&decoder, &[3, 4, 5], &params)
         .unwrap()
         .take(5)
         .map(|token| token.unwrap().id)
         .collect();
     assert_eq!(first, whole[..5]);
-    let so_far = sequence.ids().to_vec();
-    assert_eq!(so_far, [&[3, 4, 5], &whole[..5]].concat());
+    assert!(engine.is_idle() && engine.stats().pages_held == 0, "a stream that is dropped leaves nothing");
+    let so_far = [&[3, 4, 5], &whole[..5]].concat();
     let params = SamplingParams { max_new_tokens: 7, ..params };
-    let rest: Vec<i64> = Generator::new(&mut sequence, None, &so_far, &params)
-        .unwrap()
-        .map(|token| token.unwrap().id)
-        .collect();
+    let rest: Vec<i64> =
+        engine.stream(&decoder, &so_far, &params).unwrap().map(|token| token.unwrap().id).collect();
     assert_eq!(rest, whole[5..]);
 
     // A stop token ends it and is among the tokens.
     let stop = whole[3];
     let params = SamplingParams { stop_token_ids: vec![stop], ..params };
-    let stopped = generate(&decoder, None, &[3, 4, 5], &params, |_| ()).unwrap();
+    let stopped = generate(&decoder, &[3, 4, 5], &params).unwrap();
     let end = whole.iter().position(|&id| id == stop).unwrap();
     assert_eq!((stopped.token_ids, stopped.finish_reason), (whole[..=end].to_vec(), FinishReason::Stop));
 }
@@ -280,7 +263,7 @@ fn bad_input_is_named() {
     let decoder = load(&root().join("llama"), Kind::Float);
     let context = decoder.config.max_position_embeddings as usize;
     let error = |prompt: &[i64], params: SamplingParams| {
-        format!("{:#}", generate(&decoder, None, prompt, &params, |_| ()).unwrap_err())
+        format!("{:#}", generate(&decoder, prompt, &params).unwrap_err())
     };
     let ok = SamplingParams::default;
     for (message, needle) in [
@@ -292,6 +275,10 @@ fn bad_input_is_named() {
         (error(&[1], SamplingParams { temperature: f64::NAN, ..ok() }), "temperature is NaN".into()),
         (error(&[1], SamplingParams { top_p: 0.0, ..ok() }), "top_p is 0".into()),
         (error(&[1], SamplingParams { min_p: 2.0, ..ok() }), "min_p is 2".into()),
+        (
+            error(&[1], SamplingParams { presence_penalty: f64::INFINITY, ..ok() }),
+            "presence_penalty is inf".into(),
+        ),
         (error(&[1], SamplingParams { repetition_penalty: 0.0, ..ok() }), "repetition_penalty is 0".into()),
         (error(&[1], SamplingParams { stop: vec!["".into()], ..ok() }), "a stop string is empty".into()),
         (error(&[1], SamplingParams { stop: vec!["x".into()], ..ok() }), "need a tokenizer".into()),
@@ -300,7 +287,7 @@ fn bad_input_is_named() {
         assert!(message.contains(&needle), "{message}, expected {needle}");
     }
     // The context ends an answer before max_new_tokens.
-    let full = generate(&decoder, None, &vec![1; context - 2], &ok(), |_| ()).unwrap();
+    let full = generate(&decoder, &vec![1; context - 2], &ok()).unwrap();
     assert_eq!((full.token_ids.len(), full.finish_reason), (2, FinishReason::Length));
 }
 
@@ -345,10 +332,9 @@ fn cached_logits_with_an_adapter_equal_uncached() {
         let mut model = FastLanguageModel::from_pretrained(&base, Kind::Float, Device::Cpu).unwrap();
         model.load_adapter(&folder).unwrap();
         let all: Vec<i64> = (0..24).map(|i| (i * i + 5) % model.decoder.config.vocab_size).collect();
-        let mut sequence = Sequence::new(&model.decoder).unwrap();
-        for (i, &id) in all.iter().enumerate() {
-            sequence.push(id);
-            let cached = sequence.logits().unwrap();
+        let mut fed = Fed::new(&model.decoder, all.len());
+        for i in 0..all.len() {
+            let cached = fed.logits(&all[..=i], i);
             let uncached = logits(&model.decoder, &Flat::new([&all[..=i]])).get(i as i64);
             distances.push((format!("{name} token {i}"), rel(&cached, &uncached)));
         }

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use ferrotune::io::Weights;
-use ferrotune::models::{Config, Decoder, Input};
+use ferrotune::models::{Config, Decoder, Input, NewRows};
+use ferrotune::nn::{KvPages, PAGE_SIZE, RopeTables};
 use ferrotune::ops::Pass;
 use tch::{Device, Kind, Tensor};
 
@@ -117,5 +118,42 @@ impl Flat {
 
 /// Logits `[N, V]`.
 pub fn logits(decoder: &Decoder, flat: &Flat) -> Tensor {
-    tch::no_grad(|| decoder.logits(&decoder.hidden(flat.input(), None, Pass::INFERENCE).unwrap()).unwrap())
+    tch::no_grad(|| decoder.logits(&decoder.hidden(flat.input(), Pass::INFERENCE).unwrap()).unwrap())
+}
+
+/// One sequence on pages of its own, in an order of their own.
+pub struct Fed<'a> {
+    decoder: &'a Decoder,
+    pages: KvPages,
+    table: Vec<i32>,
+    ropes: RopeTables,
+    cached: usize,
+    regime: Vec<i64>,
+}
+
+impl<'a> Fed<'a> {
+    pub fn new(decoder: &'a Decoder, capacity: usize) -> Fed<'a> {
+        let pages = capacity.div_ceil(PAGE_SIZE);
+        let table = (0..pages as i32).rev().collect();
+        let ropes = RopeTables::default();
+        Fed { decoder, pages: decoder.kv_pages(pages).unwrap(), table, ropes, cached: 0, regime: vec![] }
+    }
+
+    /// Logits `[V]` of the last of `ids`, of which the first `keep` stay cached if they are.
+    pub fn logits(&mut self, ids: &[i64], keep: usize) -> Tensor {
+        let regime = self.decoder.rope_regime(ids.len());
+        let same = regime == self.regime;
+        self.cached = if same { self.cached.min(keep).min(ids.len() - 1) } else { 0 };
+        self.regime = regime;
+        let rows = NewRows {
+            input_ids: &ids[self.cached..],
+            past: self.cached,
+            length: ids.len(),
+            pages: &self.table[..ids.len().div_ceil(PAGE_SIZE)],
+        };
+        let hidden = self.decoder.decode(&[rows], &self.pages, &mut self.ropes, &[]).unwrap();
+        self.cached = ids.len();
+        tch::no_grad(|| self.decoder.logits(&hidden.get(hidden.size()[0] - 1).unsqueeze(0)).unwrap())
+            .squeeze_dim(0)
+    }
 }

@@ -10,7 +10,7 @@ use ferrotune::ops::{self, Activation, AttentionSpec, Policy, Segments};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{attentions, check_one_row};
-use crate::golden::{self, Flat, checkpoints, load_on, logits, rel, root};
+use crate::golden::{self, Fed, Flat, checkpoints, load_on, logits, rel, root};
 use crate::ops::{check, check_empty, check_log_probs, norm, ops};
 use crate::parity::{cases, gradients_of};
 use crate::tolerance::{What, assert_close, f64_on_cpu, floor};
@@ -167,8 +167,8 @@ fn cached_decoders_on_the_gpu_match_the_cpu() {
     for name in checkpoints() {
         let logits = |device| {
             let decoder = load_on(&root().join(&name), Kind::Float, device);
-            let mut cache = decoder.kv_cache(ids.len()).unwrap();
-            let read = |fed: usize| decoder.extend(&ids[..fed], &mut cache).unwrap().to_device(Device::Cpu);
+            let mut cached = Fed::new(&decoder, ids.len());
+            let read = |fed: usize| cached.logits(&ids[..fed], fed).to_device(Device::Cpu);
             Tensor::stack(&[30, 38, 39, 40].map(read), 0)
         };
         distances.push((name.clone(), golden::rel(&logits(device), &logits(Device::Cpu))));

@@ -199,7 +199,7 @@ fn a_head_in_4_bits() {
         let expected = Nf4::quantize(weight).unwrap();
         assert_eq!(nf4.packed, expected.packed, "{name}");
         assert!(ours.is_quantized() && ours.num_parameters() == dense.num_parameters(), "{name}");
-        let hidden = tch::no_grad(|| dense.hidden(flat().input(), None, Pass::INFERENCE).unwrap());
+        let hidden = tch::no_grad(|| dense.hidden(flat().input(), Pass::INFERENCE).unwrap());
         let mut scores = hidden.matmul(&expected.dequantize(Kind::Float).unwrap().transpose(0, 1));
         if let Some(cap) = dense.config.final_logit_softcapping {
             scores = (scores / cap).tanh() * cap;

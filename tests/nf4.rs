@@ -13,7 +13,7 @@ use ferrotune::ops::{self, Linear, Lora, Nf4, Part, PartWeight, Pass, Policy, We
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::golden::{Flat, assert_close, ids, logits, rel, root, tensors};
+use crate::golden::{Fed, Flat, assert_close, ids, logits, rel, root, tensors};
 use crate::parity::gradients_of;
 
 const STATE: &str = ".quant_state.bitsandbytes__nf4";
@@ -144,9 +144,9 @@ fn decoding_reads_quantised_rows() {
         let model = load(&folder("mixed"), kind, false);
         let sequence = [5, 9, 3, 7, 11, 2];
         let whole = logits(&model.decoder, &Flat::new([&sequence[..]]));
-        let mut cache = model.decoder.kv_cache(8).unwrap();
+        let mut fed = Fed::new(&model.decoder, 8);
         for length in 1..=sequence.len() {
-            let found = model.decoder.extend(&sequence[..length], &mut cache).unwrap();
+            let found = fed.logits(&sequence[..length], length);
             let distance = rel(&found, &whole.get(length as i64 - 1));
             assert!(distance < if kind == Kind::Double { 1e-12 } else { 1e-5 }, "{kind:?}: {distance:e}");
         }

@@ -9,7 +9,9 @@ use ferrotune::models::{Config, Decoder};
 use ferrotune::ops::{Pass, Policy};
 use tch::{Kind, Tensor};
 
-use crate::golden::{Flat, assert_close, checkpoints, ids, load, logits, rel, root, shared_data, tensors};
+use crate::golden::{
+    Fed, Flat, assert_close, checkpoints, ids, load, logits, rel, root, shared_data, tensors,
+};
 
 /// The goldens of a checkpoint: `golden.safetensors`, and where rope depends on the length a second, longer one.
 pub fn cases(dir: &Path) -> Vec<(String, Vec<i64>, Tensor)> {
@@ -84,15 +86,15 @@ fn cached_logits_equal_uncached() {
         // f64, so that a difference is a mistake and not rounding.
         let exact = load(&dir, Kind::Double);
         for (case, sequence, expected) in cases(&dir) {
-            let mut cache = exact.kv_cache(sequence.len()).unwrap();
-            let mut rounded = decoder.kv_cache(sequence.len()).unwrap();
+            let mut cached_exact = Fed::new(&exact, sequence.len());
+            let mut rounded = Fed::new(&decoder, sequence.len());
             // A prompt, a chunk (longer than the sliding windows), then token by token.
             let ends = [5, 16].into_iter().chain(17..=sequence.len());
             for end in ends {
                 let uncached = logits(&exact, &Flat::new([&sequence[..end]])).get(end as i64 - 1);
-                let cached = exact.extend(&sequence[..end], &mut cache).unwrap();
+                let cached = cached_exact.logits(&sequence[..end], end);
                 distances.push((format!("{case} to {end}, f64"), 1e6 * rel(&cached, &uncached)));
-                let last = decoder.extend(&sequence[..end], &mut rounded).unwrap();
+                let last = rounded.logits(&sequence[..end], end);
                 if end == sequence.len() {
                     distances.push((
                         format!("{case}, against transformers"),
@@ -280,10 +282,10 @@ fn greedy_continuations_of_trained_models() {
         for case in golden["cases"].as_array().unwrap() {
             let mut sequence = list(&case["prompt_ids"]);
             let expected = list(&case["new_ids"]);
-            let mut cache = decoder.kv_cache(sequence.len() + expected.len()).unwrap();
+            let mut fed = Fed::new(&decoder, sequence.len() + expected.len());
             let mut found = Vec::new();
             for _ in 0..expected.len() {
-                let next = decoder.extend(&sequence, &mut cache).unwrap().argmax(-1, false).int64_value(&[]);
+                let next = fed.logits(&sequence, sequence.len()).argmax(-1, false).int64_value(&[]);
                 sequence.push(next);
                 found.push(next);
             }

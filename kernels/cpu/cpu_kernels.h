@@ -33,10 +33,12 @@ struct CpuAttention {
   int64_t lse_stride;
 };
 
-// One query of each of `group` heads over `keys` rows of k and v, which lie D apart, as do the heads of q.
-struct CpuRowAttention {
+// One query of each of the `group` heads of a key/value head, over the keys low..high of its sequence. Key s lies at row
+// pages[s / page_size] * page_size + s % page_size of k and v, whose rows are key_stride apart; heads of q lie D apart.
+struct CpuPagedAttention {
   const float *q, *k, *v;
-  int64_t keys, dim, group;
+  const int32_t* pages;
+  int64_t page_size, key_stride, low, high, dim, group;
   float scale, softcap;
 };
 
@@ -80,10 +82,11 @@ struct CpuKernels {
   void (*nf4_block)(const uint8_t* packed, int64_t bytes, const float* map, float scale, float* out);
   // Logits z in place to softmax(z) - onehot(label) (times the softcap's slope), and the rows' losses.
   void (*cross_entropy)(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap, float* losses);
-  // y_r (+)= scale w_r . x; w [rows, n].
-  void (*row_product)(int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y, bool add);
-  // o [group, D]; scores: room for keys + 16 floats.
-  void (*row_attention)(const CpuRowAttention& attention, float* o, float* scores);
+  // y[i, r] (+)= scale w_r . x_i; x [m, n], w [rows, n], rows of y y_stride apart.
+  void (*rows_product)(int64_t m, int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y,
+                       int64_t y_stride, bool add);
+  // o [group, D]; scores: room for twice high - low + 16 floats.
+  void (*paged_attention)(const CpuPagedAttention& attention, float* o, float* scores);
   // n elements of the parameter, its gradient and its two moments.
   void (*adamw)(int64_t n, float* p, const float* g, float* m, float* v, const CpuAdamW& step);
   // The same with moments as indices of the maps; n at most kDynamicBlock.

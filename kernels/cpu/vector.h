@@ -46,6 +46,8 @@ inline void store_some(float* p, V v, int64_t n) {
 inline V max(V a, V b) { return b > a ? b : a; }
 inline V min(V a, V b) { return b < a ? b : a; }
 
+inline V4 fma(V4 a, V4 b, V4 c) { return _mm_fmadd_ps(a, b, c); }
+
 // gather: base[index]. gather_bytes reads four bytes at each place. By mask where gcc 12 warns of the plain one's undefined
 // operand.
 #if defined(__AVX512F__)

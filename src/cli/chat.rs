@@ -12,12 +12,14 @@ use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 
+use super::engine_args::EngineArgs;
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
 use crate::device;
-use crate::generate::{Generator, SamplingParams, Sequence};
+use crate::generate::{Engine, SamplingParams};
 use crate::io::write_atomically;
 use crate::models::FastLanguageModel;
+use crate::train::Size;
 
 const MAX_NEW_TOKENS: usize = 1024;
 const COMMANDS: &str = "\
@@ -41,6 +43,9 @@ pub struct ChatArgs {
     pub system: Option<String>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Memory for keys and values, such as 4GiB [default: a quarter of the host's free memory, 85 % of a GPU's]
+    #[arg(long, value_name = "SIZE")]
+    pub kv_cache_memory: Option<Size>,
 }
 
 /// Runs the conversation until the user leaves.
@@ -57,7 +62,10 @@ pub fn run(args: ChatArgs) -> Result<()> {
     signal_hook::flag::register(SIGINT, interrupted.clone()).context("installing the handler of Ctrl-C")?;
 
     let mut chat = Chat {
-        sequence: Sequence::new(&model.decoder)?,
+        engine: Engine::new(
+            &model.decoder,
+            EngineArgs { max_num_seqs: 1, kv_cache_memory: args.kv_cache_memory }.options(&model.decoder)?,
+        )?,
         model: &model,
         params,
         messages: Vec::new(),
@@ -101,7 +109,8 @@ struct Chat<'a> {
     model: &'a FastLanguageModel,
     params: SamplingParams,
     messages: Vec<Value>,
-    sequence: Sequence<'a>,
+    /// What was said stays in its pages.
+    engine: Engine,
     /// Raised by Ctrl-C.
     interrupted: Arc<AtomicBool>,
 }
@@ -158,11 +167,9 @@ impl Chat<'_> {
     fn answer(&mut self) -> Result<String> {
         let input_ids = self.model.chat_ids(&self.messages)?;
         self.interrupted.store(false, Ordering::Relaxed);
-        let tokenizer = self.model.tokenizer()?;
-        let generator = Generator::new(&mut self.sequence, Some(tokenizer), &input_ids, &self.params)?;
         let mut answer = String::new();
         let mut out = stdout();
-        for token in generator {
+        for token in self.engine.stream(self.model, &input_ids, &self.params)? {
             let token = token?;
             out.write_all(token.text.as_bytes()).and_then(|()| out.flush()).context("writing to stdout")?;
             answer += &token.text;

@@ -1,19 +1,23 @@
 //! `ferrotune generate`: answers to one prompt, to a file of them, or to what is piped in.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value, json};
 
+use super::answers::AnswerFile;
+use super::engine_args::EngineArgs;
 use super::format::{count, rate, seconds};
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
 use crate::data::Records;
 use crate::error::Error;
-use crate::generate::{Generation, SamplingParams};
-use crate::io::write_atomically;
+use crate::generate::{Engine, EngineOptions, EngineStats, Generation, Request, SamplingParams};
 use crate::models::FastLanguageModel;
 
 const MAX_NEW_TOKENS: usize = 256;
@@ -54,26 +58,19 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = "Output")]
     pub ignore_eos: bool,
     /// Answers to each prompt
-    #[arg(long, value_name = "N", help_heading = "Output", default_value_t = 1)]
+    #[arg(long, visible_alias = "n", value_name = "N", help_heading = "Output", default_value_t = 1)]
     pub num_return_sequences: usize,
-    /// Write the answers to this file, as JSON lines
+    /// Write the answers to this file, as JSON lines. They grow in FILE.unfinished; the same command again goes on there
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub engine: EngineArgs,
 }
 
 /// One thing to answer: the fields of its row, which go into the output, and its tokens.
 struct Prompt {
     row: Map<String, Value>,
     input_ids: Vec<i64>,
-}
-
-/// Tokens and seconds of all answers.
-#[derive(Default)]
-struct Speed {
-    prompt_tokens: usize,
-    new_tokens: usize,
-    prefill_seconds: f64,
-    decode_seconds: f64,
 }
 
 /// Runs what the flags ask for.
@@ -93,12 +90,13 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         .into_iter()
         .map(|(place, row)| prompt(&model, row, chat, args.system.as_deref()).context(place))
         .collect::<Result<Vec<_>>>()?;
-    let speed = match answer(&args, &model, &prompts, &params) {
+    let started = Instant::now();
+    let stats = match answer(&args, &model, &prompts, &mut params) {
         // Whoever read our output has seen enough.
         Err(error) if is_broken_pipe(&error) => return Ok(()),
-        speed => speed?,
+        stats => stats?,
     };
-    eprintln!("{}", summary(&speed, &params));
+    eprintln!("{}", summary(&stats, started.elapsed().as_secs_f64(), &params));
     Ok(())
 }
 
@@ -186,42 +184,120 @@ fn with_system(system: Option<&str>, messages: Vec<Value>) -> Vec<Value> {
     system.filter(|_| !own).into_iter().chain(messages).collect()
 }
 
+/// Answers all prompts, side by side; returns what the engine did.
 fn answer(
     args: &GenerateArgs,
     model: &FastLanguageModel,
     prompts: &[Prompt],
-    params: &SamplingParams,
-) -> Result<Speed> {
-    let mut speed = Speed::default();
+    params: &mut SamplingParams,
+) -> Result<EngineStats> {
+    let n = args.num_return_sequences;
+    let options = args.engine.options(&model.decoder)?;
+    let mut engine = Engine::new(
+        &model.decoder,
+        EngineOptions {
+            // A short job needs little.
+            max_num_seqs: options.max_num_seqs.max(n).min(n.saturating_mul(prompts.len())),
+            ..options
+        },
+    )?;
     let mut out = io::stdout();
-    let streamed = args.output.is_none() && prompts.len() == 1 && args.num_return_sequences == 1;
-    let mut lines = String::new();
-    for Prompt { row, input_ids } in prompts {
-        if streamed {
-            let mut written = Ok(());
-            let generation = model.generate(input_ids, params, |token| {
-                if written.is_ok() {
-                    written = out.write_all(token.text.as_bytes()).and_then(|()| out.flush());
-                }
-            })?;
-            written.and_then(|()| writeln!(out)).context("writing to stdout")?;
-            speed.add(&generation);
-            continue;
+    if args.output.is_none() && prompts.len() == 1 && n == 1 {
+        for token in engine.stream(model, &prompts[0].input_ids, params)? {
+            let text = token?.text;
+            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to stdout")?;
         }
-        let generations = model.generate_several(input_ids, params, args.num_return_sequences, |_, _| ())?;
-        for generation in generations {
-            speed.add(&generation);
-            let line = json_line(row, generation);
-            match args.output {
-                Some(_) => lines += &line,
-                None => out.write_all(line.as_bytes()).context("writing to stdout")?,
+        writeln!(out).context("writing to stdout")?;
+        return Ok(engine.stats());
+    }
+    let (mut file, done) = match &args.output {
+        Some(path) => {
+            let (file, done) = resume(args, path, prompts, params)?;
+            (Some(file), done)
+        }
+        None => (None, 0),
+    };
+    let bar = answer_bar(prompts.len(), done)?;
+    let requests = prompts[done..].iter().map(|prompt| Ok(Request::samples(&prompt.input_ids, params, n)));
+    // Answers end in any order and are written in that of the prompts.
+    let mut waiting: BTreeMap<usize, String> = BTreeMap::new();
+    let mut next = 0;
+    let ahead = 2 * options.max_num_seqs;
+    engine.run_each(model, requests, ahead, &mut |_, _, _| (), &mut |at, generations| {
+        let row = &prompts[done + at].row;
+        waiting.insert(at, generations.into_iter().map(|generation| json_line(row, generation)).collect());
+        bar.inc(1);
+        while let Some(lines) = waiting.remove(&next) {
+            next += 1;
+            match &mut file {
+                Some(file) => file.push(&lines)?,
+                None => out.write_all(lines.as_bytes()).context("writing to stdout")?,
             }
         }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if let Some(file) = file {
+        file.finish()?;
     }
-    if let Some(file) = &args.output {
-        write_atomically(file, lines.as_bytes())?;
+    Ok(engine.stats())
+}
+
+/// The file of `--output`, and how many prompts are answered in it: by a run with the same prompts and settings that did not
+/// come to its end. A seed that was not given is that run's.
+fn resume(
+    args: &GenerateArgs,
+    path: &Path,
+    prompts: &[Prompt],
+    params: &mut SamplingParams,
+) -> Result<(AnswerFile, usize)> {
+    let n = args.num_return_sequences;
+    let settings = |seed: u64| {
+        let params = SamplingParams { seed, ..params.clone() };
+        json!({"model": args.model.model, "adapter": args.model.adapter, "n": n, "seed": seed, "params": format!("{params:?}")})
+    };
+    let file = AnswerFile::open(path, settings(params.seed))?;
+    let (begun, rows) = (&file.begun, &file.rows);
+    let shown = file.beside().display().to_string();
+    let seed = begun["seed"].as_u64().filter(|_| args.sampling.seed.is_none()).unwrap_or(params.seed);
+    if *begun != settings(seed) {
+        bail!(
+            "--output: {shown} was begun with other settings ({begun}): run the same command again, or remove the file to \
+             start anew"
+        );
     }
-    Ok(speed)
+    params.seed = seed;
+    let done = rows.len() / n;
+    for (at, (row, prompt)) in rows.chunks(n).zip(prompts).enumerate() {
+        let same =
+            |row: &Map<String, Value>| prompt.row.iter().all(|(key, value)| row.get(key) == Some(value));
+        if !row.iter().all(same) {
+            bail!("--output: {shown} answers other prompts, from row {} on: remove it to start anew", at + 1);
+        }
+    }
+    if done > prompts.len() || !rows.len().is_multiple_of(n) {
+        bail!(
+            "--output: {shown} holds {} answers to {} prompts: remove it to start anew",
+            rows.len(),
+            prompts.len()
+        );
+    }
+    if done > 0 {
+        eprintln!("continues after row {done} of {}", prompts.len());
+    }
+    Ok((file, done))
+}
+
+/// On a terminal.
+fn answer_bar(prompts: usize, done: usize) -> Result<ProgressBar> {
+    if !io::stderr().is_terminal() {
+        return Ok(ProgressBar::hidden());
+    }
+    let style = ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} answered, ETA {eta}")?;
+    let bar = ProgressBar::with_draw_target(Some(prompts as u64), ProgressDrawTarget::stderr());
+    bar.set_position(done as u64);
+    bar.reset_eta();
+    Ok(bar.with_style(style))
 }
 
 fn json_line(row: &Map<String, Value>, generation: Generation) -> String {
@@ -233,25 +309,21 @@ fn json_line(row: &Map<String, Value>, generation: Generation) -> String {
     format!("{}\n", Value::Object(row))
 }
 
-impl Speed {
-    fn add(&mut self, generation: &Generation) {
-        self.prompt_tokens += generation.prompt_tokens;
-        self.new_tokens += generation.token_ids.len();
-        self.prefill_seconds += generation.prefill_seconds;
-        self.decode_seconds += generation.decode_seconds;
-    }
-}
-
-/// `12 prompt tokens in 0.1s, 256 new tokens in 2.1s: 122 tokens/s, seed 17`
-fn summary(speed: &Speed, params: &SamplingParams) -> String {
-    let mut text = format!(
-        "{} prompt tokens in {}, {} new tokens in {}: {} tokens/s",
-        count(speed.prompt_tokens as u64),
-        seconds(speed.prefill_seconds),
-        count(speed.new_tokens as u64),
-        seconds(speed.decode_seconds),
-        rate(speed.new_tokens as f64 / speed.decode_seconds.max(1e-9)),
-    );
+/// `12 prompt tokens in 0.1s, 256 new tokens in 2.1s: 122 tokens/s, seed 17`; the rate is that of the steps that only chose
+/// tokens, where prompts were not read beside all of them.
+fn summary(stats: &EngineStats, elapsed: f64, params: &SamplingParams) -> String {
+    let (prompt, new) = (count(stats.prompt_tokens + stats.found_tokens), count(stats.new_tokens));
+    let mut text = if 2 * stats.decode_tokens > stats.new_tokens {
+        format!(
+            "{prompt} prompt tokens in {}, {new} new tokens in {}: {} tokens/s",
+            seconds(stats.prefill_seconds),
+            seconds(stats.decode_seconds),
+            rate(stats.decode_tokens as f64 / stats.decode_seconds.max(1e-9)),
+        )
+    } else {
+        let speed = rate(stats.new_tokens as f64 / elapsed.max(1e-9));
+        format!("{prompt} prompt tokens and {new} new tokens in {}: {speed} new tokens/s", seconds(elapsed))
+    };
     if params.temperature > 0.0 {
         text += &format!(", seed {}", params.seed);
     }

@@ -1,5 +1,6 @@
 //! The `ferrotune` command: flags, progress bars, exit codes.
 
+mod answers;
 pub mod banner;
 pub mod bench;
 mod bench_plan;
@@ -8,6 +9,7 @@ mod cards;
 pub mod chat;
 pub mod config_file;
 pub mod doctor;
+pub mod engine_args;
 pub mod format;
 pub mod generate;
 pub mod hub_env;
@@ -19,11 +21,13 @@ pub mod quantize;
 pub mod sampling_args;
 pub mod score;
 pub mod selftest;
+pub mod serve;
 mod shapes;
 pub mod signals;
 mod sources;
 pub mod train;
 mod train_plan;
+pub mod train_serve;
 
 use std::process::ExitCode;
 
@@ -50,6 +54,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk to a model in the terminal
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP, as OpenAI's API does
+    Serve(serve::ServeArgs),
     /// Print how likely a model finds each token of a text, as JSON
     Score(score::ScoreArgs),
     /// Measure this machine on a model's shape, beside the least time it could take
@@ -83,6 +89,7 @@ pub fn run() -> ExitCode {
         Command::Train(arguments) => train::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
+        Command::Serve(arguments) => serve::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
         Command::Plan(arguments) => plan::run(arguments),

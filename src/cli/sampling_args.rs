@@ -26,6 +26,12 @@ pub struct SamplingArgs {
     /// Make tokens less likely that occurred already; 1 turns it off, 1.1 is gentle
     #[arg(long, value_name = "X")]
     pub repetition_penalty: Option<f64>,
+    /// Make tokens less likely that the answer contains; 0 turns it off
+    #[arg(long, value_name = "X")]
+    pub presence_penalty: Option<f64>,
+    /// Make tokens less likely for each time that the answer contains them; 0 turns it off
+    #[arg(long, value_name = "X")]
+    pub frequency_penalty: Option<f64>,
     /// End an answer where this text would begin (may be repeated)
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -56,10 +62,13 @@ impl SamplingArgs {
             top_p: self.top_p.unwrap_or(suggested.top_p),
             min_p: self.min_p.unwrap_or(suggested.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(suggested.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(suggested.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(suggested.frequency_penalty),
             max_new_tokens: self.max_new_tokens.unwrap_or(max_new_tokens),
             stop: self.stop.clone(),
             seed: self.seed.unwrap_or_else(rand::random),
             stop_token_ids: suggested.stop_token_ids,
+            logprobs: None,
         };
         params.check()?;
         Ok(params)

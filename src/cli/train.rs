@@ -14,6 +14,7 @@ use super::model_args::{init_device, kind_of, name_of, overflows_f16};
 use super::progress::Progress;
 use super::quant_args::{self, QuantArgs};
 use super::train_plan::{TrainPlan, train_plan};
+use super::train_serve::ServeBetweenSteps;
 use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
@@ -76,6 +77,9 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         Box::new(Progress::new(args.logging_steps)),
         Box::new(RunLog::new(&args.output_dir, &title, args.logging_steps)),
     ];
+    if let Some(address) = args.serve {
+        observer.push(Box::new(ServeBetweenSteps::start(address, &args.model, &model)?));
+    }
     let stop = signals::stop_flag()?;
     let trainer = Trainer {
         model: &mut model,

@@ -1,8 +1,8 @@
-//! Text from a decoder: prefill, decode with a KV cache, choose tokens, stream text.
+//! Text from a decoder: many requests at once, each token chosen by its request's own parameters.
 //!
-//! [`generate`] does all of it for one prompt; [`Generator`] is the same as an iterator over tokens, on a [`Sequence`]
-//! that can go on afterwards with its cache (a chat). [`FastLanguageModel`](crate::models::FastLanguageModel) adds the
-//! tokenizer, the chat template and the defaults of `generation_config.json`.
+//! [`Engine`] is the whole of it; [`generate`] runs one prompt to its end and [`TokenStream`] shows its tokens as they come.
+//! [`FastLanguageModel`](crate::models::FastLanguageModel) adds the tokenizer, the chat template and the defaults of
+//! `generation_config.json`.
 //!
 //! ```
 //! use ferrotune::generate::{FinishReason, SamplingParams, generate};
@@ -15,24 +15,33 @@
 //! )?;
 //! let decoder = Decoder::random(config, tch::Kind::Float, tch::Device::Cpu)?;
 //! let params = SamplingParams { temperature: 0.8, top_p: 0.9, max_new_tokens: 5, ..Default::default() };
-//! let generation = generate(&decoder, None, &[1, 2, 3], &params, |_| ())?;
+//! let generation = generate(&decoder, &[1, 2, 3], &params)?;
 //! assert_eq!(generation.token_ids.len(), 5);
 //! assert_eq!(generation.finish_reason, FinishReason::Length);
 //! // The same seed gives the same tokens, whatever else the process did.
-//! assert_eq!(generate(&decoder, None, &[1, 2, 3], &params, |_| ())?.token_ids, generation.token_ids);
+//! assert_eq!(generate(&decoder, &[1, 2, 3], &params)?.token_ids, generation.token_ids);
 //! # Ok(())
 //! # }
 //! ```
 
-mod generator;
+mod engine;
+mod grammar;
 mod model;
+mod pages;
 mod params;
+mod request;
+mod run;
 mod sampler;
 mod sequence;
+mod step;
 mod text_stream;
 
-pub use generator::{FinishReason, Generation, Generator, Token, generate, generate_several};
+pub use engine::{Engine, EngineOptions, EngineStats, KvBudget};
+pub use grammar::{Grammar, Grammars};
 pub use params::{GenerationConfig, SamplingParams};
-pub use sampler::Sampler;
-pub use sequence::Sequence;
+pub use request::{
+    Event, EventKind, FinishReason, Generation, Logprobs, ModelRef, Request, RequestId, Token,
+};
+pub use run::{TokenStream, generate};
+pub use sampler::{Sampler, logprobs};
 pub use text_stream::TextStream;

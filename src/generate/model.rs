@@ -1,11 +1,14 @@
 //! Generation for a whole checkpoint: text in, text out.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{Generation, GenerationConfig, SamplingParams, Token, generate, generate_several};
+use super::{Engine, Generation, GenerationConfig, Request, SamplingParams, Token};
 use crate::data::{RenderOptions, end_of_turn};
 use crate::models::FastLanguageModel;
+
+/// Sequences that `fast_generate` decodes at once.
+const MOST_AT_ONCE: usize = 256;
 
 impl FastLanguageModel {
     /// The parameters that the checkpoint suggests (`generation_config.json`), stopping at every token that ends an answer:
@@ -62,23 +65,27 @@ impl FastLanguageModel {
         &self,
         prompt_ids: &[i64],
         params: &SamplingParams,
-        on_token: impl FnMut(&Token),
+        mut on_token: impl FnMut(&Token),
     ) -> Result<Generation> {
-        generate(&self.decoder, self.tokenizer().ok(), prompt_ids, params, on_token)
+        let mut samples = self.generate_several(prompt_ids, params, 1, |_, token| on_token(token))?;
+        samples.pop().context("the engine gave no answer")
     }
 
-    /// `n` continuations of one prompt; `on_token` gets the number of the sample with each token.
+    /// `n` continuations of one prompt, which is read once; `on_token` gets the number of the sample with each token.
     pub fn generate_several(
         &self,
         prompt_ids: &[i64],
         params: &SamplingParams,
         n: usize,
-        on_token: impl FnMut(usize, &Token),
+        mut on_token: impl FnMut(usize, &Token),
     ) -> Result<Vec<Generation>> {
-        generate_several(&self.decoder, self.tokenizer().ok(), prompt_ids, params, n, on_token)
+        let mut engine = Engine::for_request(&self.decoder, prompt_ids.len(), params, n)?;
+        let requests = [Request::samples(prompt_ids, params, n)];
+        let mut answers = engine.run(self, requests, |_, sample, token| on_token(sample, token))?;
+        answers.pop().context("the engine gave no answer")
     }
 
-    /// Continues plain texts, one after the other, with the checkpoint's own parameters where none are given.
+    /// Continues plain texts, all as one batch, with the checkpoint's own parameters where none are given.
     pub fn fast_generate<S: AsRef<str>>(
         &self,
         prompts: &[S],
@@ -92,9 +99,12 @@ impl FastLanguageModel {
                 &own
             }
         };
-        prompts
-            .iter()
-            .map(|prompt| self.generate(&self.prompt_ids(prompt.as_ref())?, params, |_| ()))
-            .collect()
+        let ids =
+            prompts.iter().map(|prompt| self.prompt_ids(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
+        let Some(longest) = ids.iter().map(Vec::len).max() else { return Ok(Vec::new()) };
+        let at_once = ids.len().min(MOST_AT_ONCE);
+        let mut engine = Engine::for_request(&self.decoder, longest, params, at_once)?;
+        let answers = engine.run(self, ids.iter().map(|ids| Request::new(ids, params)), |_, _, _| ())?;
+        Ok(answers.into_iter().flatten().collect())
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::models::config::Json;
 
-/// The words, meanings and order of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
+/// The words, meanings and order of transformers' logits processors: the penalties, temperature, top-k, top-p,
 /// min-p. A filter's neutral value turns it off.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
@@ -21,6 +21,10 @@ pub struct SamplingParams {
     /// Divides positive and multiplies negative logits of tokens that the prompt or the answer contains; 1 is off.
     /// arXiv:1909.05858
     pub repetition_penalty: f64,
+    /// Subtracted from the logit of every token that the answer contains; 0 is off.
+    pub presence_penalty: f64,
+    /// Subtracted from a token's logit for each time that the answer contains it; 0 is off.
+    pub frequency_penalty: f64,
     /// Most tokens to generate; the model's context may end it earlier.
     pub max_new_tokens: usize,
     /// Texts that end the answer; they are not part of it.
@@ -29,6 +33,8 @@ pub struct SamplingParams {
     pub stop_token_ids: Vec<i64>,
     /// Seed of this request's own generator.
     pub seed: u64,
+    /// Also the log-probability of each token and of this many of the likeliest, before temperature, penalties and filters.
+    pub logprobs: Option<usize>,
 }
 
 impl Default for SamplingParams {
@@ -40,10 +46,13 @@ impl Default for SamplingParams {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             max_new_tokens: 256,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             seed: 3407,
+            logprobs: None,
         }
     }
 }
@@ -61,6 +70,11 @@ impl SamplingParams {
         within("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "a number from 0 to 1")?;
         let penalty = self.repetition_penalty;
         within("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "a positive number")?;
+        for (name, penalty) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            within(name, penalty, penalty.is_finite(), "a finite number")?;
+        }
         if self.stop.iter().any(String::is_empty) {
             bail!("a stop string is empty");
         }

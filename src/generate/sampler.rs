@@ -1,10 +1,12 @@
 //! From a row of logits to a token.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, bail};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::SamplingParams;
+use super::{Logprobs, SamplingParams};
 
 /// Chooses tokens for one sequence. Its generator is its own: equal parameters, stream and logits give equal tokens.
 #[derive(Debug, Clone)]
@@ -13,6 +15,8 @@ pub struct Sampler {
     rng: ChaCha8Rng,
     /// `[V]`: whether a token has occurred; empty where no repetition penalty asks for it.
     seen: Vec<bool>,
+    /// How often the answer contains a token; empty where no penalty asks for it.
+    counts: HashMap<i64, u32>,
     /// The tokens left by the filters with their weights; kept between tokens for its memory.
     kept: Vec<Candidate>,
 }
@@ -32,11 +36,19 @@ impl Sampler {
         let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
         rng.set_stream(stream);
         let seen = if params.repetition_penalty == 1.0 { Vec::new() } else { vec![false; vocab_size] };
-        let mut sampler = Sampler { params: params.clone(), rng, seen, kept: Vec::new() };
+        let mut sampler =
+            Sampler { params: params.clone(), rng, seen, counts: HashMap::new(), kept: Vec::new() };
         for &id in prompt {
             sampler.mark(id);
         }
         sampler
+    }
+
+    /// A sampler with what this one has seen and another stream of the seed, from its start.
+    pub fn stream(&self, stream: u64) -> Sampler {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.params.seed);
+        rng.set_stream(stream);
+        Sampler { rng, ..self.clone() }
     }
 
     /// The next token, drawn from what the filters leave of `logits` `[V]`, which are changed.
@@ -53,6 +65,9 @@ impl Sampler {
             self.draw()
         };
         self.mark(id as i64);
+        if self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0 {
+            *self.counts.entry(id as i64).or_default() += 1;
+        }
         Ok(id as i64)
     }
 
@@ -83,6 +98,10 @@ impl Sampler {
         let penalty = self.params.repetition_penalty as f32;
         for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
             *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+        }
+        let SamplingParams { presence_penalty, frequency_penalty, .. } = self.params;
+        for (&id, &count) in &self.counts {
+            logits[id as usize] -= (presence_penalty + frequency_penalty * f64::from(count)) as f32;
         }
     }
 
@@ -148,6 +167,23 @@ impl Sampler {
         }
         chosen
     }
+}
+
+/// `log softmax(logits)` of `id` and of the `top` likeliest tokens, equals in the order of their ids.
+pub fn logprobs(logits: &[f32], id: i64, top: usize) -> Logprobs {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    let logprob = |id: usize| (f64::from(logits[id] - highest) - sum.ln()) as f32;
+    let order = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    let mut ids: Vec<usize> = (0..logits.len()).collect();
+    let top = top.min(ids.len());
+    if top > 0 && top < ids.len() {
+        ids.select_nth_unstable_by(top - 1, order);
+    }
+    ids.truncate(top);
+    ids.sort_unstable_by(order);
+    let top = ids.into_iter().map(|id| (id as i64, logprob(id))).collect();
+    Logprobs { logprob: logprob(id as usize), top }
 }
 
 /// Index of the largest logit, the first of equals.

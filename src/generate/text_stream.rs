@@ -9,10 +9,10 @@ const REPLACEMENT: char = '\u{fffd}';
 /// Tokens of the prompt that are decoded with the first new ones: a tokenizer strips the space of what it decodes first.
 const CONTEXT: usize = 6;
 
-/// Decodes a growing sequence. What it has given out is never taken back: half a character and what could be the start
+/// Decodes a growing sequence; each call takes the same tokenizer. What it has given out is never taken back: half a character and what could be the start
 /// of a stop string are held until more tokens come.
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
+#[derive(Debug, Clone)]
+pub struct TextStream {
     /// The last tokens; the text of the first `shown_ids` of them is `shown`.
     ids: Vec<u32>,
     shown_ids: usize,
@@ -23,31 +23,31 @@ pub struct TextStream<'a> {
     stopped: bool,
 }
 
-impl<'a> TextStream<'a> {
+impl TextStream {
     /// A stream of what follows `prompt`, up to the first of the `stop` strings.
-    pub fn new(tokenizer: &'a Tokenizer, prompt: &[i64], stop: &[String]) -> Result<TextStream<'a>> {
+    pub fn new(tokenizer: &Tokenizer, prompt: &[i64], stop: &[String]) -> Result<TextStream> {
         let ids: Vec<u32> =
             prompt[prompt.len().saturating_sub(CONTEXT)..].iter().map(|&id| id as u32).collect();
         let shown = tokenizer.decode(&ids, true)?;
         let (shown_ids, held, stop) = (ids.len(), String::new(), stop.to_vec());
-        Ok(TextStream { tokenizer, ids, shown_ids, shown, held, stop, stopped: false })
+        Ok(TextStream { ids, shown_ids, shown, held, stop, stopped: false })
     }
 
     /// Adds a token and gives the text that is certain by now, often none. Special tokens have no text.
-    pub fn push(&mut self, id: i64) -> Result<String> {
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: i64) -> Result<String> {
         self.ids.push(id as u32);
-        let text = self.tokenizer.decode(&self.ids, true)?;
+        let text = tokenizer.decode(&self.ids, true)?;
         if text.ends_with(REPLACEMENT) {
             return Ok(String::new());
         }
-        self.advance(&text)?;
+        self.advance(tokenizer, &text)?;
         Ok(self.release())
     }
 
     /// The rest: nothing more comes.
-    pub fn finish(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.ids, true)?;
-        self.advance(&text)?;
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
+        let text = tokenizer.decode(&self.ids, true)?;
+        self.advance(tokenizer, &text)?;
         let certain = self.release();
         Ok(certain + &std::mem::take(&mut self.held))
     }
@@ -58,7 +58,7 @@ impl<'a> TextStream<'a> {
     }
 
     /// Moves what `text`, the decoded `ids`, adds to `shown` over to `held`.
-    fn advance(&mut self, text: &str) -> Result<()> {
+    fn advance(&mut self, tokenizer: &Tokenizer, text: &str) -> Result<()> {
         let new = match text.strip_prefix(&self.shown) {
             Some(new) => new,
             // Some byte-fallback decoders change earlier characters when invalid bytes follow; those were given out.
@@ -75,7 +75,7 @@ impl<'a> TextStream<'a> {
         }
         self.ids.drain(..self.shown_ids);
         self.shown_ids = self.ids.len();
-        self.shown = self.tokenizer.decode(&self.ids, true)?;
+        self.shown = tokenizer.decode(&self.ids, true)?;
         Ok(())
     }
 

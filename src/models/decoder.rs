@@ -10,15 +10,15 @@ use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::error::Error;
 use crate::io::Weights;
-use crate::nn::{Init, KvCache, LoadOptions, Loader, Rope};
-use crate::ops::{self, AttentionBlock, Head, LayerCache, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows};
+use crate::nn::{Init, LoadOptions, Loader, Rope};
+use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
     /// `[N]`.
     pub input_ids: &'a [i64],
-    /// `[N]`, starting at 0 in each segment (at the cache's length with a cache).
+    /// `[N]`, starting at 0 in each segment.
     pub position_ids: &'a [i64],
     /// Starts of the segments, then N.
     pub cu_seqlens: &'a [i32],
@@ -179,15 +179,9 @@ impl Decoder {
         })
     }
 
-    /// A cache for one sequence of up to `capacity` tokens.
-    pub fn kv_cache(&self, capacity: usize) -> Result<KvCache> {
-        let spec = &self.config.layers[0].attention;
-        KvCache::new(self.layers.len(), spec.num_kv_heads, spec.head_dim, capacity, self.kind, self.device)
-    }
-
-    /// Hidden states after the final norm: `[N, C]`. With a cache the input is one segment that continues it.
-    pub fn hidden(&self, input: Input, cache: Option<&mut KvCache>, pass: Pass) -> Result<Tensor> {
-        self.hidden_watched(&self.upload_input(input)?, cache, pass, &mut |_, _, _| Ok(()))
+    /// Hidden states after the final norm: `[N, C]`.
+    pub fn hidden(&self, input: Input, pass: Pass) -> Result<Tensor> {
+        self.hidden_watched(&self.upload_input(input)?, pass, &mut |_, _, _| Ok(()))
     }
 
     /// As [`Decoder::hidden`], showing `watch` each layer's input and output; for the embedding (no layer) its output
@@ -195,46 +189,49 @@ impl Decoder {
     pub(super) fn hidden_watched(
         &self,
         input: &DeviceInput,
-        cache: Option<&mut KvCache>,
         pass: Pass,
         watch: &mut Watch,
     ) -> Result<Tensor> {
-        let n = input.input_ids.size()[0] as usize;
-        let mut x = match &input.embedded {
-            Some(rows) => rows.shallow_clone(),
-            None => Tensor::f_embedding(&self.embed_tokens, &input.input_ids, -1, false, false)?
-                .f_to_kind(self.kind)?,
-        };
-        if let Some(scale) = self.config.embedding_scale {
-            // Rounded to the dtype first, as Gemma was trained.
-            let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
-            x = x.f_mul_scalar(scale)?;
-        }
+        let mut x = self.embed(&input.input_ids, input.embedded.as_ref())?;
         watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
-            let layer_cache = cache.as_deref().map(|cache| cache.layer(index, n)).transpose()?;
-            x = self.layer_output(index, &x, input, layer_cache, pass)?;
+            x = self.layer_output(index, &x, &input.angles, Keys::Segments(&input.segments), pass)?;
             watch(Some(layer), &layer_input, &x)?;
-        }
-        if let Some(cache) = cache {
-            cache.advance(n);
         }
         ops::rms_norm(&x, &self.norm)
     }
 
-    /// Both blocks of layer `index` on `x`.
+    /// The embedding's rows `[N, C]` in the decoder's dtype, which are `embedded` already where it is in the host's memory.
+    pub(super) fn embed(&self, input_ids: &Tensor, embedded: Option<&Tensor>) -> Result<Tensor> {
+        let x = match embedded {
+            Some(rows) => rows.shallow_clone(),
+            None => {
+                Tensor::f_embedding(&self.embed_tokens, input_ids, -1, false, false)?.f_to_kind(self.kind)?
+            }
+        };
+        match self.config.embedding_scale {
+            // Rounded to the dtype first, as Gemma was trained.
+            Some(scale) => {
+                let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
+                Ok(x.f_mul_scalar(scale)?)
+            }
+            None => Ok(x),
+        }
+    }
+
+    /// Both blocks of layer `index` on `x`; `angles` are cos and sin of the rows for each of the config's ropes.
     pub(super) fn layer_output(
         &self,
         index: usize,
         x: &Tensor,
-        input: &DeviceInput,
-        cache: Option<LayerCache>,
+        angles: &[(Tensor, Tensor)],
+        keys: Keys,
         pass: Pass,
     ) -> Result<Tensor> {
         let layer = &self.layers[index];
-        let (cos, sin) = &input.angles[self.config.layers[index].rope];
-        let rows = Rows { cos, sin, segments: &input.segments };
+        let (cos, sin) = &angles[self.config.layers[index].rope];
+        let rows = Rows { cos, sin, keys };
         let attention = AttentionBlock {
             layer: index,
             norm: &layer.input_norm,
@@ -245,7 +242,7 @@ impl Decoder {
             post_norm: layer.post_attention_norm.as_ref(),
             spec: &self.config.layers[index].attention,
         };
-        let x = ops::attention_block(x, &attention, &rows, cache, pass)?;
+        let x = ops::attention_block(x, &attention, &rows, pass)?;
         let mlp = MlpBlock {
             layer: index,
             norm: &layer.mlp_norm,
@@ -298,7 +295,7 @@ impl Decoder {
 
     /// As [`Decoder::loss_sum`] of a batch that is on the device: it uploads nothing.
     pub fn batch_loss_sum(&self, batch: &DeviceBatch, pass: Pass) -> Result<Tensor> {
-        let hidden = self.hidden_watched(&batch.input, None, pass, &mut |_, _, _| Ok(()))?;
+        let hidden = self.hidden_watched(&batch.input, pass, &mut |_, _, _| Ok(()))?;
         ops::linear_cross_entropy(&hidden, self.head(), &batch.targets, self.config.final_logit_softcapping)
     }
 
@@ -313,32 +310,9 @@ impl Decoder {
         let positions: Vec<i64> = (0..n as i64).collect();
         let input =
             Input { input_ids: &input_ids[..n], position_ids: &positions, cu_seqlens: &[0, n as i32] };
-        let hidden = self.hidden(input, None, Pass::INFERENCE)?;
+        let hidden = self.hidden(input, Pass::INFERENCE)?;
         let labels = Tensor::f_from_slice(&input_ids[1..])?.f_to_device(self.device)?;
         ops::linear_log_probs(&hidden, self.head(), &labels, self.config.final_logit_softcapping)
-    }
-
-    /// Feeds `input_ids` after what `cache` holds and returns the logits of the last one, `[V]` in f32. `sequence` is all
-    /// of the sequence, cached part included: where longer sequences rotate keys otherwise (dynamic and longrope
-    /// scaling), the cache is filled again from it.
-    pub fn extend(&self, sequence: &[i64], cache: &mut KvCache) -> Result<Tensor> {
-        let _no_grad = tch::no_grad_guard();
-        let (past, total) = (cache.len(), sequence.len());
-        if past >= total {
-            bail!("the cache holds {past} of {total} tokens: nothing to feed");
-        }
-        let rotated_for = cache.rotated_for() as i64;
-        let same_angles =
-            self.config.ropes.iter().all(|rope| rope.regime(rotated_for) == rope.regime(total as i64));
-        if !same_angles {
-            cache.truncate(0);
-        }
-        let past = cache.len();
-        let positions: Vec<i64> = (past as i64..total as i64).collect();
-        let n = (total - past) as i32;
-        let input = Input { input_ids: &sequence[past..], position_ids: &positions, cu_seqlens: &[0, n] };
-        let hidden = self.hidden(input, Some(cache), Pass::INFERENCE)?;
-        self.logits(&hidden.f_narrow(0, i64::from(n) - 1, 1)?)?.f_squeeze_dim(0).map_err(Into::into)
     }
 }
 

@@ -5,11 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
+use super::adapter::fill_adapter;
 use super::{Config, Decoder, LoraModule};
 use crate::data::{ChatTemplate, Tokenizer};
-use crate::io::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor, text_module};
+use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig, text_module};
 use crate::io::lora_spec::LoraSpec;
 use crate::io::{Weights, write_safetensors};
 use crate::nn::LoadOptions;
@@ -104,7 +105,19 @@ impl FastLanguageModel {
             bail!("the model already has an adapter");
         }
         config.check()?;
-        let spec = LoraSpec::new(&config)?;
+        let chosen = self.lora_modules(&config)?;
+        tch::manual_seed(seed as i64);
+        self.decoder.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights)?;
+        for module in config.modules_to_save.iter().flatten() {
+            self.decoder.train_module(module)?;
+        }
+        self.adapter = Some(config.spelled_out(chosen.keys().map(String::as_str)));
+        Ok(())
+    }
+
+    /// The LoRA that `config` asks for, by the names of the modules.
+    pub(super) fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
+        let spec = LoraSpec::new(config)?;
         let mut chosen = HashMap::new();
         for (module, ..) in self.decoder.linear_modules() {
             let name = self.decoder.peft_module(&module);
@@ -128,13 +141,7 @@ impl FastLanguageModel {
                 known.into_iter().collect::<Vec<_>>().join(", ")
             );
         }
-        tch::manual_seed(seed as i64);
-        self.decoder.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights)?;
-        for module in config.modules_to_save.iter().flatten() {
-            self.decoder.train_module(module)?;
-        }
-        self.adapter = Some(config.spelled_out(chosen.keys().map(String::as_str)));
-        Ok(())
+        Ok(chosen)
     }
 
     /// Makes every weight trainable, in f32.
@@ -177,30 +184,7 @@ impl FastLanguageModel {
             let _no_grad = tch::no_grad_guard();
             return self.decoder.each_weight(|name, tensor| weights.copy_into(name, tensor));
         }
-        let path = folder.join(ADAPTER_WEIGHTS);
-        if !path.is_file() {
-            bail!("{}: there is no {ADAPTER_WEIGHTS} in this adapter folder", folder.display());
-        }
-        let weights = Weights::open_files(std::slice::from_ref(&path))?;
-        // Vision-language checkpoints name the same module in several ways: compare by the text model's names.
-        let mut ours: HashMap<(String, AdapterTensor), Tensor> = HashMap::new();
-        for (name, tensor) in self.decoder.adapter_state() {
-            if let Some(key) = AdapterTensor::parse(&name) {
-                ours.insert(key, tensor);
-            }
-        }
-        let _no_grad = tch::no_grad_guard();
-        for name in weights.names() {
-            let tensor = AdapterTensor::parse(name).and_then(|key| ours.remove(&key));
-            let Some(tensor) = tensor else {
-                bail!("{}: tensor {name} belongs to no module that {ADAPTER_CONFIG} targets", path.display());
-            };
-            weights.copy_into(name, &tensor)?;
-        }
-        match ours.keys().min() {
-            Some((module, tensor)) => bail!("{}: no tensor named {}", path.display(), tensor.key(module)),
-            None => Ok(()),
-        }
+        fill_adapter(folder, self.decoder.adapter_state())
     }
 
     /// Writes the whole model as a Hugging Face folder: weights in `kind`, also those that are in 4 bits here, config.json,

@@ -1,6 +1,8 @@
 //! Decoders of Hugging Face checkpoints: one [`Decoder`], many descriptions.
 
+mod adapter;
 pub mod config;
+mod decode;
 mod decoder;
 mod device_batch;
 mod fast_language_model;
@@ -15,7 +17,9 @@ mod sensitivity;
 
 use anyhow::Result;
 
+pub use adapter::Adapter;
 pub use config::{Config, LayerConfig};
+pub use decode::NewRows;
 pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;

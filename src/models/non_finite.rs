@@ -16,11 +16,8 @@ impl Decoder {
     pub fn first_non_finite(&self, input: Input, labels: &[i64]) -> Result<Option<String>> {
         let _no_grad = tch::no_grad_guard();
         let mut found = None;
-        let hidden = self.hidden_watched(
-            &self.upload_input(input)?,
-            None,
-            Pass::INFERENCE,
-            &mut |layer, before, after| {
+        let hidden =
+            self.hidden_watched(&self.upload_input(input)?, Pass::INFERENCE, &mut |layer, before, after| {
                 if found.is_none() && !is_finite(after)? {
                     found = Some(match layer {
                         Some(layer) => layer.blame(before)?,
@@ -28,8 +25,7 @@ impl Decoder {
                     });
                 }
                 Ok(())
-            },
-        )?;
+            })?;
         if found.is_some() {
             return Ok(found);
         }

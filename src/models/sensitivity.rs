@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use super::decoder::{Decoder, Input};
 use crate::data::Batch;
 use crate::error::Error;
-use crate::ops::{self, Linear, Nf4, Pass, Weight};
+use crate::ops::{self, Keys, Linear, Nf4, Pass, Weight};
 
 /// What quantising single modules does to a text.
 pub struct Nf4Sensitivity {
@@ -74,7 +74,7 @@ impl Decoder {
         let mut inputs = Vec::with_capacity(self.layers.len() + 1);
         {
             let _no_grad = tch::no_grad_guard();
-            let _ = self.hidden_watched(&batch.input, None, Pass::INFERENCE, &mut |_, _, after| {
+            let _ = self.hidden_watched(&batch.input, Pass::INFERENCE, &mut |_, _, after| {
                 inputs.push(after.shallow_clone());
                 Ok(())
             })?;
@@ -100,7 +100,13 @@ impl Decoder {
             let wanted: Vec<&Tensor> = [&x].into_iter().chain(weights.iter().copied()).collect();
             // The gradient of sum(y * dx) towards y is dx.
             let found = self
-                .layer_output(index, &x, &batch.input, None, Pass::INFERENCE)
+                .layer_output(
+                    index,
+                    &x,
+                    &batch.input.angles,
+                    Keys::Segments(&batch.input.segments),
+                    Pass::INFERENCE,
+                )
                 .and_then(|y| gradients(&y.f_mul(&dx)?.f_sum(None::<Kind>)?, &wanted));
             trains(false)?;
             let mut found = found?.into_iter();

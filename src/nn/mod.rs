@@ -1,11 +1,11 @@
-//! The pieces a decoder is made of: projections and their LoRA, rotary embedding, KV cache.
+//! The pieces a decoder is made of: projections and their LoRA, rotary embedding, paged keys and values.
 
-mod kv_cache;
+mod kv_pages;
 mod linear;
 mod nf4;
 mod rope;
 
-pub use kv_cache::KvCache;
+pub use kv_pages::{KvPages, PAGE_SIZE};
 pub use linear::{Init, LoadOptions, Loader};
 pub use nf4::quantize_stored;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{Rope, RopeScaling, RopeTables};

@@ -2,6 +2,7 @@
 //!
 //! Computed as transformers does, in f32 and in the same order, so that angles agree to the last bit or two.
 
+use std::collections::HashMap;
 use std::f64::consts::PI;
 
 use anyhow::Result;
@@ -150,5 +151,40 @@ impl Rope {
                 powers(self.theta)?.f_mul(&divisors)?.f_reciprocal()?
             }
         })
+    }
+}
+
+/// The angles of all positions up to some length, computed once: cos and sin `[positions, R/2]` of each rope and regime.
+#[derive(Debug, Default)]
+pub struct RopeTables {
+    tables: HashMap<(usize, i64), (Tensor, Tensor)>,
+}
+
+/// Tables kept at most: a rope that stretches with every token has one for each length.
+const MOST_TABLES: usize = 16;
+
+impl RopeTables {
+    /// As [`Rope::cos_sin`], for `positions` (int64 `[N]`, all below `end`) of sequences of `seq_len` tokens; `index` tells
+    /// the rope apart from others.
+    pub fn cos_sin(
+        &mut self,
+        index: usize,
+        rope: &Rope,
+        positions: &Tensor,
+        end: usize,
+        seq_len: i64,
+    ) -> Result<(Tensor, Tensor)> {
+        let key = (index, rope.regime(seq_len));
+        let long_enough = self.tables.get(&key).is_some_and(|(cos, _)| cos.size()[0] >= end as i64);
+        if !long_enough {
+            if self.tables.len() >= MOST_TABLES {
+                self.tables.clear();
+            }
+            let length = end.next_power_of_two().max(128) as i64;
+            let all = Tensor::f_arange(length, (Kind::Int64, positions.device()))?;
+            self.tables.insert(key, rope.cos_sin(&all, seq_len)?);
+        }
+        let (cos, sin) = &self.tables[&key];
+        Ok((cos.f_index_select(0, positions)?, sin.f_index_select(0, positions)?))
     }
 }

@@ -1,7 +1,10 @@
 //! How a forward pass runs: with or without LoRA, what it keeps for the backward, which elements it drops.
 
+use std::ops::Range;
+
 use super::lora_casts::LinearCast;
-use super::{LoraCasts, Policy};
+use super::{Linear, Lora, LoraCasts, Policy};
+use crate::ffi::{self, bridge};
 
 /// Names one draw of dropout masks; with the module's number it is the key of the counter-based generator.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,6 +29,18 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// The LoRA of an adapter that stands beside the model: of each layer qkv, o, gate_up and down, of each of their parts.
+#[derive(Debug, Default)]
+pub struct LoraSet(pub Vec<Vec<Option<Lora>>>);
+
+/// Neighbouring rows of a batch with one adapter.
+#[derive(Debug, Clone)]
+pub struct LoraRun<'a> {
+    pub rows: Range<usize>,
+    /// None for the model's own.
+    pub adapter: Option<&'a LoraSet>,
+}
+
 /// How a block runs in this pass.
 #[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
@@ -37,12 +52,14 @@ pub struct Pass<'a> {
     pub without_lora: bool,
     /// LoRA in the dtype of the products, of this decoder; else each product makes its own.
     pub casts: Option<&'a LoraCasts>,
+    /// In inference, the adapters of the rows, which all have one; empty where every row has the model's own.
+    pub lora: &'a [LoraRun<'a>],
 }
 
 impl Pass<'_> {
     /// Inference: LoRA on, no dropout.
     pub const INFERENCE: Pass<'static> =
-        Pass { policies: &[Policy::KEEP], dropout: None, without_lora: false, casts: None };
+        Pass { policies: &[Policy::KEEP], dropout: None, without_lora: false, casts: None, lora: &[] };
 }
 
 impl<'a> Pass<'a> {
@@ -52,6 +69,35 @@ impl<'a> Pass<'a> {
 
     /// Of the linear `index` (qkv, o, gate_up, down) of a layer.
     pub(super) fn cast(&self, layer: usize, index: usize) -> Option<&'a LinearCast> {
-        self.casts.filter(|_| !self.without_lora).map(|casts| casts.linear(layer, index))
+        let casts = self.casts.filter(|_| !self.without_lora && self.lora.is_empty());
+        casts.map(|casts| casts.linear(layer, index))
+    }
+
+    /// What the runs put on the linear `index` of a layer.
+    pub(super) fn lora_rows(
+        &self,
+        linear: &'a Linear,
+        layer: usize,
+        index: usize,
+    ) -> Vec<bridge::LoraRowsView<'a>> {
+        let mut views = Vec::new();
+        for run in self.lora.iter().filter(|_| !self.without_lora) {
+            for (part, own) in linear.parts.iter().enumerate() {
+                let lora = match run.adapter {
+                    Some(set) => set.0[4 * layer + index][part].as_ref(),
+                    None => own.lora.as_ref(),
+                };
+                let Some(lora) = lora else { continue };
+                views.push(bridge::LoraRowsView {
+                    first: run.rows.start as i64,
+                    rows: run.rows.len() as i64,
+                    part: part as i64,
+                    lora_a: ffi::borrow(&lora.a),
+                    lora_b: ffi::borrow(&lora.b),
+                    scale: lora.scale,
+                });
+            }
+        }
+        views
     }
 }

@@ -1,6 +1,7 @@
 //! Everything a run can be told, in one flat struct: the flags of `ferrotune train`, the keys of `run.yaml` and
 //! the fields below are the same words (TRL's, PEFT's and Unsloth's), with one list of defaults.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -248,6 +249,9 @@ pub struct TrainingArguments {
     /// Repeat a run bit for bit on a GPU, resumed or not, with slower attention; on the CPU every run does
     #[arg(long, help_heading = MACHINE)]
     pub deterministic: bool,
+    /// Answer requests on this address, as ferrotune serve does, from the weights being trained; for at most half of the time
+    #[arg(long, value_name = "ADDR", help_heading = MACHINE)]
+    pub serve: Option<SocketAddr>,
     /// CPU threads [default: all cores]; a run is reproducible to the bit only with the same number
     #[arg(long, value_name = "N", help_heading = MACHINE)]
     pub threads: Option<usize>,
@@ -467,7 +471,8 @@ impl TrainingArguments {
     /// The keys whose values differ, as `key: ours -> theirs`; what names a place or a moment rather than the run
     /// (`output_dir`, `resume_from_checkpoint`, ..) is left out.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        let places = ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config"];
+        let places =
+            ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config", "serve"];
         let fields = |arguments: &Self| match serde_json::to_value(arguments) {
             Ok(serde_json::Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),

@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::models::FastLanguageModel;
+
 /// Known before the first step.
 #[derive(Debug, Clone, Default)]
 pub struct RunStart {
@@ -114,6 +116,10 @@ pub trait TrainObserver {
     fn on_step(&mut self, _metrics: &StepMetrics) -> Result<()> {
         Ok(())
     }
+    /// After every optimizer step: the weights stay as they are until it returns. `last` is after the last one.
+    fn between_steps(&mut self, _model: &FastLanguageModel, _last: bool) -> Result<()> {
+        Ok(())
+    }
     fn on_eval(&mut self, _metrics: &EvalMetrics) -> Result<()> {
         Ok(())
     }
@@ -137,6 +143,9 @@ impl TrainObserver for Vec<Box<dyn TrainObserver>> {
     }
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.iter_mut().try_for_each(|observer| observer.on_step(metrics))
+    }
+    fn between_steps(&mut self, model: &FastLanguageModel, last: bool) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.between_steps(model, last))
     }
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.iter_mut().try_for_each(|observer| observer.on_eval(metrics))

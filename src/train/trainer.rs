@@ -166,6 +166,8 @@ impl Trainer<'_> {
             if self.stop.load(Ordering::Relaxed) && !last {
                 reason = StopReason::Interrupted;
             }
+            let ends = last || reason != StopReason::Done;
+            clock.pausing(|| self.observer.between_steps(self.model, ends))?;
             if save || reason != StopReason::Done {
                 let cursor = self.train.cursor();
                 clock.pausing(|| self.save(&checkpoints, &stepper.optimizer, &at, cursor, total_steps))?;

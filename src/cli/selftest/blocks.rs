@@ -199,14 +199,8 @@ fn attention_block(op: &'static str, nf4: bool, policy: Policy) -> Case {
                     spec: &spec,
                 };
                 let segments = Segments::new(&cu_seqlens, t[x].device())?;
-                let rows = ops::Rows { cos: &t[cos], sin: &t[sin], segments: &segments };
-                ops::attention_block(
-                    &t[x],
-                    &block,
-                    &rows,
-                    None,
-                    Pass { policies: &[policy], ..Pass::INFERENCE },
-                )
+                let rows = ops::Rows { cos: &t[cos], sin: &t[sin], keys: ops::Keys::Segments(&segments) };
+                ops::attention_block(&t[x], &block, &rows, Pass { policies: &[policy], ..Pass::INFERENCE })
             }),
             plain: Box::new(move |t| {
                 let projected = plain_qkv.plain(&plain::rms_norm(&t[x], &norm(&t[weight]))?, t)?;

@@ -1,0 +1,58 @@
+// Keys and values in pages, and the batch of sequences that reads and extends them.
+#pragma once
+
+#include "ferrotune/csrc/attention.h"
+
+namespace ferrotune {
+
+// New rows of several sequences, one sequence after another, behind what each has cached. Made once a batch and shared by its
+// layers. Key s of a sequence lies at position s % size of page pages[s / size].
+class PagedBatch {
+ public:
+  struct Sequence {
+    int64_t first, rows, past;  // rows of the batch, and how many keys were there before
+    int64_t table;              // where its pages start
+    int64_t keys() const { return past + rows; }
+  };
+
+  // Sequence i has rows[i] new rows behind past[i] cached keys; its pages, enough for both, follow those of i - 1.
+  PagedBatch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
+             rust::Slice<const std::int32_t> pages, int64_t page_size);
+
+  const std::vector<Sequence>& sequences() const { return sequences_; }
+  int64_t rows() const { return rows_; }
+  int64_t page_size() const { return page_size_; }
+  // Pages that the batch may read: all below this.
+  int64_t pool() const { return pool_; }
+  const int32_t* pages(const Sequence& sequence) const { return pages_.data() + sequence.table; }
+  // Row of the pool, its pages one after another, that key `key` has.
+  int64_t slot(const Sequence& sequence, int64_t key) const {
+    return pages(sequence)[key / page_size_] * page_size_ + key % page_size_;
+  }
+  // On the device, made at the first question: the slots of all new rows, int64 [N], and of all keys of sequence i.
+  Tensor new_slots(at::Device device) const;
+  Tensor key_slots(size_t sequence, at::Device device) const;
+
+ private:
+  std::vector<Sequence> sequences_;
+  std::vector<int32_t> pages_;
+  int64_t rows_ = 0, page_size_, pool_ = 0;
+  mutable Tensor new_slots_;
+  mutable std::vector<Tensor> key_slots_;
+};
+
+std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
+                                        rust::Slice<const std::int32_t> pages, std::int64_t page_size);
+
+// The pool of one layer: [pages, page_size, K, D] each; undefined where there is none.
+struct PagesView {
+  Tensor k, v;
+  std::shared_ptr<PagedBatch> batch;
+};
+
+// Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
+// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows; elsewhere each sequence is worked out by
+// itself. Not differentiable.
+Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec);
+
+}  // namespace ferrotune

@@ -1,0 +1,40 @@
+//! The flags of an engine: how much it may hold at once.
+
+use anyhow::Result;
+use clap::Args;
+use tch::Device;
+
+use crate::device;
+use crate::generate::{EngineOptions, KvBudget};
+use crate::models::Decoder;
+use crate::train::Size;
+
+/// Of the memory that is free once the model is loaded: on a GPU nobody else asks for it.
+const SHARE_OF_HOST: f64 = 0.25;
+const SHARE_OF_DEVICE: f64 = 0.85;
+
+/// How many answers are written at once, and in how much memory.
+#[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Answers that are written at once; others wait
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_seqs: u32,
+    /// Memory for keys and values, such as 4GiB [default: a quarter of the host's free memory, 85 % of a GPU's]
+    #[arg(long, value_name = "SIZE")]
+    pub kv_cache_memory: Option<Size>,
+}
+
+impl EngineArgs {
+    /// For a model that is loaded.
+    pub fn options(&self, decoder: &Decoder) -> Result<EngineOptions> {
+        let bytes = match self.kv_cache_memory {
+            Some(size) => size.0,
+            None => {
+                let share = if decoder.device == Device::Cpu { SHARE_OF_HOST } else { SHARE_OF_DEVICE };
+                (device::memory(decoder.device)?.free as f64 * share) as u64
+            }
+        };
+        Ok(EngineOptions { kv_budget: KvBudget::Bytes(bytes), max_num_seqs: self.max_num_seqs as usize })
+    }
+}

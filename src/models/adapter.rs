@@ -1,0 +1,132 @@
+//! LoRA adapters that stand beside the model: several in memory, chosen row by row.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use tch::{Kind, Tensor};
+
+use super::{Decoder, FastLanguageModel, LoraModule};
+use crate::error::Error;
+use crate::io::Weights;
+use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor};
+use crate::ops::{Lora, LoraSet};
+
+/// An adapter's tensors, in the shape of the decoder it was loaded for.
+#[derive(Debug)]
+pub struct Adapter {
+    pub config: AdapterConfig,
+    lora: LoraSet,
+    state: Vec<(String, Tensor)>,
+}
+
+impl Adapter {
+    pub fn lora(&self) -> &LoraSet {
+        &self.lora
+    }
+
+    /// The matrices by peft's names, f32; they share the adapter's memory.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.state
+    }
+
+    /// Copies `value` over the matrix `name`.
+    ///
+    /// # Errors
+    /// A name that the adapter does not have; another shape.
+    pub fn set(&self, name: &str, value: &Tensor) -> Result<()> {
+        let Some((_, tensor)) = self.state.iter().find(|(own, _)| own == name) else {
+            bail!("the adapter has no tensor named {name}");
+        };
+        if tensor.size() != value.size() {
+            bail!("tensor {name} has shape {:?}, expected {:?}", value.size(), tensor.size());
+        }
+        let _no_grad = tch::no_grad_guard();
+        Ok(tensor.shallow_clone().f_copy_(value)?)
+    }
+}
+
+impl FastLanguageModel {
+    /// Reads an adapter folder written by peft or by [`FastLanguageModel::save_trained`]; the model stays as it is.
+    ///
+    /// # Errors
+    /// An adapter of another model; one with `modules_to_save`, which is more than LoRA.
+    pub fn read_adapter(&self, folder: &Path) -> Result<Adapter> {
+        let read = || -> Result<Adapter> {
+            let config = AdapterConfig::load(folder)?;
+            if let Some(module) = config.modules_to_save.iter().flatten().next() {
+                let what = format!("modules_to_save {module:?} in an adapter beside others");
+                return Err(Error::Unsupported { what, supported: "LoRA matrices".into() }.into());
+            }
+            let chosen = self.lora_modules(&config)?;
+            let lora = self.decoder.lora_set(&chosen)?;
+            let state = self.decoder.lora_set_state(&lora);
+            fill_adapter(folder, state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())))?;
+            Ok(Adapter { config, lora, state })
+        };
+        read().with_context(|| format!("adapter {}", folder.display()))
+    }
+}
+
+impl Decoder {
+    /// Room for LoRA on the modules `chosen`, zeros.
+    fn lora_set(&self, chosen: &HashMap<String, LoraModule>) -> Result<LoraSet> {
+        let zeros = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, self.device));
+        let linears = self.linears().map(|linear| {
+            let lora = |part: &crate::ops::Part| -> Result<Option<Lora>> {
+                let Some(&LoraModule { r, scale, .. }) = chosen.get(&part.name) else { return Ok(None) };
+                let (a, b) = (zeros([r, linear.in_features()])?, zeros([part.rows, r])?);
+                Ok(Some(Lora { a, b, scale, dropout: 0.0 }))
+            };
+            linear.parts.iter().map(lora).collect::<Result<Vec<_>>>()
+        });
+        Ok(LoraSet(linears.collect::<Result<_>>()?))
+    }
+
+    /// Its matrices under peft's names.
+    fn lora_set_state(&self, set: &LoraSet) -> Vec<(String, Tensor)> {
+        let mut state = Vec::new();
+        for (linear, loras) in self.linears().zip(&set.0) {
+            for (part, lora) in linear.parts.iter().zip(loras) {
+                let Some(lora) = lora else { continue };
+                let module = self.peft_module(&part.name);
+                for (letter, tensor) in [("A", &lora.a), ("B", &lora.b)] {
+                    let name = format!("base_model.model.{module}.lora_{letter}.weight");
+                    state.push((name, tensor.shallow_clone()));
+                }
+            }
+        }
+        state
+    }
+}
+
+/// Reads the weights of an adapter folder into `state`, tensors under peft's names.
+///
+/// # Errors
+/// A tensor that the file lacks, or one that belongs to no module.
+pub(super) fn fill_adapter(folder: &Path, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+    let path = folder.join(ADAPTER_WEIGHTS);
+    if !path.is_file() {
+        bail!("{}: there is no {ADAPTER_WEIGHTS} in this adapter folder", folder.display());
+    }
+    let weights = Weights::open_files(std::slice::from_ref(&path))?;
+    // Vision-language checkpoints name the same module in several ways: compare by the text model's names.
+    let mut ours: HashMap<(String, AdapterTensor), Tensor> = HashMap::new();
+    for (name, tensor) in state {
+        if let Some(key) = AdapterTensor::parse(&name) {
+            ours.insert(key, tensor);
+        }
+    }
+    let _no_grad = tch::no_grad_guard();
+    for name in weights.names() {
+        let tensor = AdapterTensor::parse(name).and_then(|key| ours.remove(&key));
+        let Some(tensor) = tensor else {
+            bail!("{}: tensor {name} belongs to no module that adapter_config.json targets", path.display());
+        };
+        weights.copy_into(name, &tensor)?;
+    }
+    match ours.keys().min() {
+        Some((module, tensor)) => bail!("{}: no tensor named {}", path.display(), tensor.key(module)),
+        None => Ok(()),
+    }
+}

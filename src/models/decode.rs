@@ -1,0 +1,114 @@
+//! The decoder behind what it has read: new rows of several sequences over paged keys and values.
+
+use anyhow::{Result, bail};
+use tch::Tensor;
+
+use super::Decoder;
+use crate::device;
+use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
+use crate::ops::{self, Keys, LoraRun, PagedBatch, Pass};
+
+/// New tokens of one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct NewRows<'a> {
+    /// The tokens, at positions `past..`.
+    pub input_ids: &'a [i64],
+    /// Tokens before them, whose keys and values are in the pages.
+    pub past: usize,
+    /// Tokens of the sequence in the end: where a rope depends on the length, it is this one. Cached keys must have been
+    /// turned in the same [`regime`](Decoder::rope_regime).
+    pub length: usize,
+    /// The sequence's pages in its order, as many as `past` and the new tokens need.
+    pub pages: &'a [i32],
+}
+
+impl Decoder {
+    /// A pool of `pages` pages for this decoder.
+    pub fn kv_pages(&self, pages: usize) -> Result<KvPages> {
+        let spec = &self.config.layers[0].attention;
+        KvPages::new(self.layers.len(), spec.num_kv_heads, spec.head_dim, pages, self.kind, self.device)
+    }
+
+    /// Bytes of the keys and values of a token.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        let spec = &self.config.layers[0].attention;
+        2 * self.layers.len() * (spec.num_kv_heads * spec.head_dim) as usize * self.kind.elt_size_in_bytes()
+    }
+
+    /// Equal for two lengths exactly if every rope turns keys alike in both.
+    pub fn rope_regime(&self, length: usize) -> Vec<i64> {
+        self.config.ropes.iter().map(|rope| rope.regime(length as i64)).collect()
+    }
+
+    /// Hidden states `[N, C]` after the final norm, of the new rows of `sequences`, one sequence after another; writes their
+    /// keys and values into the pages. On the CPU in f32, up to 64 rows, those of a sequence are the same to the bit
+    /// whatever else is in the batch and however the sequence was cut into calls.
+    pub fn decode(
+        &self,
+        sequences: &[NewRows],
+        pages: &KvPages,
+        ropes: &mut RopeTables,
+        lora: &[LoraRun],
+    ) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let (mut ids, mut positions) = (Vec::new(), Vec::new());
+        let (mut rows, mut past, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        for sequence in sequences {
+            let NewRows { input_ids, past: before, length, pages } = *sequence;
+            let end = before + input_ids.len();
+            if input_ids.is_empty() || end > length || pages.len() != end.div_ceil(PAGE_SIZE) {
+                bail!(
+                    "decode: {} tokens behind {before} of {length} in {} pages",
+                    input_ids.len(),
+                    pages.len()
+                );
+            }
+            ids.extend_from_slice(input_ids);
+            positions.extend(before as i64..end as i64);
+            rows.push(input_ids.len() as i64);
+            past.push(before as i64);
+            tables.extend_from_slice(pages);
+        }
+        self.check_ids(&ids)?;
+        let batch = PagedBatch::new(&rows, &past, &tables, PAGE_SIZE as i64)?;
+        let angles = self.paged_angles(sequences, &positions, ropes)?;
+        let embedded =
+            self.offloads_embedding.then(|| device::upload_rows(&self.embed_tokens, &ids, self.device));
+        let mut x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
+        let pass = Pass { lora, ..Pass::INFERENCE };
+        for index in 0..self.layers.len() {
+            x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
+        }
+        ops::rms_norm(&x, &self.norm)
+    }
+
+    /// cos and sin of all rows for each rope.
+    fn paged_angles(
+        &self,
+        sequences: &[NewRows],
+        positions: &[i64],
+        tables: &mut RopeTables,
+    ) -> Result<Vec<(Tensor, Tensor)>> {
+        let positions = device::upload(positions, self.device)?;
+        let end =
+            sequences.iter().map(|sequence| sequence.past + sequence.input_ids.len()).max().unwrap_or(0);
+        let angles = self.config.ropes.iter().enumerate().map(|(index, rope)| {
+            let length = |sequence: &NewRows| sequence.length as i64;
+            let first = sequences.first().map_or(0, length);
+            if sequences.iter().all(|sequence| rope.regime(length(sequence)) == rope.regime(first)) {
+                return tables.cos_sin(index, rope, &positions, end, first);
+            }
+            let mut row = 0;
+            let mut apart = Vec::new();
+            for sequence in sequences {
+                let count = sequence.input_ids.len() as i64;
+                let own = positions.f_narrow(0, row, count)?;
+                apart.push(tables.cos_sin(index, rope, &own, end, length(sequence))?);
+                row += count;
+            }
+            let (cos, sin): (Vec<_>, Vec<_>) = apart.into_iter().unzip();
+            Ok((Tensor::f_cat(&cos, 0)?, Tensor::f_cat(&sin, 0)?))
+        });
+        angles.collect()
+    }
+}

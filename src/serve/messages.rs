@@ -1,0 +1,144 @@
+//! Conversations and prompts as the model's tokens.
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::error::ApiError;
+use crate::data::{RenderOptions, Tokenizer};
+use crate::generate::{Grammars, SamplingParams};
+use crate::models::FastLanguageModel;
+
+/// What HTTP knows of the model: all but its weights.
+pub struct ServedModel {
+    /// What requests call it.
+    pub name: String,
+    pub tokenizer: Tokenizer,
+    /// The checkpoint's own parameters, for what a request does not say.
+    pub defaults: SamplingParams,
+    /// Most tokens of a prompt and its answer.
+    pub context: usize,
+    pub(super) vocab_size: i64,
+    bos_token_id: Option<i64>,
+    pub(super) created: i64,
+    pub(super) grammars: Result<Grammars>,
+}
+
+impl ServedModel {
+    /// # Errors
+    /// A model without a tokenizer.
+    pub fn new(name: &str, model: &FastLanguageModel) -> Result<ServedModel> {
+        let tokenizer = model.tokenizer()?.clone();
+        let config = &model.decoder.config;
+        Ok(ServedModel {
+            name: name.to_string(),
+            defaults: model.generation_params()?,
+            context: config.max_position_embeddings.max(0) as usize,
+            vocab_size: config.vocab_size,
+            bos_token_id: tokenizer.bos_token_id().map(i64::from).or(config.bos_token_id),
+            created: chrono::Utc::now().timestamp(),
+            grammars: Grammars::new(&tokenizer),
+            tokenizer,
+        })
+    }
+
+    /// A plain text; an empty one is the token that starts a text.
+    pub(super) fn text_ids(&self, text: &str) -> Result<Vec<i64>, ApiError> {
+        let ids = self
+            .tokenizer
+            .encode(text, true)
+            .map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
+        match (ids.is_empty(), self.bos_token_id) {
+            (true, Some(bos)) => Ok(vec![bos]),
+            _ => Ok(ids.into_iter().map(i64::from).collect()),
+        }
+    }
+
+    /// A conversation in the chat template's form, up to where the assistant speaks.
+    pub(super) fn chat_ids(
+        &self,
+        messages: Vec<Value>,
+        tools: Option<&Value>,
+        variables: Option<&Map<String, Value>>,
+    ) -> Result<Vec<i64>, ApiError> {
+        let Some(template) = self.tokenizer.chat_template() else {
+            return Err(ApiError::bad("the model has no chat template: use /v1/completions"));
+        };
+        let messages = messages.into_iter().map(message).collect::<Result<Vec<_>, _>>()?;
+        let options = RenderOptions { tools, add_generation_prompt: true, variables, ..Default::default() };
+        let bad = |error| ApiError::field("messages", format!("{error:#}"));
+        let text = template.render(&messages, &options).map_err(bad)?;
+        let ids = self.tokenizer.encode(&text, false).map_err(bad)?;
+        Ok(ids.into_iter().map(i64::from).collect())
+    }
+
+    /// Room for an answer behind a prompt.
+    ///
+    /// # Errors
+    /// A prompt that fills the context, or leaves less than was asked for.
+    pub(super) fn check_length(
+        &self,
+        prompt: usize,
+        params: &SamplingParams,
+        limited: bool,
+    ) -> Result<(), ApiError> {
+        let left = self.context.saturating_sub(prompt);
+        if left > 0 && (!limited || params.max_new_tokens <= left) {
+            return Ok(());
+        }
+        let asked = if limited { params.max_new_tokens } else { 1 };
+        let message = format!(
+            "this model's context is {} tokens; the prompt has {prompt} and the answer may have {asked}",
+            self.context
+        );
+        Err(ApiError::bad(message).code("context_length_exceeded"))
+    }
+}
+
+/// A message of the API as templates expect it: texts in one piece, the arguments of calls as objects.
+fn message(message: Value) -> Result<Value, ApiError> {
+    let Value::Object(mut message) = message else {
+        return Err(ApiError::field("messages", format!("{message}, expected an object")));
+    };
+    let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
+    match role {
+        "developer" => drop(message.insert("role".into(), json!("system"))),
+        "system" | "user" | "assistant" | "tool" | "function" => {}
+        other => return Err(ApiError::field("messages", format!("role {other:?} is unknown"))),
+    }
+    if let Some(Value::Array(parts)) = message.get("content") {
+        let mut text = String::new();
+        for part in parts {
+            match (part["type"].as_str(), part["text"].as_str()) {
+                (Some("text"), Some(piece)) => text += piece,
+                (kind, _) => {
+                    let what = format!("a content part of type {kind:?} is not supported, only text");
+                    return Err(ApiError::field("messages", what));
+                }
+            }
+        }
+        message.insert("content".into(), text.into());
+    }
+    match message.get("content") {
+        Some(Value::String(_)) => {}
+        None | Some(Value::Null) if message.contains_key("tool_calls") => {
+            message.insert("content".into(), "".into());
+        }
+        _ => {
+            return Err(ApiError::field(
+                "messages",
+                "content is missing, expected a text or a list of parts",
+            ));
+        }
+    }
+    if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
+        for call in calls {
+            let arguments = &mut call["function"]["arguments"];
+            if let Some(text) = arguments.as_str() {
+                *arguments = serde_json::from_str(text).map_err(|error| {
+                    ApiError::field("messages", format!("arguments of a tool call: {error}"))
+                })?;
+            }
+        }
+    }
+    Ok(Value::Object(message))
+}
