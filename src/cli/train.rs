@@ -249,9 +249,18 @@ fn load_data(
         completion_only_loss: args.completion_only_loss.unwrap_or(true),
         allow_missing_eot: args.allow_missing_eot,
     };
-    let read = |names: &[String]| {
+    let read = |names: &[String]| -> Result<(TokenDataset, DatasetReport)> {
         let files = sources::dataset_files(names, &args.dataset_split)?;
-        prepare(&files, tokenizer, &options)
+        let (data, report) = prepare(&files, tokenizer, &options)?;
+        for (rule, rows, first) in report.findings.iter() {
+            tracing::warn!(
+                "{rule}: {} rows; the first: {}: {} (`ferrotune data lint` shows all)",
+                count(rows),
+                first.place,
+                first.message
+            );
+        }
+        Ok((data, report))
     };
     let (mut train, report) = read(&args.dataset).context("--dataset")?;
     let mut reports = vec![report];

@@ -3,7 +3,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 
 use super::format::{Conversation, Example};
-use super::turns::assistant_spans;
+use super::turns::{assistant_spans, end_of_turn};
 use super::{DatasetOptions, Offsets, RenderOptions, SpecialToken, Tokenizer};
 
 /// A tokenised example and its targets.
@@ -19,7 +19,12 @@ pub(super) struct Encoder<'a> {
     pub end_of_turn: Option<SpecialToken>,
 }
 
-impl Encoder<'_> {
+impl<'a> Encoder<'a> {
+    pub fn new(tokenizer: &'a Tokenizer, options: &'a DatasetOptions) -> Encoder<'a> {
+        let end_of_turn = tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template));
+        Encoder { tokenizer, options, end_of_turn }
+    }
+
     pub fn encode(&self, example: &Example) -> Result<Encoded> {
         match example {
             Example::Text(text) => {

@@ -31,6 +31,11 @@ impl DatasetFormat {
         (DatasetFormat::Text, "text", "text"),
     ];
 
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        DatasetFormat::ALL.iter().find(|(format, ..)| *format == self).map_or("", |(_, name, _)| name)
+    }
+
     /// The format whose columns `row` has, the first of [`ALL`](Self::ALL) if there are several.
     pub fn recognise(row: &Row) -> Option<DatasetFormat> {
         let has = |name: &str| row.get(name).is_some_and(|value| !value.is_null());
@@ -52,9 +57,7 @@ impl DatasetFormat {
 
 impl fmt::Display for DatasetFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name =
-            DatasetFormat::ALL.iter().find(|(format, ..)| format == self).map_or("", |(_, name, _)| name);
-        f.write_str(name)
+        f.write_str(self.name())
     }
 }
 

@@ -5,10 +5,19 @@
 //! [`Batch`] after another, shuffled and packed, from any [`Cursor`] on.
 
 mod batch;
+mod column_types;
 mod encode;
+mod fingerprint;
 mod format;
+mod histogram;
+mod images;
+mod inspect;
+mod json;
+mod lint;
+mod minhash;
 mod order;
 mod parquet;
+mod parquet_write;
 mod prepare;
 mod preview;
 pub mod problems;
@@ -18,13 +27,20 @@ mod template;
 mod tokenizer;
 mod tokens;
 mod turns;
+mod write;
 
 pub use batch::{Batch, BatchOptions, BatchStream, Cursor, IGNORE_INDEX};
 pub use format::{Conversation, DatasetFormat, Example, RowOptions};
+pub use histogram::{Bin, Histogram};
+pub use images::{ImageInfo, ImageSource, images};
+pub use inspect::{Inspection, TokenCounts, inspect};
+pub use lint::{Finding, Lint, LintCounts, LintOptions, LintedRow, Rule};
+pub use minhash::{NearDuplicates, Signature};
 pub use prepare::{DatasetOptions, DatasetReport, prepare};
 pub use preview::{PreviewSpan, preview};
-pub use records::{Place, Record, Records, Row};
+pub use records::{BrokenRow, Place, Record, Records, Row};
 pub use template::{ChatTemplate, RenderOptions, Rendered};
 pub use tokenizer::{Offsets, SpecialToken, Tokenizer};
 pub use tokens::TokenDataset;
 pub use turns::end_of_turn;
+pub use write::{output_format, write_rows};

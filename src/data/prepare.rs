@@ -1,14 +1,15 @@
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use super::encode::{Encoded, Encoder};
+use super::fingerprint::{Fingerprint, fingerprint};
 use super::format::{Example, RowOptions};
-use super::records::{Record, Records};
-use super::turns::end_of_turn;
+use super::lint::{Finding, LintCounts, RowChecks, Rule};
+use super::records::{Place, Record, Records};
 use super::{TokenDataset, Tokenizer};
 
 /// How a dataset becomes samples.
@@ -39,7 +40,7 @@ impl Default for DatasetOptions {
 }
 
 /// What became of a dataset's rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DatasetReport {
     /// Rows read.
     pub rows: u64,
@@ -55,6 +56,8 @@ pub struct DatasetReport {
     pub dropped: BTreeMap<String, u64>,
     /// The chat template's end-of-turn token, where a template was used.
     pub end_of_turn: Option<String>,
+    /// What [`Lint`](super::Lint) would say of the rows by the rules that cost nothing here.
+    pub findings: LintCounts,
 }
 
 impl fmt::Display for DatasetReport {
@@ -87,11 +90,9 @@ pub fn prepare<S: AsRef<str>>(
     tokenizer: &Tokenizer,
     options: &DatasetOptions,
 ) -> Result<(TokenDataset, DatasetReport)> {
-    let encoder = Encoder {
-        tokenizer,
-        options,
-        end_of_turn: tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template)),
-    };
+    let encoder = Encoder::new(tokenizer, options);
+    let checks = RowChecks::new(Some(tokenizer), encoder.end_of_turn.clone(), options)?;
+    let mut seen: HashMap<Fingerprint, Place> = HashMap::new();
     let mut data = TokenDataset::new();
     let mut report = DatasetReport::default();
     let mut records = Records::open(sources)?;
@@ -102,11 +103,30 @@ pub fn prepare<S: AsRef<str>>(
             break;
         }
         report.rows += chunk.len() as u64;
-        let encoded: Vec<(bool, Encoded)> = chunk
-            .into_par_iter()
-            .map(|record| encode_record(&encoder, &record).with_context(|| record.place.to_string()))
+        let encoded: Vec<Prepared> = chunk
+            .par_iter()
+            .map(|record| prepare_record(&encoder, &checks, record).with_context(|| record.place.to_string()))
             .collect::<Result<_>>()?;
-        for (is_conversation, Encoded { mut ids, mut trained }) in encoded {
+        for (record, prepared) in chunk.into_iter().zip(encoded) {
+            let Prepared {
+                is_conversation,
+                encoded: Encoded { mut ids, mut trained },
+                mut broken,
+                fingerprint,
+            } = prepared;
+            match seen.entry(fingerprint) {
+                Entry::Occupied(first) => {
+                    broken.push((Rule::Duplicate, format!("the same as {}", first.get())));
+                }
+                Entry::Vacant(place) => {
+                    place.insert(record.place.clone());
+                }
+            }
+            // The other two are counted below.
+            broken.retain(|(rule, _)| !matches!(rule, Rule::TooLong | Rule::AllMasked));
+            for (rule, message) in broken {
+                report.findings.add(&Finding { rule, place: record.place.clone(), message });
+            }
             conversations += u64::from(is_conversation);
             let targets = |trained: &[bool]| trained.iter().skip(1).any(|trained| *trained);
             let had_targets = targets(&trained);
@@ -152,10 +172,24 @@ pub fn prepare<S: AsRef<str>>(
     Ok((data, report))
 }
 
-fn encode_record(encoder: &Encoder, record: &Record) -> Result<(bool, Encoded)> {
+struct Prepared {
+    is_conversation: bool,
+    encoded: Encoded,
+    broken: Vec<(Rule, String)>,
+    fingerprint: Fingerprint,
+}
+
+fn prepare_record(encoder: &Encoder, checks: &RowChecks, record: &Record) -> Result<Prepared> {
     let example = encoder.options.rows.example(&record.row, encoder.tokenizer.chat_template().is_some())?;
     let encoded = encoder.encode(&example)?;
-    Ok((matches!(example, Example::Conversation(_)), encoded))
+    let mut broken = checks.example(&example);
+    broken.extend(checks.encoded(&example, &encoded));
+    Ok(Prepared {
+        is_conversation: matches!(example, Example::Conversation(_)),
+        fingerprint: fingerprint(&example),
+        encoded,
+        broken,
+    })
 }
 
 fn nothing_to_train(report: &DatasetReport, options: &DatasetOptions) -> String {

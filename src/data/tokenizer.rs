@@ -169,6 +169,12 @@ impl Tokenizer {
             .is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
+    /// The texts of all special tokens.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder().into_values();
+        added.filter(|token| token.special).map(|token| token.content).collect()
+    }
+
     /// `bos_token` of `tokenizer_config.json`.
     pub fn bos_token(&self) -> Option<&SpecialToken> {
         self.bos.as_ref()

@@ -10,21 +10,11 @@ use ferrotune::data::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::test_data;
+use super::{test_data, tokenizer};
 
 fn golden() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/cases.json");
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
-}
-
-/// The golden byte-level tokenizer with one of the golden templates.
-fn tokenizer(template: &str) -> Tokenizer {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/bpe");
-    let mut tokenizer = Tokenizer::from_dir(&folder).unwrap();
-    if let Some(source) = golden()["templates"][template].as_str() {
-        tokenizer.set_chat_template(ChatTemplate::new(source, template).unwrap());
-    }
-    tokenizer
 }
 
 /// The same tokenizer in a folder without chat template.

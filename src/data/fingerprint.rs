@@ -1,0 +1,78 @@
+//! What makes two rows the same.
+
+use std::io::{self, Write};
+
+use sha2::{Digest, Sha256};
+
+use super::Example;
+use super::lint::texts;
+
+/// SHA-256, cut to 16 bytes: among 10^9 rows two differing ones share it with a chance below 10^-20.
+pub(super) type Fingerprint = u128;
+
+struct Hasher(Sha256);
+
+impl Write for Hasher {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn finish(hasher: Sha256) -> Fingerprint {
+    let digest = hasher.finalize();
+    u128::from_le_bytes(digest[..16].try_into().expect("a digest has 32 bytes"))
+}
+
+/// What is trained on: two rows of one fingerprint make the same sample, whatever their other columns.
+pub(super) fn fingerprint(example: &Example) -> Fingerprint {
+    let mut hasher = Hasher(Sha256::new());
+    let value = match example {
+        Example::Text(text) => return finish(Sha256::new().chain_update(b"t").chain_update(text)),
+        Example::PromptCompletion { prompt, completion } => {
+            let lengths = (prompt.len() as u64).to_le_bytes();
+            let hasher = Sha256::new().chain_update(b"p").chain_update(lengths);
+            return finish(hasher.chain_update(prompt).chain_update(completion));
+        }
+        Example::Conversation(conversation) => (&conversation.messages, &conversation.tools),
+    };
+    serde_json::to_writer(&mut hasher, &value)
+        .expect("JSON values always serialise, and the hasher takes all");
+    finish(hasher.0)
+}
+
+/// The question of a row, without regard to case and space: what must not stand in both training and evaluation set.
+pub(super) fn prompt_fingerprint(example: &Example) -> Fingerprint {
+    let mut hasher = Sha256::new();
+    let mut add = |text: &str| {
+        for word in text.split_whitespace() {
+            hasher.update(word.to_lowercase());
+            hasher.update(b" ");
+        }
+    };
+    match example {
+        Example::Text(text) => add(text),
+        Example::PromptCompletion { prompt, .. } => add(prompt),
+        Example::Conversation(conversation) => {
+            let messages = &conversation.messages;
+            let last = messages.iter().rposition(|message| message["role"] == "assistant");
+            messages[..last.unwrap_or(messages.len())].iter().flat_map(texts).for_each(add);
+        }
+    }
+    finish(hasher)
+}
+
+/// All that a row says, for comparing rows word by word.
+pub(super) fn whole_text(example: &Example) -> String {
+    match example {
+        Example::Text(text) => text.clone(),
+        Example::PromptCompletion { prompt, completion } => format!("{prompt} {completion}"),
+        Example::Conversation(conversation) => {
+            let texts: Vec<&str> = conversation.messages.iter().flat_map(texts).collect();
+            texts.join(" ")
+        }
+    }
+}
