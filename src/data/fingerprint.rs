@@ -4,8 +4,8 @@ use std::io::{self, Write};
 
 use sha2::{Digest, Sha256};
 
-use super::Example;
 use super::lint::texts;
+use super::{Example, Row};
 
 /// SHA-256, cut to 16 bytes: among 10^9 rows two differing ones share it with a chance below 10^-20.
 pub(super) type Fingerprint = u128;
@@ -75,4 +75,18 @@ pub(super) fn whole_text(example: &Example) -> String {
             texts.join(" ")
         }
     }
+}
+
+/// A whole row, all columns in their order.
+pub(super) fn row_fingerprint(row: &Row) -> Fingerprint {
+    let mut hasher = Hasher(Sha256::new());
+    serde_json::to_writer(&mut hasher, row).expect("JSON values always serialise, and the hasher takes all");
+    finish(hasher.0)
+}
+
+/// The texts of all columns.
+pub(super) fn row_text(row: &Row) -> String {
+    let texts: Vec<String> =
+        row.values().map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned)).collect();
+    texts.join(" ")
 }

@@ -1,7 +1,5 @@
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
-
-use super::order::shuffle;
+use super::order::chosen;
+use super::select::held_out;
 
 /// Tokenised samples, compact: 4 bytes and 1 bit a token, 8 bytes a sample.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -97,13 +95,8 @@ impl TokenDataset {
     /// Splits off `share` (0 to 1) of the samples for evaluation, at least one, chosen by `seed`: (training, evaluation),
     /// both in the old order.
     pub fn split(&self, share: f64, seed: u64) -> (TokenDataset, TokenDataset) {
-        let mut order: Vec<u32> = (0..self.len() as u32).collect();
-        shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
-        let held_out = ((self.len() as f64 * share).round() as usize).clamp(1, self.len().max(2) - 1);
-        let mut is_held_out = vec![false; self.len()];
-        for sample in order.into_iter().take(held_out) {
-            is_held_out[sample as usize] = true;
-        }
+        let held_out = held_out(self.len() as u64, share) as usize;
+        let is_held_out = chosen(self.len(), held_out, seed);
         let (mut training, mut evaluation) = (TokenDataset::new(), TokenDataset::new());
         for (sample, held_out) in is_held_out.into_iter().enumerate() {
             let trained: Vec<bool> = self.trained(sample).collect();

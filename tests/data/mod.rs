@@ -1,14 +1,18 @@
 //! Tokenizers, chat templates, records, label masks and batches.
 
 mod batches;
+mod cli;
+mod documents;
 mod golden;
 mod images;
 mod inspect;
 mod lint;
 mod prepare;
 mod records;
+mod select;
 mod templates;
 mod tokenizers;
+mod unsloth;
 mod write;
 
 use std::fs;

@@ -1,6 +1,6 @@
 //! The flags that the data commands share: which rows, how they are understood, how they become tokens.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,9 +8,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::cli::format::count;
 use crate::cli::progress::BARS;
 use crate::cli::sources;
-use crate::data::{ChatTemplate, DatasetOptions, Records, RowOptions, Tokenizer};
+use crate::data::{
+    ChatTemplate, DatasetOptions, Records, Row, RowOptions, Tokenizer, output_format, write_rows,
+};
 use crate::models::FastLanguageModel;
 
 /// Where rows come from.
@@ -144,4 +147,13 @@ impl Drop for RowProgress {
     fn drop(&mut self) {
         self.0.finish_and_clear();
     }
+}
+
+/// Writes `rows` to `path` with a bar, and says how many there are.
+pub fn write(path: &Path, doing: &'static str, rows: impl Iterator<Item = Result<Row>>) -> Result<()> {
+    output_format(path).context("--output")?;
+    let progress = RowProgress::new(doing)?;
+    let rows = write_rows(path, rows.inspect(|_| progress.add_one()))?;
+    drop(progress);
+    writeln!(io::stdout(), "{} rows -> {}", count(rows), path.display()).context("writing to stdout")
 }

@@ -1,12 +1,9 @@
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 
-use super::args::{RowProgress, SourceArgs};
-use crate::cli::format::count;
-use crate::data::{output_format, write_rows};
+use super::args::{SourceArgs, write};
 
 /// Writes the rows of a dataset in the format of the output's ending.
 ///
@@ -23,10 +20,5 @@ pub struct ConvertArgs {
 
 /// Runs what the flags ask for.
 pub fn run(args: ConvertArgs) -> Result<()> {
-    output_format(&args.output).context("--output")?;
-    let progress = RowProgress::new("converting")?;
-    let rows = args.source.records()?.inspect(|_| progress.add_one()).map(|record| Ok(record?.row));
-    let rows = write_rows(&args.output, rows)?;
-    drop(progress);
-    writeln!(stdout(), "{} rows -> {}", count(rows), args.output.display()).context("writing to stdout")
+    write(&args.output, "converting", args.source.records()?.map(|record| Ok(record?.row)))
 }
