@@ -11,13 +11,13 @@ use anyhow::{Context, Result, bail};
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
 use super::model_args::{init_device, kind_of, name_of, overflows_f16};
-use super::progress::Progress;
+use super::progress::{Progress, RowProgress};
 use super::quant_args::{self, QuantArgs};
 use super::train_plan::{TrainPlan, train_plan};
 use super::{signals, sources};
 use crate::data::{
-    BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
-    Tokenizer, prepare, preview,
+    BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenCache,
+    TokenDataset, Tokenizer, prepare_with, preview,
 };
 use crate::device;
 use crate::error::Error;
@@ -251,7 +251,13 @@ fn load_data(
     };
     let read = |names: &[String]| -> Result<(TokenDataset, DatasetReport)> {
         let files = sources::dataset_files(names, &args.dataset_split)?;
-        let (data, report) = prepare(&files, tokenizer, &options)?;
+        let progress = RowProgress::new("tokenising")?;
+        let mut on_rows = |rows| progress.set(rows);
+        let (data, report) = match &args.dataset_cache {
+            Some(dir) => TokenCache::new(dir).prepare(&files, tokenizer, &options, &mut on_rows)?,
+            None => prepare_with(&files, tokenizer, &options, &mut on_rows)?,
+        };
+        drop(progress);
         for (rule, rows, first) in report.findings.iter() {
             tracing::warn!(
                 "{rule}: {} rows; the first: {}: {} (`ferrotune data lint` shows all)",

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use rayon::prelude::*;
 use serde_json::Value;
 
 use super::column_types::ColumnTypes;
 use super::encode::{Encoded, Encoder};
 use super::images::{ImageInfo, ImageSource, images};
 use super::lint::texts;
+use super::parallel::{CHUNK, pipeline};
 use super::records::{BrokenRow, Record, Records};
 use super::{DatasetFormat, DatasetOptions, Example, Histogram, TokenDataset, Tokenizer};
 
@@ -61,9 +61,6 @@ struct Seen {
     encoded: Option<Encoded>,
 }
 
-/// Rows that are looked at in parallel at a time.
-const CHUNK: usize = 1024;
-
 /// Reads all of `records`, and keeps the first `examples` samples; `on_rows` hears the number of rows so far.
 ///
 /// # Errors
@@ -73,39 +70,50 @@ pub fn inspect(
     tokenizer: Option<&Tokenizer>,
     options: &DatasetOptions,
     examples: usize,
-    on_rows: &mut dyn FnMut(u64),
+    on_rows: &mut (dyn FnMut(u64) + Send),
 ) -> Result<Inspection> {
     let encoder = tokenizer.map(|tokenizer| Encoder::new(tokenizer, options));
     let mut found =
         Inspection { tokens: encoder.as_ref().map(|_| TokenCounts::default()), ..Default::default() };
     let mut columns = ColumnTypes::default();
-    loop {
-        let mut chunk = Vec::new();
-        let mut read = 0;
-        for record in records.by_ref().take(CHUNK) {
-            read += 1;
-            match record {
-                Ok(record) => chunk.push(record),
-                Err(error) => found.break_row(error.downcast::<BrokenRow>()?.to_string()),
+    pipeline(
+        || read_chunk(&mut records),
+        |record| Some(look_at(record.as_ref().ok()?, encoder.as_ref(), options)),
+        |records, seen| {
+            found.rows += records.len() as u64;
+            for (record, seen) in records.into_iter().zip(seen) {
+                match (record, seen) {
+                    (Ok(record), Some(Ok(seen))) => {
+                        columns.see(&record.row);
+                        found.add(seen, options, examples);
+                    }
+                    (Ok(record), Some(Err(error))) => {
+                        columns.see(&record.row);
+                        found.break_row(format!("{}: {error:#}", record.place));
+                    }
+                    (Ok(_), None) => {}
+                    (Err(broken), _) => found.break_row(broken.to_string()),
+                }
             }
-        }
-        if read == 0 {
-            break;
-        }
-        found.rows += read;
-        let seen: Vec<Result<Seen>> =
-            chunk.par_iter().map(|record| look_at(record, encoder.as_ref(), options)).collect();
-        for (record, seen) in chunk.iter().zip(seen) {
-            columns.see(&record.row);
-            match seen {
-                Ok(seen) => found.add(seen, options, examples),
-                Err(error) => found.break_row(format!("{}: {error:#}", record.place)),
-            }
-        }
-        on_rows(found.rows);
-    }
+            on_rows(found.rows);
+            Ok(())
+        },
+    )?;
     found.columns = columns.describe();
     Ok(found)
+}
+
+/// Some records or broken rows.
+pub(super) fn read_chunk(records: &mut Records) -> Result<Vec<std::result::Result<Record, BrokenRow>>> {
+    records.by_ref().take(CHUNK).map(readable).collect()
+}
+
+/// A file that cannot be opened is an error, a row that cannot be read is a broken row.
+fn readable(record: Result<Record>) -> Result<std::result::Result<Record, BrokenRow>> {
+    match record {
+        Ok(record) => Ok(Ok(record)),
+        Err(error) => Ok(Err(error.downcast::<BrokenRow>()?)),
+    }
 }
 
 impl Inspection {

@@ -7,9 +7,11 @@ mod checks;
 mod rule;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
+use serde_json::{Value, json};
 
 pub(super) use checks::{RowChecks, texts};
 pub use rule::Rule;
@@ -17,6 +19,7 @@ pub use rule::Rule;
 use super::encode::Encoder;
 use super::fingerprint::{Fingerprint, fingerprint, prompt_fingerprint, whole_text};
 use super::images::check_images;
+use super::inspect::read_chunk;
 use super::minhash::{NearDuplicates, Signature};
 use super::records::{BrokenRow, Place, Record, Records};
 use super::{DatasetOptions, Tokenizer};
@@ -54,9 +57,6 @@ pub struct LintedRow {
     pub findings: Vec<Finding>,
 }
 
-/// Rows that are checked in parallel at a time.
-const CHUNK: usize = 1024;
-
 /// Checks records as they are asked for. Per row it remembers about 100 bytes, and with near-duplicates 0.6 KB more.
 pub struct Lint<'a> {
     records: Records,
@@ -64,6 +64,8 @@ pub struct Lint<'a> {
     seen: HashMap<Fingerprint, Place>,
     near: Option<NearDuplicates>,
     near_places: Vec<Place>,
+    /// Rows that were read, not yet checked.
+    ahead: Option<Result<Vec<std::result::Result<Record, BrokenRow>>>>,
     ready: VecDeque<LintedRow>,
 }
 
@@ -77,6 +79,7 @@ struct Checker<'a> {
 }
 
 /// What the parallel part found out about a row.
+#[derive(Default)]
 struct Checked {
     broken: Vec<(Rule, String)>,
     fingerprint: Option<Fingerprint>,
@@ -111,6 +114,7 @@ impl<'a> Lint<'a> {
             seen: HashMap::new(),
             near: options.near_duplicates.map(NearDuplicates::new),
             near_places: Vec::new(),
+            ahead: None,
             ready: VecDeque::new(),
         })
     }
@@ -144,27 +148,39 @@ impl<'a> Lint<'a> {
         }
     }
 
+    /// Checks the rows that were read, while the next ones are.
     fn next_chunk(&mut self) -> Result<()> {
-        let chunk: Vec<Result<Record>> = self.records.by_ref().take(CHUNK).collect();
-        let checker = &self.checker;
-        let checked: Vec<Option<Checked>> =
-            chunk.par_iter().map(|record| record.as_ref().ok().map(|record| checker.check(record))).collect();
+        let chunk = match self.ahead.take() {
+            Some(chunk) => chunk?,
+            None => read_chunk(&mut self.records)?,
+        };
+        let (checker, records) = (&self.checker, &mut self.records);
+        let (ahead, checked) = rayon::join(
+            || if chunk.is_empty() { Ok(Vec::new()) } else { read_chunk(records) },
+            || {
+                let check = |record: &std::result::Result<Record, BrokenRow>| {
+                    record.as_ref().ok().map(|record| checker.check(record))
+                };
+                chunk.par_iter().map(check).collect::<Vec<_>>()
+            },
+        );
+        self.ahead = Some(ahead);
         for (record, checked) in chunk.into_iter().zip(checked) {
-            let (record, place, broken) = match (record, checked) {
-                (Ok(record), Some(mut checked)) => {
+            let mut checked = checked.unwrap_or_default();
+            let (record, place) = match record {
+                Ok(record) => {
                     self.compare(&record.place, &mut checked);
                     let place = record.place.clone();
-                    (Some(record), place, checked.broken)
+                    (Some(record), place)
                 }
-                (Ok(_), None) => unreachable!("every record that was read is checked"),
-                (Err(error), _) => {
-                    // A file that cannot be opened is no finding about a row.
-                    let row = error.downcast::<BrokenRow>()?;
+                Err(row) => {
                     let rule = if row.broken_utf8 { Rule::BrokenUtf8 } else { Rule::Unreadable };
-                    (None, row.place, vec![(rule, row.reason)])
+                    checked.broken.push((rule, row.reason));
+                    (None, row.place)
                 }
             };
-            let findings = broken
+            let findings = checked
+                .broken
                 .into_iter()
                 .filter(|(rule, _)| !self.checker.options.allow.contains(rule))
                 .map(|(rule, message)| Finding { rule, place: place.clone(), message })
@@ -237,6 +253,28 @@ impl LintCounts {
     /// Each broken rule with its number of findings and the first one.
     pub fn iter(&self) -> impl Iterator<Item = (Rule, u64, &Finding)> {
         self.0.iter().map(|(rule, (count, first))| (*rule, *count, first))
+    }
+
+    /// As JSON, for a file.
+    pub(super) fn to_json(&self) -> Value {
+        let finding = |(rule, count, first): (Rule, u64, &Finding)| {
+            let Place { file, unit, number } = &first.place;
+            json!([rule, count, first.message, file.display().to_string(), unit, number])
+        };
+        self.iter().map(finding).collect()
+    }
+
+    /// What [`to_json`](Self::to_json) wrote.
+    pub(super) fn from_json(value: &Value) -> Result<LintCounts> {
+        type Row = (String, u64, String, PathBuf, String, u64);
+        let rows: Vec<Row> = serde_json::from_value(value.clone())?;
+        let counts = rows.into_iter().map(|(rule, count, message, file, unit, number)| {
+            let unit = if unit == "line" { "line" } else { "row" };
+            let rule: Rule = rule.parse()?;
+            let place = Place { file: file.into(), unit, number };
+            Ok((rule, (count, Finding { rule, place, message })))
+        });
+        Ok(LintCounts(counts.collect::<Result<_>>()?))
     }
 
     /// The findings of error rules, and those of warnings.

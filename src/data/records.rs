@@ -69,14 +69,7 @@ impl Records {
     /// # Errors
     /// A source that matches nothing, or a file whose ending is not of a known format.
     pub fn open<S: AsRef<str>>(sources: &[S]) -> Result<Records> {
-        let mut files = Vec::new();
-        for source in sources {
-            files.extend(resolve(source.as_ref())?);
-        }
-        if files.is_empty() {
-            bail!("no dataset given");
-        }
-        Ok(Records { files: files.into_iter(), open: None })
+        Ok(Records { files: resolve_all(sources)?.into_iter(), open: None })
     }
 }
 
@@ -98,6 +91,18 @@ impl Iterator for Records {
             }
         }
     }
+}
+
+/// The data files that all of `sources` name.
+pub(super) fn resolve_all<S: AsRef<str>>(sources: &[S]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for source in sources {
+        files.extend(resolve(source.as_ref())?);
+    }
+    if files.is_empty() {
+        bail!("no dataset given");
+    }
+    Ok(files)
 }
 
 /// The data files that `source` names, in order of their names.

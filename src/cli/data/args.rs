@@ -1,15 +1,13 @@
 //! The flags that the data commands share: which rows, how they are understood, how they become tokens.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::format::count;
-use crate::cli::progress::BARS;
+pub use crate::cli::progress::RowProgress;
 use crate::cli::sources;
 use crate::data::{
     ChatTemplate, DatasetOptions, Records, Row, RowOptions, Tokenizer, output_format, write_rows,
@@ -114,38 +112,6 @@ pub fn chat_template(given: &str) -> Result<ChatTemplate> {
     match Path::new(given) {
         path if path.is_file() => ChatTemplate::from_file(path),
         _ => ChatTemplate::new(given, "--chat-template"),
-    }
-}
-
-/// Rows as they go by, on a terminal.
-pub struct RowProgress(ProgressBar);
-
-impl RowProgress {
-    /// `doing` says what happens to them.
-    pub fn new(doing: &'static str) -> Result<RowProgress> {
-        if !io::stderr().is_terminal() {
-            return Ok(RowProgress(ProgressBar::hidden()));
-        }
-        let style = ProgressStyle::with_template("{spinner} {msg} {human_pos} rows, {per_sec}, {elapsed}")?;
-        let bar = BARS.add(ProgressBar::no_length().with_style(style).with_message(doing));
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Ok(RowProgress(bar))
-    }
-
-    /// `rows` rows are done.
-    pub fn set(&self, rows: u64) {
-        self.0.set_position(rows);
-    }
-
-    /// One more row is done.
-    pub fn add_one(&self) {
-        self.0.inc(1);
-    }
-}
-
-impl Drop for RowProgress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
     }
 }
 
