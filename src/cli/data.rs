@@ -38,6 +38,8 @@ pub enum DataCommand {
     Mix(select::MixArgs),
     /// Take some rows at random
     Sample(select::SampleRowsArgs),
+    /// Shuffle files that may be larger than memory
+    Shuffle(select::ShuffleArgs),
     /// Cut documents (txt, md, html, pdf, docx) into samples
     Chunk(chunk::ChunkArgs),
 }
@@ -56,6 +58,7 @@ pub fn run(command: DataCommand) -> Result<()> {
         DataCommand::Dedup(args) => select::run_dedup(args),
         DataCommand::Mix(args) => select::run_mix(args),
         DataCommand::Sample(args) => select::run_sample(args),
+        DataCommand::Shuffle(args) => select::run_shuffle(args),
         DataCommand::Chunk(args) => chunk::run(args),
     }
 }

@@ -3,7 +3,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 
 use super::format::{Conversation, Example};
-use super::turns::{assistant_spans, end_of_turn};
+use super::turns::{TurnMarkers, assistant_spans, end_of_turn};
 use super::{DatasetOptions, Offsets, RenderOptions, SpecialToken, Tokenizer};
 
 /// A tokenised example and its targets.
@@ -17,12 +17,19 @@ pub(super) struct Encoder<'a> {
     pub tokenizer: &'a Tokenizer,
     pub options: &'a DatasetOptions,
     pub end_of_turn: Option<SpecialToken>,
+    markers: Option<TurnMarkers>,
 }
 
 impl<'a> Encoder<'a> {
     pub fn new(tokenizer: &'a Tokenizer, options: &'a DatasetOptions) -> Encoder<'a> {
         let end_of_turn = tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template));
-        Encoder { tokenizer, options, end_of_turn }
+        let markers = match (tokenizer.chat_template(), &end_of_turn) {
+            (Some(template), Some(token)) if options.assistant_only_loss && !template.marks_generation() => {
+                TurnMarkers::detect(template, &token.content)
+            }
+            _ => None,
+        };
+        Encoder { tokenizer, options, end_of_turn, markers }
     }
 
     pub fn encode(&self, example: &Example) -> Result<Encoded> {
@@ -87,16 +94,23 @@ impl<'a> Encoder<'a> {
         if self.options.assistant_only_loss {
             let spans = match template.marks_generation() {
                 true => rendered.generation,
-                false => {
-                    let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
-                    assistant_spans(template, conversation, text, end_of_turn)?
-                }
+                false => self.assistant_spans(conversation, text)?,
             };
             for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, &spans)) {
                 *trained &= assistant;
             }
         }
         Ok(Encoded { ids, trained })
+    }
+
+    /// Where the assistant speaks in `text`.
+    fn assistant_spans(&self, conversation: &Conversation, text: &str) -> Result<Vec<Range<usize>>> {
+        if let Some(spans) = self.markers.as_ref().and_then(|markers| markers.spans(conversation, text)) {
+            return Ok(spans);
+        }
+        let template = self.tokenizer.chat_template().context("a conversation needs a chat template")?;
+        let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
+        assistant_spans(template, conversation, text, end_of_turn)
     }
 
     /// The first token of the completion: where the tokens leave those of the prompt alone, as TRL does it. Where the
@@ -122,8 +136,7 @@ impl<'a> Encoder<'a> {
         if text.starts_with(&alone) {
             return Ok(start);
         }
-        let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
-        let spans = assistant_spans(template, conversation, text, end_of_turn)?;
+        let spans = self.assistant_spans(conversation, text)?;
         let earlier = prompt.iter().filter(|message| message["role"] == "assistant").count();
         let span = spans.get(earlier).context("the completion has no assistant message")?;
         Ok(start.max(offsets.iter().take_while(|(_, end)| *end <= span.start).count()))

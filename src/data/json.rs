@@ -20,11 +20,6 @@ impl JsonLines {
     pub(super) fn new(bytes: Box<dyn BufRead + Send>, file: Arc<Path>) -> JsonLines {
         JsonLines { bytes, file, line: 0, text: Vec::new() }
     }
-
-    fn broken(&self, reason: String, broken_utf8: bool) -> anyhow::Error {
-        let place = Place { file: self.file.clone(), unit: "line", number: self.line };
-        BrokenRow { place, reason, broken_utf8 }.into()
-    }
 }
 
 impl Iterator for JsonLines {
@@ -48,22 +43,21 @@ impl Iterator for JsonLines {
             if text.is_empty() {
                 continue;
             }
-            // The objects of a line share one map of keys; serde_json checks UTF-8 in strings alone.
-            return Some(match str::from_utf8(text).map(serde_json::from_str::<Row>) {
-                Ok(Ok(row)) => {
-                    let place = Place { file: self.file.clone(), unit: "line", number: self.line };
-                    Ok(Record { row, place })
-                }
-                Ok(Err(error)) => {
-                    Err(self.broken(format!("expected one JSON object a line: {error}"), false))
-                }
-                Err(error) => {
-                    let at = error.valid_up_to() + 1;
-                    Err(self.broken(format!("byte {at} is not valid UTF-8"), true))
-                }
-            });
+            let place = Place { file: self.file.clone(), unit: "line", number: self.line };
+            return Some(parse_line(text, place));
         }
     }
+}
+
+/// The object that a line holds.
+pub(super) fn parse_line(line: &[u8], place: Place) -> Result<Record> {
+    let text = str::from_utf8(without_bom(line));
+    let (reason, broken_utf8) = match text.map(|text| serde_json::from_str::<Row>(text.trim())) {
+        Ok(Ok(row)) => return Ok(Record { row, place }),
+        Ok(Err(error)) => (format!("expected one JSON object a line: {error}"), false),
+        Err(error) => (format!("byte {} is not valid UTF-8", error.valid_up_to() + 1), true),
+    };
+    Err(BrokenRow { place, reason, broken_utf8 }.into())
 }
 
 /// Whether the first byte that is no space is `[`, which is then taken from `bytes`, as all before it.

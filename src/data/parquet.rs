@@ -1,5 +1,6 @@
 //! Parquet rows as JSON values, one row group after another.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -36,6 +37,28 @@ where
             }
         })
     })))
+}
+
+/// The rows of each row group of `file`.
+pub(super) fn group_rows(file: &Path) -> Result<Vec<u64>> {
+    let reader = SerializedFileReader::new(File::open(file)?).context("not a whole Parquet file")?;
+    Ok(reader.metadata().row_groups().iter().map(|group| group.num_rows() as u64).collect())
+}
+
+/// The records of one row group, which `before` rows precede.
+pub(super) fn group(file: &Arc<Path>, group: usize, before: u64) -> Result<Vec<Record>> {
+    let place = |number| Place { file: file.clone(), unit: "row", number };
+    let shown = || file.display().to_string();
+    let reader = SerializedFileReader::new(File::open(file).with_context(shown)?).with_context(shown)?;
+    let group = reader.get_row_group(group).with_context(shown)?;
+    RowIter::from_row_group(None, group.as_ref())
+        .with_context(shown)?
+        .zip(before + 1..)
+        .map(|(row, number)| {
+            let row = row.with_context(|| place(number).to_string())?;
+            Ok(Record { row: object(&row, true), place: place(number) })
+        })
+        .collect()
 }
 
 /// A struct's null fields are left out: columns hold a key for every row that any row has, such as `tool_calls`.

@@ -11,6 +11,7 @@ mod lint;
 mod prepare;
 mod records;
 mod select;
+mod stream;
 mod templates;
 mod tokenizers;
 mod unsloth;

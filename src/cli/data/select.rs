@@ -9,7 +9,9 @@ use clap::{Args, ValueEnum};
 use super::args::{SourceArgs, write};
 use crate::cli::format::count;
 use crate::cli::sources;
-use crate::data::{Dedup, Mix, RowOptions, StoppingStrategy, sample_rows, split_rows};
+use crate::data::{
+    Dedup, Mix, RowOptions, RowStream, StoppingStrategy, StreamOptions, sample_rows, split_rows,
+};
 use crate::error::Error;
 
 /// Sets rows aside for evaluation, chosen by the seed; both files keep the order of the rows.
@@ -167,4 +169,45 @@ pub struct SampleRowsArgs {
 /// Runs what the flags ask for.
 pub fn run_sample(args: SampleRowsArgs) -> Result<()> {
     write(&args.output, "choosing", sample_rows(&args.source.files()?, args.rows, args.seed)?)
+}
+
+/// Shuffles files that may be larger than memory, or one rank's share of them.
+///
+/// Blocks of 1024 lines (or row groups) are drawn from all over the files, and those in memory shuffled with each other.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Example:\n  ferrotune data shuffle --dataset big.jsonl --seed 1 --rank 0 --world-size 4 --output part0.jsonl"
+)]
+pub struct ShuffleArgs {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// Seed of the order
+    #[arg(long, default_value_t = 3407)]
+    pub seed: u64,
+    /// Rows in memory
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    pub buffer_rows: usize,
+    /// Which share to write, from 0 on
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub rank: u64,
+    /// Shares in all: of one size, with other rows each; what does not divide is left out
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub world_size: u64,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// Runs what the flags ask for.
+pub fn run_shuffle(args: ShuffleArgs) -> Result<()> {
+    let options = StreamOptions {
+        seed: Some(args.seed),
+        buffer_rows: args.buffer_rows,
+        rank: args.rank,
+        world_size: args.world_size,
+    };
+    let mut stream = RowStream::open(&args.source.files()?, options).context("--dataset")?;
+    let rows =
+        std::iter::from_fn(|| stream.next_row().map(|record| record.map(|record| record.row)).transpose());
+    write(&args.output, "shuffling", rows)
 }
