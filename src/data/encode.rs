@@ -12,6 +12,13 @@ pub(super) struct Encoded {
     pub trained: Vec<bool>,
 }
 
+/// A rendered conversation.
+pub(super) struct Shown {
+    pub text: String,
+    /// The byte ranges that are trained; all of it if not given.
+    pub assistant: Option<Vec<Range<usize>>>,
+}
+
 /// Turns examples into tokens and label masks.
 pub(super) struct Encoder<'a> {
     pub tokenizer: &'a Tokenizer,
@@ -71,6 +78,12 @@ impl<'a> Encoder<'a> {
     }
 
     fn conversation(&self, conversation: &Conversation) -> Result<Encoded> {
+        let shown = self.show(conversation)?;
+        self.tokenise(conversation, &shown)
+    }
+
+    /// The conversation's text, and the assistant's part of it where only that is trained.
+    pub fn show(&self, conversation: &Conversation) -> Result<Shown> {
         let Some(template) = self.tokenizer.chat_template() else {
             bail!(
                 "the row is a conversation, but {} has no chat template: give one with --chat-template FILE",
@@ -83,20 +96,25 @@ impl<'a> Encoder<'a> {
             ..Default::default()
         };
         let rendered = template.render_spans(&conversation.messages, &options)?;
-        let text = &rendered.text;
+        let assistant = match (self.options.assistant_only_loss, template.marks_generation()) {
+            (false, _) => None,
+            (true, true) => Some(rendered.generation),
+            (true, false) => Some(self.assistant_spans(conversation, &rendered.text)?),
+        };
+        Ok(Shown { text: rendered.text, assistant })
+    }
+
+    /// The tokens of what [`show`](Self::show) gave.
+    pub fn tokenise(&self, conversation: &Conversation, shown: &Shown) -> Result<Encoded> {
         // The template has written the special tokens, BOS too.
-        let (ids, offsets) = self.tokenizer.encode_with_offsets(text, false)?;
+        let (ids, offsets) = self.tokenizer.encode_with_offsets(&shown.text, false)?;
         let start = match conversation.prompt_messages.filter(|_| self.options.completion_only_loss) {
-            Some(messages) => self.completion_start(conversation, messages, text, &ids, &offsets)?,
+            Some(messages) => self.completion_start(conversation, messages, &shown.text, &ids, &offsets)?,
             None => 0,
         };
         let mut trained: Vec<bool> = (0..ids.len()).map(|n| n >= start).collect();
-        if self.options.assistant_only_loss {
-            let spans = match template.marks_generation() {
-                true => rendered.generation,
-                false => self.assistant_spans(conversation, text)?,
-            };
-            for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, &spans)) {
+        if let Some(spans) = &shown.assistant {
+            for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, spans)) {
                 *trained &= assistant;
             }
         }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use checks::Broken;
 pub(super) use checks::{RowChecks, texts};
 pub use rule::Rule;
 
@@ -22,7 +23,7 @@ use super::images::check_images;
 use super::inspect::read_chunk;
 use super::minhash::{NearDuplicates, Signature};
 use super::records::{BrokenRow, Place, Record, Records};
-use super::{DatasetOptions, Tokenizer};
+use super::{DatasetOptions, Example, Tokenizer};
 
 /// What to look for.
 #[derive(Clone, Debug, Default)]
@@ -218,12 +219,29 @@ impl Checker<'_> {
             checked.signature = Signature::new(&whole_text(&example));
         }
         if let Some(encoder) = &self.encoder {
-            match encoder.encode(&example) {
-                Ok(encoded) => checked.broken.extend(self.checks.encoded(&example, &encoded)),
-                Err(error) => checked.broken.push((Rule::TemplateError, format!("{error:#}"))),
-            }
+            let broken = self.check_tokens(encoder, &example);
+            checked
+                .broken
+                .extend(broken.unwrap_or_else(|error| vec![(Rule::TemplateError, format!("{error:#}"))]));
         }
         checked
+    }
+
+    /// The rules about tokens; a short conversation need not be tokenised for them.
+    fn check_tokens(&self, encoder: &Encoder, example: &Example) -> Result<Vec<Broken>> {
+        let encoded = match example {
+            Example::Conversation(conversation) => {
+                let shown = encoder.show(conversation)?;
+                let whole =
+                    conversation.prompt_messages.is_none() || !self.options.dataset.completion_only_loss;
+                if whole && self.checks.is_short(encoder.tokenizer, shown.text.len()) {
+                    return Ok(self.checks.shown(&shown));
+                }
+                encoder.tokenise(conversation, &shown)?
+            }
+            other => encoder.encode(other)?,
+        };
+        Ok(self.checks.encoded(example, &encoded))
     }
 }
 

@@ -11,7 +11,7 @@ fn read(folder: &TempDir, name: &str, bytes: impl AsRef<[u8]>) -> anyhow::Result
     read_document(std::path::Path::new(&write(folder, name, bytes)))
 }
 
-fn docx(xml: &str) -> Vec<u8> {
+pub(super) fn docx(xml: &str) -> Vec<u8> {
     let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     archive.start_file("word/document.xml", zip::write::SimpleFileOptions::default()).unwrap();
     archive.write_all(xml.as_bytes()).unwrap();
@@ -19,7 +19,7 @@ fn docx(xml: &str) -> Vec<u8> {
 }
 
 /// A PDF of one page with one line.
-fn pdf(line: &str) -> Vec<u8> {
+pub(super) fn pdf(line: &str) -> Vec<u8> {
     let stream = format!("BT /F1 12 Tf 72 720 Td ({line}) Tj ET");
     let objects = [
         "<< /Type /Catalog /Pages 2 0 R >>".to_owned(),

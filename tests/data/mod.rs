@@ -4,6 +4,7 @@ mod batches;
 mod cache;
 mod cli;
 mod documents;
+mod fuzz;
 mod golden;
 mod images;
 mod inspect;

@@ -1,11 +1,13 @@
 //! What one row shows by itself: its texts, roles, tokens and mask.
 
+use std::ops::Range;
+
 use aho_corasick::{AhoCorasick, MatchKind};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::Rule;
-use crate::data::encode::Encoded;
+use crate::data::encode::{Encoded, Shown};
 use crate::data::{DatasetOptions, Example, SpecialToken, Tokenizer};
 
 /// What chat templates of published models write, for a check without a tokenizer.
@@ -33,7 +35,7 @@ const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "f
 /// Checks of one row that need no other row.
 pub(in crate::data) struct RowChecks {
     special_tokens: AhoCorasick,
-    bos: Option<u32>,
+    bos: Option<SpecialToken>,
     end_of_turn: Option<SpecialToken>,
     max_seq_length: usize,
 }
@@ -57,7 +59,7 @@ impl RowChecks {
             .context("searching for the tokenizer's special tokens")?;
         Ok(RowChecks {
             special_tokens,
-            bos: tokenizer.and_then(Tokenizer::bos_token_id),
+            bos: tokenizer.and_then(|tokenizer| tokenizer.bos_token().cloned()),
             end_of_turn,
             max_seq_length: options.max_seq_length,
         })
@@ -121,6 +123,32 @@ impl RowChecks {
         }
     }
 
+    /// Whether a text of `bytes` bytes is too short to be cut: then [`shown`](Self::shown) tells what
+    /// [`encoded`](Self::encoded) would, without tokens.
+    pub(in crate::data) fn is_short(&self, tokenizer: &Tokenizer, bytes: usize) -> bool {
+        tokenizer.most_tokens(bytes).is_some_and(|most| most <= self.max_seq_length)
+    }
+
+    /// A rendered conversation that is not cut. Special tokens stand for themselves, so its text shows them.
+    pub(in crate::data) fn shown(&self, shown: &Shown) -> Vec<Broken> {
+        let mut broken = Vec::new();
+        if self.bos.as_ref().is_some_and(|bos| {
+            shown.text.strip_prefix(&bos.content).is_some_and(|rest| rest.starts_with(&bos.content))
+        }) {
+            broken.push(two_bos());
+        }
+        let whole = [0..shown.text.len()];
+        let trained = shown.assistant.as_deref().unwrap_or(&whole);
+        if trained.iter().all(Range::is_empty) {
+            broken.push((Rule::AllMasked, NOTHING_TRAINED.to_owned()));
+        } else if let Some(token) = &self.end_of_turn
+            && !trained.iter().any(|span| shown.text[span.clone()].contains(&token.content))
+        {
+            broken.push(untrained(token));
+        }
+        broken
+    }
+
     /// Tokens and the label mask.
     pub(in crate::data) fn encoded(&self, example: &Example, encoded: &Encoded) -> Vec<Broken> {
         let mut broken = Vec::new();
@@ -134,25 +162,34 @@ impl RowChecks {
                 format!("{length} tokens, {} more than max_seq_length", length - kept),
             ));
         }
-        if self.bos.is_some_and(|bos| ids.starts_with(&[bos, bos])) {
-            broken.push((Rule::DoubleBos, "the tokens begin with two bos tokens".to_owned()));
+        if self.bos.as_ref().is_some_and(|bos| ids.starts_with(&[bos.id, bos.id])) {
+            broken.push(two_bos());
         }
         if !targets(&trained[..kept]) {
             let how = if targets(trained) {
                 "max_seq_length cuts off all that is trained"
             } else {
-                "no token is trained"
+                NOTHING_TRAINED
             };
             broken.push((Rule::AllMasked, how.to_owned()));
         } else if let (Example::Conversation(_), Some(token)) = (example, &self.end_of_turn) {
             let ends = ids.iter().zip(trained).skip(1).any(|(id, trained)| *trained && *id == token.id);
             if !ends {
-                let how = format!("the end-of-turn token {} is not trained", token.content);
-                broken.push((Rule::MissingEot, how));
+                broken.push(untrained(token));
             }
         }
         broken
     }
+}
+
+const NOTHING_TRAINED: &str = "no token is trained";
+
+fn two_bos() -> Broken {
+    (Rule::DoubleBos, "the tokens begin with two bos tokens".to_owned())
+}
+
+fn untrained(token: &SpecialToken) -> Broken {
+    (Rule::MissingEot, format!("the end-of-turn token {} is not trained", token.content))
 }
 
 fn replacement_character(text: &str, what: &str, broken: &mut Vec<Broken>) {
@@ -200,4 +237,48 @@ fn role_order(messages: &[Value], broken: &mut Vec<Broken>) {
         problem = problem.or(Some(last));
     }
     broken.extend(problem.map(|problem| (Rule::RoleOrder, problem)));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::data::encode::Encoder;
+    use crate::data::{ChatTemplate, Conversation};
+
+    /// The text of a conversation shows what its tokens do.
+    #[test]
+    fn texts_and_tokens_break_the_same_rules() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
+        let cases: Value =
+            serde_json::from_str(&fs::read_to_string(golden.join("cases.json")).unwrap()).unwrap();
+        let mut compared = 0;
+        for folder in ["bpe", "spm"] {
+            for (name, source) in cases["templates"].as_object().unwrap() {
+                let mut tokenizer = Tokenizer::from_dir(&golden.join(folder)).unwrap();
+                tokenizer.set_chat_template(ChatTemplate::new(source.as_str().unwrap(), name).unwrap());
+                for assistant_only_loss in [false, true] {
+                    let options = DatasetOptions { assistant_only_loss, ..Default::default() };
+                    let encoder = Encoder::new(&tokenizer, &options);
+                    let checks =
+                        RowChecks::new(Some(&tokenizer), encoder.end_of_turn.clone(), &options).unwrap();
+                    for messages in cases["conversations"].as_object().unwrap().values() {
+                        let messages = messages.as_array().unwrap().clone();
+                        let conversation = Conversation { messages, ..Default::default() };
+                        let Ok(shown) = encoder.show(&conversation) else { continue };
+                        assert!(checks.is_short(&tokenizer, shown.text.len()));
+                        let encoded = encoder.tokenise(&conversation, &shown).unwrap();
+                        let tokens = encoded.ids.len();
+                        assert!(tokens <= tokenizer.most_tokens(shown.text.len()).unwrap(), "{name}");
+                        let by_tokens = checks.encoded(&Example::Conversation(conversation), &encoded);
+                        assert_eq!(checks.shown(&shown), by_tokens, "{folder} {name}: {:?}", shown.text);
+                        compared += 1;
+                    }
+                }
+            }
+        }
+        assert!(compared > 50, "{compared}");
+    }
 }
