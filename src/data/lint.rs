@@ -227,15 +227,15 @@ impl Checker<'_> {
         checked
     }
 
-    /// The rules about tokens; a short conversation need not be tokenised for them.
+    /// The rules about tokens; most short conversations need not be tokenised for them.
     fn check_tokens(&self, encoder: &Encoder, example: &Example) -> Result<Vec<Broken>> {
         let encoded = match example {
             Example::Conversation(conversation) => {
                 let shown = encoder.show(conversation)?;
                 let whole =
                     conversation.prompt_messages.is_none() || !self.options.dataset.completion_only_loss;
-                if whole && self.checks.is_short(encoder.tokenizer, shown.text.len()) {
-                    return Ok(self.checks.shown(&shown));
+                if whole && self.checks.are_surely_fine(encoder.tokenizer, &shown) {
+                    return Ok(Vec::new());
                 }
                 encoder.tokenise(conversation, &shown)?
             }

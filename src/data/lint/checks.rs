@@ -123,30 +123,22 @@ impl RowChecks {
         }
     }
 
-    /// Whether a text of `bytes` bytes is too short to be cut: then [`shown`](Self::shown) tells what
-    /// [`encoded`](Self::encoded) would, without tokens.
-    pub(in crate::data) fn is_short(&self, tokenizer: &Tokenizer, bytes: usize) -> bool {
-        tokenizer.most_tokens(bytes).is_some_and(|most| most <= self.max_seq_length)
-    }
-
-    /// A rendered conversation that is not cut. Special tokens stand for themselves, so its text shows them.
-    pub(in crate::data) fn shown(&self, shown: &Shown) -> Vec<Broken> {
-        let mut broken = Vec::new();
-        if self.bos.as_ref().is_some_and(|bos| {
-            shown.text.strip_prefix(&bos.content).is_some_and(|rest| rest.starts_with(&bos.content))
-        }) {
-            broken.push(two_bos());
-        }
-        let whole = [0..shown.text.len()];
+    /// Whether [`encoded`](Self::encoded) would find nothing, as the text alone shows: it is too short to be cut, and the
+    /// token that ends a turn, which stands for itself, is in what is trained.
+    pub(in crate::data) fn are_surely_fine(&self, tokenizer: &Tokenizer, shown: &Shown) -> bool {
+        let Some(end) = &self.end_of_turn else { return false };
+        let text = &shown.text;
+        let is_short = tokenizer.most_tokens(text.len()).is_some_and(|most| most <= self.max_seq_length);
+        let two_bos = |bos: &SpecialToken| {
+            text.strip_prefix(&bos.content).is_some_and(|rest| rest.starts_with(&bos.content))
+        };
+        let whole = [0..text.len()];
         let trained = shown.assistant.as_deref().unwrap_or(&whole);
-        if trained.iter().all(Range::is_empty) {
-            broken.push((Rule::AllMasked, NOTHING_TRAINED.to_owned()));
-        } else if let Some(token) = &self.end_of_turn
-            && !trained.iter().any(|span| shown.text[span.clone()].contains(&token.content))
-        {
-            broken.push(untrained(token));
-        }
-        broken
+        // Nothing predicts the first token.
+        let ends = |span: &Range<usize>| {
+            text[span.clone()].rfind(&end.content).is_some_and(|at| span.start + at > 0)
+        };
+        is_short && !self.bos.as_ref().is_some_and(two_bos) && trained.iter().any(ends)
     }
 
     /// Tokens and the label mask.
@@ -163,33 +155,24 @@ impl RowChecks {
             ));
         }
         if self.bos.as_ref().is_some_and(|bos| ids.starts_with(&[bos.id, bos.id])) {
-            broken.push(two_bos());
+            broken.push((Rule::DoubleBos, "the tokens begin with two bos tokens".to_owned()));
         }
         if !targets(&trained[..kept]) {
             let how = if targets(trained) {
                 "max_seq_length cuts off all that is trained"
             } else {
-                NOTHING_TRAINED
+                "no token is trained"
             };
             broken.push((Rule::AllMasked, how.to_owned()));
         } else if let (Example::Conversation(_), Some(token)) = (example, &self.end_of_turn) {
             let ends = ids.iter().zip(trained).skip(1).any(|(id, trained)| *trained && *id == token.id);
             if !ends {
-                broken.push(untrained(token));
+                let how = format!("the end-of-turn token {} is not trained", token.content);
+                broken.push((Rule::MissingEot, how));
             }
         }
         broken
     }
-}
-
-const NOTHING_TRAINED: &str = "no token is trained";
-
-fn two_bos() -> Broken {
-    (Rule::DoubleBos, "the tokens begin with two bos tokens".to_owned())
-}
-
-fn untrained(token: &SpecialToken) -> Broken {
-    (Rule::MissingEot, format!("the end-of-turn token {} is not trained", token.content))
 }
 
 fn replacement_character(text: &str, what: &str, broken: &mut Vec<Broken>) {
@@ -248,9 +231,9 @@ mod tests {
     use crate::data::encode::Encoder;
     use crate::data::{ChatTemplate, Conversation};
 
-    /// The text of a conversation shows what its tokens do.
+    /// Where the text shows that nothing is wrong, the tokens show nothing either.
     #[test]
-    fn texts_and_tokens_break_the_same_rules() {
+    fn what_the_text_shows_the_tokens_show() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
         let cases: Value =
             serde_json::from_str(&fs::read_to_string(golden.join("cases.json")).unwrap()).unwrap();
@@ -268,17 +251,18 @@ mod tests {
                         let messages = messages.as_array().unwrap().clone();
                         let conversation = Conversation { messages, ..Default::default() };
                         let Ok(shown) = encoder.show(&conversation) else { continue };
-                        assert!(checks.is_short(&tokenizer, shown.text.len()));
                         let encoded = encoder.tokenise(&conversation, &shown).unwrap();
                         let tokens = encoded.ids.len();
                         assert!(tokens <= tokenizer.most_tokens(shown.text.len()).unwrap(), "{name}");
-                        let by_tokens = checks.encoded(&Example::Conversation(conversation), &encoded);
-                        assert_eq!(checks.shown(&shown), by_tokens, "{folder} {name}: {:?}", shown.text);
-                        compared += 1;
+                        if checks.are_surely_fine(&tokenizer, &shown) {
+                            let broken = checks.encoded(&Example::Conversation(conversation), &encoded);
+                            assert!(broken.is_empty(), "{folder} {name}: {:?} {broken:?}", shown.text);
+                            compared += 1;
+                        }
                     }
                 }
             }
         }
-        assert!(compared > 50, "{compared}");
+        assert!(compared > 20, "{compared}");
     }
 }
