@@ -36,14 +36,19 @@ pub fn read_document(path: &Path) -> Result<String> {
     text.with_context(|| format!("reading {}", path.display()))
 }
 
-/// Lines are not broken for a screen's sake.
+/// Cells of a table come one after another, and lines are hardly ever broken: a line is what the page calls one.
 fn html(path: &Path) -> Result<String> {
-    const WIDE: usize = 1 << 20;
+    const WIDE: usize = 1 << 16;
+    const RULE: char = '─';
     let bytes = fs::read(path)?;
     let text = str::from_utf8(&bytes)?;
-    html2text::config::plain_no_decorate()
+    let text = html2text::config::plain_no_decorate()
+        .raw_mode(true)
         .string_from_read(text.as_bytes(), WIDE)
-        .map_err(|error| anyhow!("not HTML that can be read: {error}"))
+        .map_err(|error| anyhow!("not HTML that can be read: {error}"))?;
+    // A ruler is drawn as wide as the page.
+    let is_rule = |line: &str| line.starts_with(RULE) && line.chars().all(|c| c == RULE);
+    Ok(text.lines().filter(|line| !is_rule(line)).flat_map(|line| [line, "\n"]).collect())
 }
 
 fn pdf(path: &Path) -> Result<String> {

@@ -138,12 +138,15 @@ pub fn prepare_with<S: AsRef<str>>(
     Ok((data, report))
 }
 
+/// Takes a sample's token ids and which of them are trained.
+pub(super) type Push<'a> = dyn FnMut(&[u32], &[bool]) -> Result<()> + Send + 'a;
+
 /// As [`prepare_with`], with each sample given to `push`.
 pub(super) fn prepare_into<S: AsRef<str>>(
     sources: &[S],
     tokenizer: &Tokenizer,
     options: &DatasetOptions,
-    push: &mut (dyn FnMut(&[u32], &[bool]) -> Result<()> + Send),
+    push: &mut Push,
     on_rows: &mut (dyn FnMut(u64) + Send),
 ) -> Result<DatasetReport> {
     let encoder = Encoder::new(tokenizer, options);
@@ -190,7 +193,7 @@ pub(super) fn prepare_into<S: AsRef<str>>(
 
 /// Takes prepared rows in their order.
 struct Sink<'a> {
-    push: &'a mut (dyn FnMut(&[u32], &[bool]) -> Result<()> + Send),
+    push: &'a mut Push<'a>,
     options: &'a DatasetOptions,
     end_of_turn: Option<u32>,
     /// Half of each fingerprint: of 10^8 rows two that differ share it with a chance of 0.03 %.

@@ -53,6 +53,12 @@ fn documents_of_every_kind() {
     let text = read(&folder, "a.HTML", html).unwrap();
     assert!(text.contains("Head") && text.contains("One & two.\n") && text.contains("Three"), "{text:?}");
     assert!(!text.contains("p {}"), "{text:?}");
+    let table = "<table><tr><td>Name<td>Age</tr><tr><td>Ann<td>7</tr></table><hr><p>End";
+    let text = read(&folder, "t.html", table).unwrap();
+    assert!(
+        text.len() < 100 && ["Name", "Age", "Ann", "7", "End"].iter().all(|cell| text.contains(cell)),
+        "{text:?}"
+    );
     let xml = "<?xml version=\"1.0\"?><w:document xmlns:w=\"w\"><w:body><w:p><w:r><w:t>One &amp; </w:t></w:r><w:r><w:t xml:space=\"preserve\">two</w:t>\
         <w:tab/><w:t>3&#x21;</w:t></w:r></w:p><w:p><w:r><w:instrText>no</w:instrText><w:t>Next</w:t><w:br/></w:r></w:p></w:body></w:document>";
     assert_eq!(read(&folder, "a.docx", docx(xml)).unwrap(), "One & two\t3!\nNext\n\n");

@@ -100,7 +100,7 @@ impl SampleArgs {
 
 /// The tokenizer of the checkpoint `model`, which may have no other files.
 pub fn tokenizer(model: &str, revision: Option<&str>) -> Result<Tokenizer> {
-    let dir = sources::model_dir(model, revision)?;
+    let dir = sources::tokenizer_dir(model, revision)?;
     match dir.join("config.json").is_file() {
         true => FastLanguageModel::tokenizer_of(&dir),
         false => Tokenizer::from_dir(&dir),

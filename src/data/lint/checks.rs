@@ -132,13 +132,15 @@ impl RowChecks {
         let two_bos = |bos: &SpecialToken| {
             text.strip_prefix(&bos.content).is_some_and(|rest| rest.starts_with(&bos.content))
         };
-        let whole = [0..text.len()];
-        let trained = shown.assistant.as_deref().unwrap_or(&whole);
         // Nothing predicts the first token.
         let ends = |span: &Range<usize>| {
             text[span.clone()].rfind(&end.content).is_some_and(|at| span.start + at > 0)
         };
-        is_short && !self.bos.as_ref().is_some_and(two_bos) && trained.iter().any(ends)
+        let trains_end = match &shown.assistant {
+            Some(spans) => spans.iter().any(ends),
+            None => ends(&(0..text.len())),
+        };
+        is_short && trains_end && !self.bos.as_ref().is_some_and(two_bos)
     }
 
     /// Tokens and the label mask.
