@@ -25,6 +25,7 @@ pub(super) struct Encoder<'a> {
     pub options: &'a DatasetOptions,
     pub end_of_turn: Option<SpecialToken>,
     markers: Option<TurnMarkers>,
+    max_id: u32,
 }
 
 impl<'a> Encoder<'a> {
@@ -36,7 +37,7 @@ impl<'a> Encoder<'a> {
             }
             _ => None,
         };
-        Encoder { tokenizer, options, end_of_turn, markers }
+        Encoder { tokenizer, options, end_of_turn, markers, max_id: tokenizer.max_id() }
     }
 
     pub fn encode(&self, example: &Example) -> Result<Encoded> {
@@ -56,6 +57,15 @@ impl<'a> Encoder<'a> {
                 Ok(self.with_eos(ids, trained))
             }
             Example::Conversation(conversation) => self.conversation(conversation),
+            Example::Tokens { input_ids, trained } => {
+                if let Some(id) = input_ids.iter().find(|id| **id > self.max_id) {
+                    bail!(
+                        "column input_ids: the tokenizer has no token {id}, its last one is {}",
+                        self.max_id
+                    );
+                }
+                Ok(Encoded { ids: input_ids.clone(), trained: trained.clone() })
+            }
         }
     }
 

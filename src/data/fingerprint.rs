@@ -37,6 +37,12 @@ pub(super) fn fingerprint(example: &Example) -> Fingerprint {
             let hasher = Sha256::new().chain_update(b"p").chain_update(lengths);
             return finish(hasher.chain_update(prompt).chain_update(completion));
         }
+        Example::Tokens { input_ids, trained } => {
+            let hasher = Sha256::new().chain_update(b"i").chain_update(bytemuck::cast_slice(input_ids));
+            return finish(
+                hasher.chain_update(trained.iter().map(|trained| u8::from(*trained)).collect::<Vec<_>>()),
+            );
+        }
         Example::Conversation(conversation) => (&conversation.messages, &conversation.tools),
     };
     serde_json::to_writer(&mut hasher, &value)
@@ -56,6 +62,11 @@ pub(super) fn prompt_fingerprint(example: &Example) -> Fingerprint {
     match example {
         Example::Text(text) => add(text),
         Example::PromptCompletion { prompt, .. } => add(prompt),
+        Example::Tokens { input_ids, trained } => {
+            // Of tokens that are all trained, as of a text, all.
+            let prompt = trained.iter().position(|trained| *trained).filter(|start| *start > 0);
+            input_ids[..prompt.unwrap_or(input_ids.len())].iter().for_each(|id| add(&id.to_string()));
+        }
         Example::Conversation(conversation) => {
             let messages = &conversation.messages;
             let last = messages.iter().rposition(|message| message["role"] == "assistant");
@@ -70,6 +81,9 @@ pub(super) fn whole_text(example: &Example) -> String {
     match example {
         Example::Text(text) => text.clone(),
         Example::PromptCompletion { prompt, completion } => format!("{prompt} {completion}"),
+        Example::Tokens { input_ids, .. } => {
+            input_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ")
+        }
         Example::Conversation(conversation) => {
             let texts: Vec<&str> = conversation.messages.iter().flat_map(texts).collect();
             texts.join(" ")

@@ -168,6 +168,7 @@ fn look_at(record: &Record, encoder: Option<&Encoder>, options: &DatasetOptions)
         Example::PromptCompletion { prompt, completion } => {
             seen.characters = characters(prompt) + characters(completion);
         }
+        Example::Tokens { .. } => {}
         Example::Conversation(conversation) => {
             let messages = &conversation.messages;
             seen.turns = Some(messages.len());

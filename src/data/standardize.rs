@@ -140,7 +140,7 @@ fn standard(turn: &Value, role: &str, content: &str, aliases: &RoleAliases) -> R
 pub fn to_messages(record: &Record, options: &RowOptions) -> Result<Row> {
     let example = options.example(&record.row, true).with_context(|| record.place.to_string())?;
     let Example::Conversation(conversation) = example else {
-        bail!("{}: the row is a text, not a conversation", record.place)
+        bail!("{}: the row is no conversation, but a text or tokens", record.place)
     };
     let mut row = Row::new();
     row.insert("messages".to_owned(), Value::Array(conversation.messages));

@@ -184,6 +184,10 @@ fn templates_and_labels() {
             labels.iter().filter_map(|label| u32::try_from(label.as_i64().unwrap()).ok()).collect();
         let tokenizer = ferrotune::data::Tokenizer::from_dir(Path::new(MODEL)).unwrap();
         assert_eq!(tokenizer.decode(&trained, false).unwrap(), "That.<|im_end|>\n");
+        // What was written is a dataset.
+        let text = succeeds(&folder, &["inspect", "--dataset", "labels.jsonl", "--model", MODEL]);
+        assert!(text.contains("shape    tokens 2") && text.contains("[[That.<|im_end|>\n]]"), "{text}");
+        succeeds(&folder, &["lint", "--dataset", "labels.jsonl", "--model", MODEL, "--strict"]);
     }
     let none = [
         "train-on-responses-only",

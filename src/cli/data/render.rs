@@ -110,6 +110,7 @@ fn render(tokenizer: &Tokenizer, record: &Record, add_generation_prompt: bool) -
         Example::PromptCompletion { .. } => {
             bail!("{}: prompt and completion are texts: there is no conversation to render", place())
         }
+        Example::Tokens { .. } => bail!("{}: the row is tokens already", place()),
         Example::Conversation(conversation) => {
             let template = tokenizer.chat_template().with_context(|| no_template(tokenizer))?;
             let options = RenderOptions {
@@ -123,7 +124,7 @@ fn render(tokenizer: &Tokenizer, record: &Record, add_generation_prompt: bool) -
     }
 }
 
-/// Writes token ids with labels that are -100 but for the assistant's answers.
+/// Writes token ids with labels that are -100 but for the assistant's answers: a dataset that ferrotune train takes.
 ///
 /// Answers are found by the markers around them, in rendered texts as well as in conversations; the markers are read off the
 /// chat template if not given. (ferrotune train --assistant-only-loss needs no such file for conversations.)

@@ -91,6 +91,11 @@ impl RowChecks {
                     self.message(message, number, &mut broken);
                 }
             }
+            Example::Tokens { input_ids, .. } => {
+                if input_ids.is_empty() {
+                    broken.push((Rule::EmptyAnswer, "there are no tokens".to_owned()));
+                }
+            }
         }
         broken
     }
