@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use ferrotune::io::hub::{Download, HubOptions, resolve_dataset, resolve_model};
+use ferrotune::io::hub::{Download, HubOptions, resolve_dataset, resolve_model, resolve_tokenizer};
 use sha2::{Digest, Sha256};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -195,6 +195,22 @@ fn a_model_is_downloaded_into_the_cache_layout_of_python() {
     // No network: what the cache has.
     let unreachable = HubOptions { endpoint: "http://127.0.0.1:1".to_owned(), ..options };
     assert_eq!(resolve_model("org/tiny", &unreachable, &mut quiet).unwrap(), folder);
+}
+
+#[test]
+fn a_tokenizer_comes_without_the_weights() {
+    let cache = tempfile::tempdir().unwrap();
+    let hub = Hub::model();
+    let options = hub.start(cache.path());
+    let folder = resolve_tokenizer("org/tiny", &options, &mut quiet).unwrap();
+    assert!(folder.join("tokenizer.json").exists() && folder.join("config.json").exists());
+    assert!(!folder.join("model.safetensors").exists());
+    let offline = HubOptions { offline: true, ..options.clone() };
+    assert_eq!(resolve_tokenizer("org/tiny", &offline, &mut quiet).unwrap(), folder);
+    // What is there of the model is not taken for the whole.
+    let error = format!("{:#}", resolve_model("org/tiny", &offline, &mut quiet).unwrap_err());
+    assert!(error.contains("only in part"), "{error}");
+    assert!(resolve_model("org/tiny", &options, &mut quiet).unwrap().join("model.safetensors").exists());
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod budget;
 mod cards;
 pub mod chat;
 pub mod config_file;
+pub mod data;
 pub mod doctor;
 pub mod engine_args;
 pub mod format;
@@ -61,6 +62,9 @@ enum Command {
     /// Measure this machine on a model's shape, beside the least time it could take
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Look at a dataset, check it, and make another one of it
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Predict memory and time of a training run, without a GPU, and what would make it fit
     Plan(plan::PlanArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
@@ -92,6 +96,7 @@ pub fn run() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
+        Command::Data(command) => data::run(command),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),

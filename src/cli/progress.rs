@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::LazyLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -138,5 +138,37 @@ impl Drop for Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// Rows as they go by, on a terminal.
+pub struct RowProgress(ProgressBar);
+
+impl RowProgress {
+    /// `doing` says what happens to them.
+    pub fn new(doing: &'static str) -> Result<RowProgress> {
+        if !io::stderr().is_terminal() {
+            return Ok(RowProgress(ProgressBar::hidden()));
+        }
+        let style = ProgressStyle::with_template("{spinner} {msg} {human_pos} rows, {per_sec}, {elapsed}")?;
+        let bar = BARS.add(ProgressBar::no_length().with_style(style).with_message(doing));
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Ok(RowProgress(bar))
+    }
+
+    /// `rows` rows are done.
+    pub fn set(&self, rows: u64) {
+        self.0.set_position(rows);
+    }
+
+    /// One more row is done.
+    pub fn add_one(&self) {
+        self.0.inc(1);
+    }
+}
+
+impl Drop for RowProgress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
     }
 }

@@ -9,19 +9,32 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::format::bytes;
 use super::hub_env::hub_options;
 use super::progress::BARS;
-use crate::io::hub::{Download, resolve_dataset, resolve_model};
+use crate::io::hub::{Download, HubOptions, OnDownload, resolve_dataset, resolve_model, resolve_tokenizer};
 
 const DEFAULT_REVISION: &str = "main";
 
 /// The folder of a model or an adapter, downloaded if need be.
 pub fn model_dir(name: &str, revision: Option<&str>) -> Result<PathBuf> {
+    dir(name, revision, resolve_model)
+}
+
+/// The folder of a model's tokenizer and configuration, downloaded if need be; the weights are not.
+pub fn tokenizer_dir(name: &str, revision: Option<&str>) -> Result<PathBuf> {
+    dir(name, revision, resolve_tokenizer)
+}
+
+fn dir(
+    name: &str,
+    revision: Option<&str>,
+    resolve: impl Fn(&str, &HubOptions, OnDownload) -> Result<PathBuf>,
+) -> Result<PathBuf> {
     // A folder needs nothing of the hub's, not even a place for downloads.
     if Path::new(name).is_dir() {
         return Ok(name.into());
     }
     let options = hub_options(revision.unwrap_or(DEFAULT_REVISION))?;
     let mut downloads = Downloads::default();
-    resolve_model(name, &options, &mut |download| downloads.show(download))
+    resolve(name, &options, &mut |download| downloads.show(download))
 }
 
 /// The data files (or patterns of them) of all `names`, downloaded if need be.

@@ -11,14 +11,14 @@ use anyhow::{Context, Result, bail};
 use super::banner::{summary, table, trainable};
 use super::format::{bytes, count, percent};
 use super::model_args::{init_device, kind_of, name_of, overflows_f16};
-use super::progress::Progress;
+use super::progress::{Progress, RowProgress};
 use super::quant_args::{self, QuantArgs};
 use super::train_plan::{TrainPlan, train_plan};
 use super::train_serve::ServeBetweenSteps;
 use super::{signals, sources};
 use crate::data::{
-    BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenDataset,
-    Tokenizer, prepare, preview,
+    BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenCache,
+    TokenDataset, Tokenizer, prepare_with, preview,
 };
 use crate::device;
 use crate::error::Error;
@@ -253,9 +253,24 @@ fn load_data(
         completion_only_loss: args.completion_only_loss.unwrap_or(true),
         allow_missing_eot: args.allow_missing_eot,
     };
-    let read = |names: &[String]| {
+    let read = |names: &[String]| -> Result<(TokenDataset, DatasetReport)> {
         let files = sources::dataset_files(names, &args.dataset_split)?;
-        prepare(&files, tokenizer, &options)
+        let progress = RowProgress::new("tokenising")?;
+        let mut on_rows = |rows| progress.set(rows);
+        let (data, report) = match &args.dataset_cache {
+            Some(dir) => TokenCache::new(dir).prepare(&files, tokenizer, &options, &mut on_rows)?,
+            None => prepare_with(&files, tokenizer, &options, &mut on_rows)?,
+        };
+        drop(progress);
+        for (rule, rows, first) in report.findings.iter() {
+            tracing::warn!(
+                "{rule}: {} rows; the first: {}: {} (`ferrotune data lint` shows all)",
+                count(rows),
+                first.place,
+                first.message
+            );
+        }
+        Ok((data, report))
     };
     let (mut train, report) = read(&args.dataset).context("--dataset")?;
     let mut reports = vec![report];

@@ -3,7 +3,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 
 use super::format::{Conversation, Example};
-use super::turns::assistant_spans;
+use super::turns::{TurnMarkers, assistant_spans, end_of_turn};
 use super::{DatasetOptions, Offsets, RenderOptions, SpecialToken, Tokenizer};
 
 /// A tokenised example and its targets.
@@ -12,14 +12,34 @@ pub(super) struct Encoded {
     pub trained: Vec<bool>,
 }
 
+/// A rendered conversation.
+pub(super) struct Shown {
+    pub text: String,
+    /// The byte ranges that are trained; all of it if not given.
+    pub assistant: Option<Vec<Range<usize>>>,
+}
+
 /// Turns examples into tokens and label masks.
 pub(super) struct Encoder<'a> {
     pub tokenizer: &'a Tokenizer,
     pub options: &'a DatasetOptions,
     pub end_of_turn: Option<SpecialToken>,
+    markers: Option<TurnMarkers>,
+    max_id: u32,
 }
 
-impl Encoder<'_> {
+impl<'a> Encoder<'a> {
+    pub fn new(tokenizer: &'a Tokenizer, options: &'a DatasetOptions) -> Encoder<'a> {
+        let end_of_turn = tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template));
+        let markers = match (tokenizer.chat_template(), &end_of_turn) {
+            (Some(template), Some(token)) if options.assistant_only_loss && !template.marks_generation() => {
+                TurnMarkers::detect(template, &token.content)
+            }
+            _ => None,
+        };
+        Encoder { tokenizer, options, end_of_turn, markers, max_id: tokenizer.max_id() }
+    }
+
     pub fn encode(&self, example: &Example) -> Result<Encoded> {
         match example {
             Example::Text(text) => {
@@ -37,6 +57,15 @@ impl Encoder<'_> {
                 Ok(self.with_eos(ids, trained))
             }
             Example::Conversation(conversation) => self.conversation(conversation),
+            Example::Tokens { input_ids, trained } => {
+                if let Some(id) = input_ids.iter().find(|id| **id > self.max_id) {
+                    bail!(
+                        "column input_ids: the tokenizer has no token {id}, its last one is {}",
+                        self.max_id
+                    );
+                }
+                Ok(Encoded { ids: input_ids.clone(), trained: trained.clone() })
+            }
         }
     }
 
@@ -59,6 +88,12 @@ impl Encoder<'_> {
     }
 
     fn conversation(&self, conversation: &Conversation) -> Result<Encoded> {
+        let shown = self.show(conversation)?;
+        self.tokenise(conversation, &shown)
+    }
+
+    /// The conversation's text, and the assistant's part of it where only that is trained.
+    pub fn show(&self, conversation: &Conversation) -> Result<Shown> {
         let Some(template) = self.tokenizer.chat_template() else {
             bail!(
                 "the row is a conversation, but {} has no chat template: give one with --chat-template FILE",
@@ -71,27 +106,39 @@ impl Encoder<'_> {
             ..Default::default()
         };
         let rendered = template.render_spans(&conversation.messages, &options)?;
-        let text = &rendered.text;
+        let assistant = match (self.options.assistant_only_loss, template.marks_generation()) {
+            (false, _) => None,
+            (true, true) => Some(rendered.generation),
+            (true, false) => Some(self.assistant_spans(conversation, &rendered.text)?),
+        };
+        Ok(Shown { text: rendered.text, assistant })
+    }
+
+    /// The tokens of what [`show`](Self::show) gave.
+    pub fn tokenise(&self, conversation: &Conversation, shown: &Shown) -> Result<Encoded> {
         // The template has written the special tokens, BOS too.
-        let (ids, offsets) = self.tokenizer.encode_with_offsets(text, false)?;
+        let (ids, offsets) = self.tokenizer.encode_with_offsets(&shown.text, false)?;
         let start = match conversation.prompt_messages.filter(|_| self.options.completion_only_loss) {
-            Some(messages) => self.completion_start(conversation, messages, text, &ids, &offsets)?,
+            Some(messages) => self.completion_start(conversation, messages, &shown.text, &ids, &offsets)?,
             None => 0,
         };
         let mut trained: Vec<bool> = (0..ids.len()).map(|n| n >= start).collect();
-        if self.options.assistant_only_loss {
-            let spans = match template.marks_generation() {
-                true => rendered.generation,
-                false => {
-                    let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
-                    assistant_spans(template, conversation, text, end_of_turn)?
-                }
-            };
-            for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, &spans)) {
+        if let Some(spans) = &shown.assistant {
+            for (trained, assistant) in trained.iter_mut().zip(overlaps(&offsets, spans)) {
                 *trained &= assistant;
             }
         }
         Ok(Encoded { ids, trained })
+    }
+
+    /// Where the assistant speaks in `text`.
+    fn assistant_spans(&self, conversation: &Conversation, text: &str) -> Result<Vec<Range<usize>>> {
+        if let Some(spans) = self.markers.as_ref().and_then(|markers| markers.spans(conversation, text)) {
+            return Ok(spans);
+        }
+        let template = self.tokenizer.chat_template().context("a conversation needs a chat template")?;
+        let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
+        assistant_spans(template, conversation, text, end_of_turn)
     }
 
     /// The first token of the completion: where the tokens leave those of the prompt alone, as TRL does it. Where the
@@ -117,8 +164,7 @@ impl Encoder<'_> {
         if text.starts_with(&alone) {
             return Ok(start);
         }
-        let end_of_turn = self.end_of_turn.as_ref().map(|token| token.content.as_str());
-        let spans = assistant_spans(template, conversation, text, end_of_turn)?;
+        let spans = self.assistant_spans(conversation, text)?;
         let earlier = prompt.iter().filter(|message| message["role"] == "assistant").count();
         let span = spans.get(earlier).context("the completion has no assistant message")?;
         Ok(start.max(offsets.iter().take_while(|(_, end)| *end <= span.start).count()))

@@ -4,6 +4,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::IGNORE_INDEX;
 use super::records::Row;
 
 /// The shape of a dataset's rows.
@@ -19,11 +20,14 @@ pub enum DatasetFormat {
     ShareGpt,
     /// `instruction`, `output`; optionally `input`, `system` and `history`.
     Alpaca,
+    /// `input_ids`, token ids; optionally `labels`, -100 where nothing is trained and else the same.
+    Tokens,
 }
 
 impl DatasetFormat {
     /// All formats with their names and the columns they are known by.
-    pub const ALL: [(DatasetFormat, &'static str, &'static str); 5] = [
+    pub const ALL: [(DatasetFormat, &'static str, &'static str); 6] = [
+        (DatasetFormat::Tokens, "tokens", "input_ids (+ labels)"),
         (DatasetFormat::Messages, "messages", "messages"),
         (DatasetFormat::ShareGpt, "sharegpt", "conversations"),
         (DatasetFormat::PromptCompletion, "prompt_completion", "prompt + completion"),
@@ -31,10 +35,17 @@ impl DatasetFormat {
         (DatasetFormat::Text, "text", "text"),
     ];
 
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        DatasetFormat::ALL.iter().find(|(format, ..)| *format == self).map_or("", |(_, name, _)| name)
+    }
+
     /// The format whose columns `row` has, the first of [`ALL`](Self::ALL) if there are several.
     pub fn recognise(row: &Row) -> Option<DatasetFormat> {
         let has = |name: &str| row.get(name).is_some_and(|value| !value.is_null());
-        if has("messages") {
+        if has("input_ids") {
+            Some(DatasetFormat::Tokens)
+        } else if has("messages") {
             Some(DatasetFormat::Messages)
         } else if has("conversations") {
             Some(DatasetFormat::ShareGpt)
@@ -52,9 +63,7 @@ impl DatasetFormat {
 
 impl fmt::Display for DatasetFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name =
-            DatasetFormat::ALL.iter().find(|(format, ..)| format == self).map_or("", |(_, name, _)| name);
-        f.write_str(name)
+        f.write_str(self.name())
     }
 }
 
@@ -97,6 +106,13 @@ pub enum Example {
     },
     /// Messages for the chat template.
     Conversation(Conversation),
+    /// Tokens, as they are.
+    Tokens {
+        /// The token ids.
+        input_ids: Vec<u32>,
+        /// Which of them are trained, as many.
+        trained: Vec<bool>,
+    },
 }
 
 /// Messages and what the chat template wants beside them.
@@ -135,6 +151,7 @@ impl RowOptions {
             Some(DatasetFormat::PromptCompletion) => prompt_completion(row),
             Some(DatasetFormat::ShareGpt) => share_gpt(row),
             Some(DatasetFormat::Alpaca) => alpaca(row, chat),
+            Some(DatasetFormat::Tokens) => tokens(row),
             None => {
                 let known: Vec<String> = DatasetFormat::ALL
                     .iter()
@@ -411,4 +428,35 @@ fn alpaca(row: &Row, chat: bool) -> Result<Example> {
     let prompt_messages = Some(messages.len());
     messages.push(json!({"role": "assistant", "content": output}));
     Ok(Example::Conversation(Conversation { messages, prompt_messages, ..Default::default() }))
+}
+
+fn tokens(row: &Row) -> Result<Example> {
+    let numbers = |column: &str| -> Result<Vec<i64>> {
+        let number = |value: &Value| {
+            value
+                .as_i64()
+                .with_context(|| format!("column {column}: expected whole numbers, found {}", kind(value)))
+        };
+        list(row, column)?.iter().map(number).collect()
+    };
+    let ids = numbers("input_ids")?;
+    let input_ids: Vec<u32> = ids
+        .iter()
+        .map(|id| u32::try_from(*id).with_context(|| format!("column input_ids: {id} is no token id")))
+        .collect::<Result<_>>()?;
+    if row.get("labels").is_none_or(Value::is_null) {
+        return Ok(Example::Tokens { trained: vec![true; input_ids.len()], input_ids });
+    }
+    let labels = numbers("labels")?;
+    if labels.len() != ids.len() {
+        bail!("column labels has {} numbers, input_ids {}", labels.len(), ids.len());
+    }
+    let trained = ids.iter().zip(&labels).map(|(id, label)| match *label {
+        IGNORE_INDEX => Ok(false),
+        label if label == *id => Ok(true),
+        other => bail!(
+            "column labels: {other} stands where input_ids has {id}: expected the same, not shifted, or -100"
+        ),
+    });
+    Ok(Example::Tokens { trained: trained.collect::<Result<_>>()?, input_ids })
 }

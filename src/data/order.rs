@@ -15,6 +15,17 @@ pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     }
 }
 
+/// Which of `len` rows are the `count` ones that `seed` chooses.
+pub(super) fn chosen(len: usize, count: usize, seed: u64) -> Vec<bool> {
+    let mut order: Vec<u32> = (0..len as u32).collect();
+    shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
+    let mut is_chosen = vec![false; len];
+    for row in order.into_iter().take(count) {
+        is_chosen[row as usize] = true;
+    }
+    is_chosen
+}
+
 /// The rows of one epoch. A row is what counts as one of `batch_size`: a sample, or a pack of samples.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Order {

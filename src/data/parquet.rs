@@ -1,45 +1,64 @@
 //! Parquet rows as JSON values, one row group after another.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use chrono::DateTime;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row as ParquetRow};
 use serde_json::{Map, Value};
 
-use super::records::{Place, Record};
+use super::records::{BrokenRow, Place, Record, Rows};
 
-pub(super) fn rows<R>(source: R, file: Arc<Path>) -> Result<Box<dyn Iterator<Item = Result<Record>> + Send>>
+pub(super) fn rows<R>(source: R, file: Arc<Path>) -> Result<Rows>
 where
     R: ChunkReader + 'static,
 {
-    let reader = SerializedFileReader::new(source).context("not a whole Parquet file")?;
-    let groups = reader.num_row_groups();
+    let reader: Box<dyn FileReader> =
+        Box::new(SerializedFileReader::new(source).context("not a whole Parquet file")?);
+    let mut rows = RowIter::from_file_into(reader);
     let mut number = 0;
-    let rows = (0..groups).flat_map(move |group| group_rows(&reader, group));
-    Ok(Box::new(rows.map(move |row| {
+    let mut broken = false;
+    Ok(Box::new(std::iter::from_fn(move || {
+        let row = rows.next().filter(|_| !broken)?;
         number += 1;
         let place = Place { file: file.clone(), unit: "row", number };
-        match row {
+        Some(match row {
             Ok(row) => Ok(Record { row: object(&row, true), place }),
-            Err(error) => Err(anyhow!("{place}: {error}")),
-        }
+            Err(error) => {
+                // The pages behind a torn one cannot be told apart.
+                broken = true;
+                Err(BrokenRow { place, reason: error.to_string(), broken_utf8: false }.into())
+            }
+        })
     })))
 }
 
-/// One row group's rows. They are collected: the reader's iterator borrows the group.
-fn group_rows(reader: &dyn FileReader, group: usize) -> Vec<Result<ParquetRow>> {
-    let group = match reader.get_row_group(group) {
-        Ok(group) => group,
-        Err(error) => return vec![Err(error.into())],
-    };
-    match RowIter::from_row_group(None, group.as_ref()) {
-        Ok(rows) => rows.map(|row| Ok(row?)).collect(),
-        Err(error) => vec![Err(error.into())],
-    }
+/// The rows of each row group of `file`.
+pub(super) fn group_rows(file: &Path) -> Result<Vec<u64>> {
+    let reader = SerializedFileReader::new(File::open(file)?).context("not a whole Parquet file")?;
+    Ok(reader.metadata().row_groups().iter().map(|group| group.num_rows() as u64).collect())
+}
+
+/// The records of one row group, which `before` rows precede.
+pub(super) fn group(file: &Arc<Path>, group: usize, before: u64) -> Result<Vec<Record>> {
+    let place = |number| Place { file: file.clone(), unit: "row", number };
+    let shown = || file.display().to_string();
+    let reader = SerializedFileReader::new(File::open(file).with_context(shown)?).with_context(shown)?;
+    let group = reader.get_row_group(group).with_context(shown)?;
+    RowIter::from_row_group(None, group.as_ref())
+        .with_context(shown)?
+        .zip(before + 1..)
+        .map(|(row, number)| {
+            let row = row.with_context(|| place(number).to_string())?;
+            Ok(Record { row: object(&row, true), place: place(number) })
+        })
+        .collect()
 }
 
 /// A struct's null fields are left out: columns hold a key for every row that any row has, such as `tool_calls`.
@@ -68,7 +87,11 @@ fn value(field: &Field) -> Value {
         Field::Float(x) => Value::from(*x),
         Field::Double(x) => Value::from(*x),
         Field::Str(x) => Value::from(x.as_str()),
-        Field::Bytes(x) => Value::from(String::from_utf8_lossy(x.data())),
+        // Text, as many writers leave it unmarked, or else binary: pictures, as a rule.
+        Field::Bytes(x) => match str::from_utf8(x.data()) {
+            Ok(text) => Value::from(text),
+            Err(_) => Value::from(BASE64_STANDARD.encode(x.data())),
+        },
         Field::Date(days) => time(DateTime::from_timestamp(i64::from(*days) * 86_400, 0)),
         Field::TimestampMillis(x) => time(DateTime::from_timestamp_millis(*x)),
         Field::TimestampMicros(x) => time(DateTime::from_timestamp_micros(*x)),

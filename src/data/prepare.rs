@@ -1,14 +1,15 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 use anyhow::{Context, Result, bail};
-use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::encode::{Encoded, Encoder};
+use super::fingerprint::{Fingerprint, fingerprint};
 use super::format::{Example, RowOptions};
-use super::records::{Record, Records};
-use super::turns::end_of_turn;
+use super::lint::{Finding, LintCounts, RowChecks, Rule};
+use super::parallel::{CHUNK, pipeline};
+use super::records::{Place, Record, Records};
 use super::{TokenDataset, Tokenizer};
 
 /// How a dataset becomes samples.
@@ -39,7 +40,7 @@ impl Default for DatasetOptions {
 }
 
 /// What became of a dataset's rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DatasetReport {
     /// Rows read.
     pub rows: u64,
@@ -55,6 +56,39 @@ pub struct DatasetReport {
     pub dropped: BTreeMap<String, u64>,
     /// The chat template's end-of-turn token, where a template was used.
     pub end_of_turn: Option<String>,
+    /// What [`Lint`](super::Lint) would say of the rows by the rules that cost nothing here.
+    pub findings: LintCounts,
+}
+
+impl DatasetReport {
+    /// As JSON, for a file.
+    pub(super) fn to_json(&self) -> Value {
+        json!({
+            "rows": self.rows,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "end_of_turn": self.end_of_turn,
+            "findings": self.findings.to_json(),
+        })
+    }
+
+    /// What [`to_json`](Self::to_json) wrote.
+    pub(super) fn from_json(value: &Value) -> Result<DatasetReport> {
+        let number = |key: &str| value[key].as_u64().with_context(|| format!("{key} is no number"));
+        Ok(DatasetReport {
+            rows: number("rows")?,
+            samples: number("samples")?,
+            tokens: number("tokens")?,
+            target_tokens: number("target_tokens")?,
+            truncated: number("truncated")?,
+            dropped: serde_json::from_value(value["dropped"].clone())?,
+            end_of_turn: serde_json::from_value(value["end_of_turn"].clone())?,
+            findings: LintCounts::from_json(&value["findings"])?,
+        })
+    }
 }
 
 impl fmt::Display for DatasetReport {
@@ -71,8 +105,6 @@ impl fmt::Display for DatasetReport {
     }
 }
 
-/// Rows that are rendered and tokenised in parallel at a time.
-const CHUNK: usize = 1024;
 const EMPTY: &str = "no tokens";
 const NOTHING_TRAINED: &str = "no token is trained";
 const CUT_AWAY: &str = "max_seq_length cuts off all that is trained";
@@ -87,56 +119,63 @@ pub fn prepare<S: AsRef<str>>(
     tokenizer: &Tokenizer,
     options: &DatasetOptions,
 ) -> Result<(TokenDataset, DatasetReport)> {
-    let encoder = Encoder {
-        tokenizer,
-        options,
-        end_of_turn: tokenizer.chat_template().and_then(|template| end_of_turn(tokenizer, template)),
-    };
+    prepare_with(sources, tokenizer, options, &mut |_| {})
+}
+
+/// As [`prepare`]; `on_rows` hears the number of rows so far.
+pub fn prepare_with<S: AsRef<str>>(
+    sources: &[S],
+    tokenizer: &Tokenizer,
+    options: &DatasetOptions,
+    on_rows: &mut (dyn FnMut(u64) + Send),
+) -> Result<(TokenDataset, DatasetReport)> {
     let mut data = TokenDataset::new();
-    let mut report = DatasetReport::default();
+    let mut push = |ids: &[u32], trained: &[bool]| {
+        data.push(ids, trained);
+        Ok(())
+    };
+    let report = prepare_into(sources, tokenizer, options, &mut push, on_rows)?;
+    Ok((data, report))
+}
+
+/// Takes a sample's token ids and which of them are trained.
+pub(super) type Push<'a> = dyn FnMut(&[u32], &[bool]) -> Result<()> + Send + 'a;
+
+/// As [`prepare_with`], with each sample given to `push`.
+pub(super) fn prepare_into<S: AsRef<str>>(
+    sources: &[S],
+    tokenizer: &Tokenizer,
+    options: &DatasetOptions,
+    push: &mut Push,
+    on_rows: &mut (dyn FnMut(u64) + Send),
+) -> Result<DatasetReport> {
+    let encoder = Encoder::new(tokenizer, options);
+    let checks = RowChecks::new(Some(tokenizer), encoder.end_of_turn.clone(), options)?;
+    let mut sink = Sink {
+        push,
+        options,
+        end_of_turn: encoder.end_of_turn.as_ref().map(|token| token.id),
+        seen: HashSet::new(),
+        report: DatasetReport::default(),
+        conversations: 0,
+        with_end_of_turn: 0,
+    };
     let mut records = Records::open(sources)?;
-    let (mut conversations, mut with_end_of_turn) = (0u64, 0u64);
-    loop {
-        let chunk: Vec<Record> = records.by_ref().take(CHUNK).collect::<Result<_>>()?;
-        if chunk.is_empty() {
-            break;
-        }
-        report.rows += chunk.len() as u64;
-        let encoded: Vec<(bool, Encoded)> = chunk
-            .into_par_iter()
-            .map(|record| encode_record(&encoder, &record).with_context(|| record.place.to_string()))
-            .collect::<Result<_>>()?;
-        for (is_conversation, Encoded { mut ids, mut trained }) in encoded {
-            conversations += u64::from(is_conversation);
-            let targets = |trained: &[bool]| trained.iter().skip(1).any(|trained| *trained);
-            let had_targets = targets(&trained);
-            let whole = ids.len();
-            ids.truncate(options.max_seq_length);
-            trained.truncate(options.max_seq_length);
-            let reason = match () {
-                () if whole == 0 => Some(EMPTY),
-                () if !had_targets => Some(NOTHING_TRAINED),
-                () if !targets(&trained) => Some(CUT_AWAY),
-                () => None,
-            };
-            if let Some(reason) = reason {
-                *report.dropped.entry(reason.to_owned()).or_default() += 1;
-                continue;
+    pipeline(
+        || records.by_ref().take(CHUNK).collect::<Result<Vec<Record>>>(),
+        |record| prepare_record(&encoder, &checks, record).with_context(|| record.place.to_string()),
+        |records, prepared| {
+            for (record, prepared) in records.into_iter().zip(prepared) {
+                sink.add(record.place, prepared?)?;
             }
-            report.truncated += u64::from(ids.len() < whole);
-            if let Some(token) = &encoder.end_of_turn {
-                let ends = ids.iter().zip(&trained).skip(1).any(|(id, trained)| *trained && *id == token.id);
-                with_end_of_turn += u64::from(ends && is_conversation);
-            }
-            data.push(&ids, &trained);
-        }
-    }
-    report.samples = data.len() as u64;
-    report.tokens = data.num_tokens();
-    report.target_tokens = data.num_targets();
+            on_rows(sink.report.rows);
+            Ok(())
+        },
+    )?;
+    let Sink { mut report, conversations, with_end_of_turn, .. } = sink;
     let sources: Vec<&str> = sources.iter().map(AsRef::as_ref).collect();
     let sources = sources.join(", ");
-    if data.is_empty() {
+    if report.samples == 0 {
         bail!("{sources}: {}", nothing_to_train(&report, options));
     }
     if conversations > 0 {
@@ -149,13 +188,82 @@ pub fn prepare<S: AsRef<str>>(
             tracing::warn!("{sources}: {message}");
         }
     }
-    Ok((data, report))
+    Ok(report)
 }
 
-fn encode_record(encoder: &Encoder, record: &Record) -> Result<(bool, Encoded)> {
+/// Takes prepared rows in their order.
+struct Sink<'a> {
+    push: &'a mut Push<'a>,
+    options: &'a DatasetOptions,
+    end_of_turn: Option<u32>,
+    /// Half of each fingerprint: of 10^8 rows two that differ share it with a chance of 0.03 %.
+    seen: HashSet<u64>,
+    report: DatasetReport,
+    conversations: u64,
+    with_end_of_turn: u64,
+}
+
+impl Sink<'_> {
+    fn add(&mut self, place: Place, row: Prepared) -> Result<()> {
+        let Prepared { is_conversation, encoded: Encoded { mut ids, mut trained }, mut broken, fingerprint } =
+            row;
+        let report = &mut self.report;
+        report.rows += 1;
+        if !self.seen.insert(fingerprint as u64) {
+            broken.push((Rule::Duplicate, "the same as an earlier row".to_owned()));
+        }
+        // The other two are counted below.
+        broken.retain(|(rule, _)| !matches!(rule, Rule::TooLong | Rule::AllMasked));
+        for (rule, message) in broken {
+            report.findings.add(&Finding { rule, place: place.clone(), message });
+        }
+        self.conversations += u64::from(is_conversation);
+        let targets = |trained: &[bool]| trained.iter().skip(1).filter(|trained| **trained).count() as u64;
+        let had_targets = targets(&trained) > 0;
+        let whole = ids.len();
+        ids.truncate(self.options.max_seq_length);
+        trained.truncate(self.options.max_seq_length);
+        let left = targets(&trained);
+        let reason = match () {
+            () if whole == 0 => Some(EMPTY),
+            () if !had_targets => Some(NOTHING_TRAINED),
+            () if left == 0 => Some(CUT_AWAY),
+            () => None,
+        };
+        if let Some(reason) = reason {
+            *report.dropped.entry(reason.to_owned()).or_default() += 1;
+            return Ok(());
+        }
+        report.samples += 1;
+        report.tokens += ids.len() as u64;
+        report.target_tokens += left;
+        report.truncated += u64::from(ids.len() < whole);
+        if let Some(end) = self.end_of_turn {
+            let ends = ids.iter().zip(&trained).skip(1).any(|(id, trained)| *trained && *id == end);
+            self.with_end_of_turn += u64::from(ends && is_conversation);
+        }
+        (self.push)(&ids, &trained)
+    }
+}
+
+struct Prepared {
+    is_conversation: bool,
+    encoded: Encoded,
+    broken: Vec<(Rule, String)>,
+    fingerprint: Fingerprint,
+}
+
+fn prepare_record(encoder: &Encoder, checks: &RowChecks, record: &Record) -> Result<Prepared> {
     let example = encoder.options.rows.example(&record.row, encoder.tokenizer.chat_template().is_some())?;
     let encoded = encoder.encode(&example)?;
-    Ok((matches!(example, Example::Conversation(_)), encoded))
+    let mut broken = checks.example(&example);
+    broken.extend(checks.encoded(&example, &encoded));
+    Ok(Prepared {
+        is_conversation: matches!(example, Example::Conversation(_)),
+        fingerprint: fingerprint(&example),
+        encoded,
+        broken,
+    })
 }
 
 fn nothing_to_train(report: &DatasetReport, options: &DatasetOptions) -> String {

@@ -115,6 +115,16 @@ fn as_float(value: &Value) -> Option<f64> {
     }
 }
 
+/// Python's `str` of a JSON value.
+pub(super) fn python_text(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        serde_json::Value::Bool(true) => "True".to_owned(),
+        serde_json::Value::Bool(false) => "False".to_owned(),
+        other => python_str(&Value::from(minijinja::value::Serde(other))),
+    }
+}
+
 /// Python's `str(value)`.
 fn python_str(value: &Value) -> String {
     match value.kind() {

@@ -1,12 +1,14 @@
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
+use thiserror::Error;
 
+use super::json::{JsonArray, JsonLines, starts_with_bracket};
 use super::parquet;
 
 /// One row of a dataset: column names and values.
@@ -38,7 +40,19 @@ pub struct Record {
     pub place: Place,
 }
 
-type Rows = Box<dyn Iterator<Item = Result<Record>> + Send>;
+/// A row that cannot be read. [`Records`] goes on with the next one where the file's format lets it.
+#[derive(Clone, Debug, Error)]
+#[error("{place}: {reason}")]
+pub struct BrokenRow {
+    /// Where it stands.
+    pub place: Place,
+    /// What was expected and what was found.
+    pub reason: String,
+    /// Whether its bytes are not UTF-8.
+    pub broken_utf8: bool,
+}
+
+pub(super) type Rows = Box<dyn Iterator<Item = Result<Record>> + Send>;
 
 /// The records of several files in order, read as they are asked for.
 pub struct Records {
@@ -47,7 +61,7 @@ pub struct Records {
 }
 
 /// The endings of data files; each may be followed by `.gz` or `.zst`.
-const ENDINGS: [&str; 4] = ["json", "jsonl", "csv", "parquet"];
+pub(super) const ENDINGS: [&str; 4] = ["json", "jsonl", "csv", "parquet"];
 
 impl Records {
     /// Opens `sources`: files, folders (all data files in them, by name) and globs. Files are opened one by one later.
@@ -55,14 +69,7 @@ impl Records {
     /// # Errors
     /// A source that matches nothing, or a file whose ending is not of a known format.
     pub fn open<S: AsRef<str>>(sources: &[S]) -> Result<Records> {
-        let mut files = Vec::new();
-        for source in sources {
-            files.extend(resolve(source.as_ref())?);
-        }
-        if files.is_empty() {
-            bail!("no dataset given");
-        }
-        Ok(Records { files: files.into_iter(), open: None })
+        Ok(Records { files: resolve_all(sources)?.into_iter(), open: None })
     }
 }
 
@@ -84,6 +91,18 @@ impl Iterator for Records {
             }
         }
     }
+}
+
+/// The data files that all of `sources` name.
+pub(super) fn resolve_all<S: AsRef<str>>(sources: &[S]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for source in sources {
+        files.extend(resolve(source.as_ref())?);
+    }
+    if files.is_empty() {
+        bail!("no dataset given");
+    }
+    Ok(files)
 }
 
 /// The data files that `source` names, in order of their names.
@@ -118,7 +137,7 @@ fn resolve(source: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// The format's ending and the compression's, if this is a data file.
-fn ending(path: &Path) -> Option<(&'static str, Option<&'static str>)> {
+pub(super) fn ending(path: &Path) -> Option<(&'static str, Option<&'static str>)> {
     let name = path.file_name()?.to_str()?.to_lowercase();
     let (stem, compression) = match (name.strip_suffix(".gz"), name.strip_suffix(".zst")) {
         (Some(stem), _) => (stem, Some("gz")),
@@ -148,60 +167,36 @@ fn read(path: &Path) -> Result<Rows> {
             parquet::rows(::bytes::Bytes::from(whole), file)
         }
         "csv" => csv_rows(bytes, file),
-        "jsonl" => Ok(Box::new(JsonLines { bytes, file, line: 0, text: String::new() })),
+        "jsonl" => Ok(Box::new(JsonLines::new(bytes, file))),
         _ => json_rows(bytes, file),
     }
 }
 
-struct JsonLines {
-    bytes: Box<dyn BufRead + Send>,
-    file: Arc<Path>,
-    line: u64,
-    text: String,
-}
-
-impl Iterator for JsonLines {
-    type Item = Result<Record>;
-
-    fn next(&mut self) -> Option<Result<Record>> {
-        loop {
-            self.text.clear();
-            self.line += 1;
-            let place = Place { file: self.file.clone(), unit: "line", number: self.line };
-            match self.bytes.read_line(&mut self.text) {
-                Ok(0) => return None,
-                Ok(_) => {}
-                Err(error) => return Some(Err(anyhow!("{place}: {error}"))),
-            }
-            let text = self.text.trim_start_matches('\u{feff}').trim();
-            if !text.is_empty() {
-                let row = serde_json::from_str::<Row>(text);
-                return Some(match row {
-                    Ok(row) => Ok(Record { row, place }),
-                    Err(error) => Err(anyhow!("{place}: expected one JSON object a line: {error}")),
-                });
-            }
-        }
-    }
-}
-
 /// A JSON array of objects; an object that holds one such array (`{"data": [..]}`); or, as many files named .json are,
-/// objects one after another.
+/// objects one after another. Only the middle one is held in memory as a whole.
 fn json_rows(mut bytes: Box<dyn BufRead + Send>, file: Arc<Path>) -> Result<Rows> {
-    let mut text = String::new();
-    bytes.read_to_string(&mut text)?;
-    if text.trim_start_matches('\u{feff}').trim_start().starts_with('[') {
-        return Ok(Box::new(JsonArray::new(text, file)));
+    if starts_with_bracket(&mut bytes)? {
+        return Ok(Box::new(JsonArray::new(bytes, file)));
     }
-    let mut objects =
-        serde_json::Deserializer::from_str(text.trim_start_matches('\u{feff}')).into_iter::<Row>();
-    let first = objects.next().transpose().with_context(|| "expected a JSON array of objects")?;
-    let alone = objects.next().is_none();
-    let Some(mut first) = first.filter(|_| alone) else {
-        let lines = std::io::Cursor::new(text.into_bytes());
-        return Ok(Box::new(JsonLines { bytes: Box::new(lines), file, line: 0, text: String::new() }));
-    };
-    let mut arrays = first.iter().filter(|(_, value)| {
+    let mut line = Vec::new();
+    bytes.read_until(b'\n', &mut line)?;
+    let first: Option<Map<String, Value>> = serde_json::from_slice(without_bom(&line)).ok();
+    if first.is_some() && !bytes.fill_buf()?.is_empty() {
+        return Ok(Box::new(JsonLines::new(Box::new(Cursor::new(line).chain(bytes)), file)));
+    }
+    bytes.read_to_end(&mut line)?;
+    object_of_rows(&line, file)
+}
+
+pub(super) fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes)
+}
+
+/// The rows of an object that holds one array of objects.
+fn object_of_rows(text: &[u8], file: Arc<Path>) -> Result<Rows> {
+    let mut object: Row =
+        serde_json::from_slice(without_bom(text)).context("expected a JSON array of objects")?;
+    let mut arrays = object.iter().filter(|(_, value)| {
         value.as_array().is_some_and(|rows| !rows.is_empty() && rows.iter().all(Value::is_object))
     });
     let name = match (arrays.next(), arrays.next()) {
@@ -209,92 +204,16 @@ fn json_rows(mut bytes: Box<dyn BufRead + Send>, file: Arc<Path>) -> Result<Rows
         (None, _) => bail!("expected a JSON array of objects, or an object that holds one"),
         (Some(_), Some(_)) => bail!(
             "the object holds more than one array of objects ({}): leave only the rows",
-            first.keys().cloned().collect::<Vec<_>>().join(", ")
+            object.keys().cloned().collect::<Vec<_>>().join(", ")
         ),
     };
-    let Some(Value::Array(rows)) = first.remove(&name) else { bail!("{name} is not an array") };
+    let Some(Value::Array(rows)) = object.remove(&name) else { bail!("{name} is not an array") };
     Ok(Box::new(rows.into_iter().zip(1..).filter_map(move |(value, number)| match value {
         Value::Object(row) => {
             Some(Ok(Record { row, place: Place { file: file.clone(), unit: "row", number } }))
         }
         _ => None,
     })))
-}
-
-/// Reads an array element by element: only the text is held, not all values at once.
-struct JsonArray {
-    text: String,
-    file: Arc<Path>,
-    at: usize,
-    row: u64,
-    done: bool,
-}
-
-impl JsonArray {
-    fn new(text: String, file: Arc<Path>) -> JsonArray {
-        let at = text.find('[').map_or(0, |at| at + 1);
-        JsonArray { text, file, at, row: 0, done: false }
-    }
-
-    fn skip_space(&mut self) -> Option<u8> {
-        let rest = &self.text.as_bytes()[self.at..];
-        let space = rest.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
-        self.at += space;
-        rest.get(space).copied()
-    }
-
-    fn element(&mut self) -> Result<Option<Row>> {
-        match (self.skip_space(), self.row) {
-            (Some(b']'), _) => {
-                self.at += 1;
-                match self.skip_space() {
-                    None => return Ok(None),
-                    Some(_) => bail!("line {}: text after the end of the array", self.line(self.at)),
-                }
-            }
-            (Some(b','), row) if row > 0 => self.at += 1,
-            (Some(_), 0) => {}
-            (None, _) => bail!("line {}: the array does not end: is the file whole?", self.line(self.at)),
-            (Some(_), _) => bail!("line {}: expected , or ] after an element", self.line(self.at)),
-        }
-        self.row += 1;
-        let rest = &self.text[self.at..];
-        let mut elements = serde_json::Deserializer::from_str(rest).into_iter::<Row>();
-        let element = elements.next();
-        let end = self.at + elements.byte_offset();
-        match element {
-            Some(Ok(row)) => {
-                self.at = end;
-                Ok(Some(row))
-            }
-            Some(Err(error)) => {
-                let line = self.line(self.at) + error.line().saturating_sub(1);
-                bail!("line {line}: expected an array of JSON objects: {error}")
-            }
-            None => bail!("line {}: the array does not end: is the file whole?", self.line(self.at)),
-        }
-    }
-
-    fn line(&self, at: usize) -> usize {
-        1 + self.text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count()
-    }
-}
-
-impl Iterator for JsonArray {
-    type Item = Result<Record>;
-
-    fn next(&mut self) -> Option<Result<Record>> {
-        if self.done {
-            return None;
-        }
-        let element = self.element();
-        self.done = !matches!(element, Ok(Some(_)));
-        let place = Place { file: self.file.clone(), unit: "row", number: self.row };
-        match element {
-            Ok(row) => row.map(|row| Ok(Record { row, place })),
-            Err(error) => Some(Err(anyhow!("{}, {error}", self.file.display()))),
-        }
-    }
 }
 
 /// All values are strings; an empty cell is an empty string.
@@ -305,17 +224,23 @@ fn csv_rows(bytes: Box<dyn BufRead + Send>, file: Arc<Path>) -> Result<Rows> {
         bail!("the header line names a column twice: {:?}", headers.iter().collect::<Vec<_>>());
     }
     Ok(Box::new(reader.into_records().map(move |record| {
-        let record = record.map_err(|error| match error.kind() {
-            csv::ErrorKind::UnequalLengths { pos, expected_len, len } => anyhow!(
-                "{}, line {}: {len} cells, but the header has {expected_len}",
-                file.display(),
-                pos.as_ref().map_or(0, csv::Position::line)
-            ),
-            _ => anyhow!("{}: {error}", file.display()),
-        })?;
+        let record = record.map_err(|error| broken_csv(&error, &file))?;
         let number = record.position().map_or(0, csv::Position::line);
         let row =
             headers.iter().zip(&record).map(|(name, cell)| (name.to_owned(), Value::from(cell))).collect();
         Ok(Record { row, place: Place { file: file.clone(), unit: "line", number } })
     })))
+}
+
+fn broken_csv(error: &csv::Error, file: &Arc<Path>) -> BrokenRow {
+    let number = error.position().map_or(0, csv::Position::line);
+    let reason = match error.kind() {
+        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+            format!("{len} cells, but the header has {expected_len}")
+        }
+        csv::ErrorKind::Utf8 { err, .. } => format!("cell {} is not valid UTF-8", err.field() + 1),
+        _ => error.to_string(),
+    };
+    let broken_utf8 = matches!(error.kind(), csv::ErrorKind::Utf8 { .. });
+    BrokenRow { place: Place { file: file.clone(), unit: "line", number }, reason, broken_utf8 }
 }

@@ -143,6 +143,11 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// The names and Jinja texts of all its templates: the default one, and perhaps one for tools.
+    pub(super) fn sources(&self) -> Vec<(&str, String)> {
+        self.env.templates().map(|(name, template)| (name, template.source().to_owned())).collect()
+    }
+
     /// Where it came from: a file, or a key of `tokenizer_config.json`.
     pub fn origin(&self) -> &str {
         &self.origin

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use chrono::NaiveDateTime;
 use serde_json::Value;
 use tokenizers::AddedToken;
+use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::ChatTemplate;
@@ -167,6 +168,31 @@ impl Tokenizer {
         self.inner
             .id_to_token(id)
             .is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
+    }
+
+    /// No text of `bytes` bytes has more tokens, special ones that are added to it excepted; `None` where the normaliser
+    /// may make a text longer by any factor. A token stands for a byte or more of the normalised text.
+    pub fn most_tokens(&self, bytes: usize) -> Option<usize> {
+        fn growth(normalizer: &NormalizerWrapper) -> Option<usize> {
+            match normalizer {
+                // https://unicode.org/faq/normalization.html: NFC makes UTF-8 at most three times as long.
+                NormalizerWrapper::NFC(_) => Some(3),
+                // One mark before the text, and a mark of three bytes for each space.
+                NormalizerWrapper::Prepend(_) => Some(1),
+                NormalizerWrapper::Replace(_) => Some(3),
+                NormalizerWrapper::Sequence(all) => all.as_ref().iter().map(growth).product(),
+                _ => None,
+            }
+        }
+        const MARK: usize = 3;
+        let factor = self.inner.get_normalizer().map_or(Some(1), growth)?;
+        Some((bytes + MARK) * factor)
+    }
+
+    /// The texts of all special tokens.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder().into_values();
+        added.filter(|token| token.special).map(|token| token.content).collect()
     }
 
     /// `bos_token` of `tokenizer_config.json`.

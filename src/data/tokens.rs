@@ -1,15 +1,85 @@
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
+use std::fmt;
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
 
-use super::order::shuffle;
+use anyhow::{Result, bail};
+use bytemuck::Pod;
 
-/// Tokenised samples, compact: 4 bytes and 1 bit a token, 8 bytes a sample.
+use crate::io::Mmap;
+
+use super::order::chosen;
+use super::select::held_out;
+
+/// Tokenised samples, compact: 4 bytes and 1 bit a token, 8 bytes a sample. In memory, or in the files of a
+/// [`TokenCache`](super::TokenCache), which the system reads as they are needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenDataset {
-    ids: Vec<u32>,
+    ids: Numbers<u32>,
     /// Bit n: token n is trained (its label is its id).
-    trained: Vec<u64>,
-    ends: Vec<u64>,
+    trained: Numbers<u64>,
+    ends: Numbers<u64>,
+}
+
+/// Numbers in memory or in a mapped file.
+#[derive(Clone)]
+enum Numbers<T> {
+    Owned(Vec<T>),
+    Mapped(Arc<Mmap>),
+}
+
+impl<T: Pod> Deref for Numbers<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Numbers::Owned(numbers) => numbers,
+            // A map begins with a page, so it is aligned; its length was checked.
+            Numbers::Mapped(file) => bytemuck::cast_slice(file.bytes()),
+        }
+    }
+}
+
+impl<T: Pod> Numbers<T> {
+    /// To append to them, they must be in memory.
+    fn owned(&mut self) -> &mut Vec<T> {
+        if let Numbers::Mapped(_) = self {
+            *self = Numbers::Owned(self.to_vec());
+        }
+        match self {
+            Numbers::Owned(numbers) => numbers,
+            Numbers::Mapped(_) => unreachable!("they were just copied"),
+        }
+    }
+
+    fn map(path: &Path, len: u64) -> Result<Numbers<T>> {
+        let file = Mmap::open(path)?;
+        let expected = len * size_of::<T>() as u64;
+        if file.bytes().len() as u64 != expected {
+            bail!("{}: {} bytes, expected {expected}: remove its folder", path.display(), file.bytes().len());
+        }
+        Ok(Numbers::Mapped(Arc::new(file)))
+    }
+}
+
+impl<T> Default for Numbers<T> {
+    fn default() -> Numbers<T> {
+        Numbers::Owned(Vec::new())
+    }
+}
+
+impl<T: Pod + PartialEq> PartialEq for Numbers<T> {
+    fn eq(&self, other: &Numbers<T>) -> bool {
+        **self == **other
+    }
+}
+
+impl<T: Pod + Eq> Eq for Numbers<T> {}
+
+impl<T: Pod + fmt::Debug> fmt::Debug for Numbers<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, f)
+    }
 }
 
 impl TokenDataset {
@@ -22,13 +92,28 @@ impl TokenDataset {
     pub fn push(&mut self, ids: &[u32], trained: &[bool]) {
         assert_eq!(ids.len(), trained.len(), "one mask bit a token");
         for (n, trained) in (self.ids.len()..).zip(trained) {
+            let bits = self.trained.owned();
             if n % 64 == 0 {
-                self.trained.push(0);
+                bits.push(0);
             }
-            self.trained[n / 64] |= u64::from(*trained) << (n % 64);
+            bits[n / 64] |= u64::from(*trained) << (n % 64);
         }
-        self.ids.extend_from_slice(ids);
-        self.ends.push(self.ids.len() as u64);
+        self.ids.owned().extend_from_slice(ids);
+        self.ends.owned().push(self.ids.len() as u64);
+    }
+
+    /// The samples in the files `ids`, `trained` and `ends`, as a cache writes them.
+    pub(super) fn map(files: [&Path; 3], samples: u64, tokens: u64) -> Result<TokenDataset> {
+        let [ids, trained, ends] = files;
+        let data = TokenDataset {
+            ids: Numbers::map(ids, tokens)?,
+            trained: Numbers::map(trained, tokens.div_ceil(64))?,
+            ends: Numbers::map(ends, samples)?,
+        };
+        if data.ends.last().copied().unwrap_or(0) != tokens || !data.ends.is_sorted() {
+            bail!("{}: not the ends of samples: remove its folder", ends.display());
+        }
+        Ok(data)
     }
 
     /// The number of samples.
@@ -81,7 +166,7 @@ impl TokenDataset {
     /// A checksum of samples and masks: two runs with one fingerprint see the same data.
     pub fn fingerprint(&self) -> u32 {
         let words =
-            self.trained.iter().chain(&self.ends).flat_map(|word| [*word as u32, (*word >> 32) as u32]);
+            self.trained.iter().chain(self.ends.iter()).flat_map(|word| [*word as u32, (*word >> 32) as u32]);
         let mut sum = 0;
         let mut buffer = Vec::with_capacity(1 << 16);
         for word in self.ids.iter().copied().chain(words) {
@@ -97,13 +182,8 @@ impl TokenDataset {
     /// Splits off `share` (0 to 1) of the samples for evaluation, at least one, chosen by `seed`: (training, evaluation),
     /// both in the old order.
     pub fn split(&self, share: f64, seed: u64) -> (TokenDataset, TokenDataset) {
-        let mut order: Vec<u32> = (0..self.len() as u32).collect();
-        shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
-        let held_out = ((self.len() as f64 * share).round() as usize).clamp(1, self.len().max(2) - 1);
-        let mut is_held_out = vec![false; self.len()];
-        for sample in order.into_iter().take(held_out) {
-            is_held_out[sample as usize] = true;
-        }
+        let held_out = held_out(self.len() as u64, share) as usize;
+        let is_held_out = chosen(self.len(), held_out, seed);
         let (mut training, mut evaluation) = (TokenDataset::new(), TokenDataset::new());
         for (sample, held_out) in is_held_out.into_iter().enumerate() {
             let trained: Vec<bool> = self.trained(sample).collect();

@@ -50,6 +50,22 @@ pub type OnDownload<'a> = &'a mut dyn FnMut(Download);
 ///
 /// If the hub cannot be reached, a complete snapshot in the cache is used, with a warning.
 pub fn resolve_model(name: &str, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
+    resolve(name, Part::Whole, options, on_download)
+}
+
+/// As [`resolve_model`], without the weights: the local folder of a model's tokenizer, chat template and configuration.
+pub fn resolve_tokenizer(name: &str, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
+    resolve(name, Part::Tokenizer, options, on_download)
+}
+
+/// What of a model is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Whole,
+    Tokenizer,
+}
+
+fn resolve(name: &str, part: Part, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
     let path = Path::new(name);
     if path.is_dir() {
         return Ok(path.to_owned());
@@ -59,7 +75,10 @@ pub fn resolve_model(name: &str, options: &HubOptions, on_download: OnDownload) 
     }
     let repo = Repo::new(Kind::Model, name)?;
     let cache = RepoCache::new(options, &repo);
-    let in_cache = || cached_model(&cache, &repo, options);
+    let in_cache = || match part {
+        Part::Whole => cached_model(&cache, &repo, options),
+        Part::Tokenizer => cached_tokenizer(&cache, &repo, options),
+    };
     // A commit never changes: a complete snapshot of it needs no question to the hub.
     if options.offline || (cache::is_commit(&options.revision) && in_cache().is_ok()) {
         return in_cache();
@@ -75,10 +94,14 @@ pub fn resolve_model(name: &str, options: &HubOptions, on_download: OnDownload) 
         }
     };
     let files = listing.files.iter().map(String::as_str).collect();
-    let mut wanted = select::model_files(&files).with_context(|| repo.to_string())?;
+    let wanted = match part {
+        Part::Whole => select::model_files(&files),
+        Part::Tokenizer => select::tokenizer_files(&files),
+    };
+    let mut wanted = wanted.with_context(|| repo.to_string())?;
     let folder = cache.snapshot(&listing.commit);
     // The index names the shards, so it comes first: a repository may hold the same weights in other files too.
-    if let Some(index) = select::weights_index(&files) {
+    if let Some(index) = select::weights_index(&files).filter(|_| part == Part::Whole) {
         client.fetch(&cache, &listing.commit, index, on_download)?;
         let shards = select::shards(&folder.join(index))?;
         if let Some(missing) = shards.iter().find(|shard| !files.contains(shard.as_str())) {
@@ -149,6 +172,14 @@ fn cached_model(cache: &RepoCache, repo: &Repo, options: &HubOptions) -> Result<
         }
     });
     complete.with_context(|| format!("{repo} is in the cache only in part ({})", folder.display()))?;
+    Ok(folder)
+}
+
+fn cached_tokenizer(cache: &RepoCache, repo: &Repo, options: &HubOptions) -> Result<PathBuf> {
+    let folder = cached(cache, repo, options)?;
+    let files = cache::files_of(&folder)?;
+    select::tokenizer_files(&files.iter().map(String::as_str).collect())
+        .with_context(|| format!("{repo} is in the cache only in part ({})", folder.display()))?;
     Ok(folder)
 }
 

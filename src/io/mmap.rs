@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
+#[derive(Debug)]
 pub(crate) struct Mmap(memmap2::Mmap);
 
 impl Mmap {

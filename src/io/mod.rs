@@ -9,6 +9,8 @@ mod quant_state;
 mod tensor_file;
 mod weights;
 
+pub(crate) use mmap::Mmap;
+
 pub use atomic::{is_unfinished, write_atomically, write_atomically_with, write_folder_atomically};
 pub use quant_state::{NF4, QuantKeys, QuantState};
 pub use tensor_file::TensorFile;

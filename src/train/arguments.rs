@@ -110,6 +110,9 @@ pub struct TrainingArguments {
     /// Go on although the chat template's end-of-turn token is never trained: the model may not learn to stop
     #[arg(long, help_heading = DATA)]
     pub allow_missing_eot: bool,
+    /// Folder for tokenised data: a run with the same data, tokenizer, template and options reads it from there, and data may be larger than memory
+    #[arg(long, value_name = "DIR", help_heading = DATA)]
+    pub dataset_cache: Option<PathBuf>,
 
     /// LoRA rank
     #[arg(long, alias = "lora-r", help_heading = LORA, default_value_t = 16)]

@@ -10,21 +10,11 @@ use ferrotune::data::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::test_data;
+use super::{test_data, tokenizer};
 
 fn golden() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/cases.json");
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
-}
-
-/// The golden byte-level tokenizer with one of the golden templates.
-fn tokenizer(template: &str) -> Tokenizer {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/bpe");
-    let mut tokenizer = Tokenizer::from_dir(&folder).unwrap();
-    if let Some(source) = golden()["templates"][template].as_str() {
-        tokenizer.set_chat_template(ChatTemplate::new(source, template).unwrap());
-    }
-    tokenizer
 }
 
 /// The same tokenizer in a folder without chat template.
@@ -151,9 +141,34 @@ fn a_flag_forces_the_shape() {
     assert!(failure(&chatml, row, &with(column)).contains("column n: expected a string, found a number"));
 
     let error = "parquet".parse::<DatasetFormat>().unwrap_err().to_string();
-    assert!(error.contains("messages, sharegpt, prompt_completion, alpaca, text"), "{error}");
+    assert!(error.contains("tokens, messages, sharegpt, prompt_completion, alpaca, text"), "{error}");
     for (format, name, _) in DatasetFormat::ALL {
         assert_eq!((name.parse::<DatasetFormat>().unwrap(), format.to_string()), (format, name.to_owned()));
+    }
+}
+
+#[test]
+fn tokens_stay_as_they_are() {
+    let chatml = tokenizer("chatml");
+    let options = DatasetOptions { max_seq_length: 3, ..Default::default() };
+    let rows = json!([
+        {"input_ids": [3, 289, 272, 4], "labels": [-100, 289, -100, 4], "text": "not this"},
+        {"input_ids": [5, 6]},
+        {"input_ids": "[7, 8]", "labels": null},
+    ]);
+    let (data, report) = run(&chatml, &rows, &options).unwrap();
+    assert_eq!((data.ids(0), data.ids(1), data.ids(2)), (&[3, 289, 272][..], &[5, 6][..], &[7, 8][..]));
+    assert_eq!(data.trained(0).collect::<Vec<_>>(), [false, true, false]);
+    assert_eq!((report.truncated, report.target_tokens), (1, 3));
+    for (row, part) in [
+        (json!({"input_ids": [1, 2], "labels": [2, 3]}), "not shifted"),
+        (json!({"input_ids": [1, 2], "labels": [1]}), "labels has 1 numbers, input_ids 2"),
+        (json!({"input_ids": [1, -2]}), "-2 is no token id"),
+        (json!({"input_ids": [1, "x"]}), "found a string"),
+        (json!({"input_ids": [1, 99999]}), "no token 99999"),
+    ] {
+        let error = failure(&chatml, json!([row]), &options);
+        assert!(error.contains(part) && error.contains("row 1"), "{error}");
     }
 }
 

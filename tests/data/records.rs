@@ -8,11 +8,7 @@ use ferrotune::data::{Record, Records};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-fn write(folder: &TempDir, name: &str, bytes: impl AsRef<[u8]>) -> String {
-    let path = folder.path().join(name);
-    fs::write(&path, bytes).unwrap();
-    path.to_str().unwrap().to_owned()
-}
+use super::write;
 
 fn read(source: &str) -> anyhow::Result<Vec<Record>> {
     Records::open(&[source])?.collect()

@@ -32,6 +32,14 @@ pub fn weights_index<'a>(files: &BTreeSet<&'a str>) -> Option<&'a str> {
     files.get(INDEX).copied()
 }
 
+/// What a model's tokenizer needs, with the configuration, which names special tokens.
+pub fn tokenizer_files(files: &BTreeSet<&str>) -> Result<Vec<String>> {
+    if !files.contains("tokenizer.json") {
+        bail!("no tokenizer.json");
+    }
+    Ok(COMPANIONS.iter().filter(|name| files.contains(*name)).map(|name| (*name).to_owned()).collect())
+}
+
 /// What a model needs, the shards behind an index excepted.
 pub fn model_files(files: &BTreeSet<&str>) -> Result<Vec<String>> {
     let mut wanted: Vec<String> =
