@@ -12,6 +12,7 @@ mod cli_train;
 mod cpu;
 mod data;
 mod dynamic;
+mod export;
 mod generate;
 mod golden;
 mod gpu;

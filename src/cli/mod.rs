@@ -8,6 +8,7 @@ mod cards;
 pub mod chat;
 pub mod config_file;
 pub mod doctor;
+pub mod export;
 pub mod format;
 pub mod generate;
 pub mod hub_env;
@@ -57,6 +58,8 @@ enum Command {
     Bench(bench::BenchCommand),
     /// Predict memory and time of a training run, without a GPU, and what would make it fit
     Plan(plan::PlanArgs),
+    /// Write a tuned model as other programs read it: merged, in 16 or 4 bits
+    Export(export::ExportArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
     Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
@@ -86,6 +89,7 @@ pub fn run() -> ExitCode {
         Command::Score(arguments) => score::run(arguments),
         Command::Bench(command) => bench::run(command),
         Command::Plan(arguments) => plan::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Selftest(arguments) => selftest::run(arguments),

@@ -7,6 +7,7 @@
 mod batch;
 mod encode;
 mod format;
+mod gguf_tokenizer;
 mod order;
 mod parquet;
 mod prepare;

@@ -5,6 +5,7 @@ mod decoder;
 mod device_batch;
 mod fast_language_model;
 mod gemma;
+mod gguf;
 mod llama;
 mod mistral;
 mod non_finite;
@@ -19,6 +20,9 @@ pub use config::{Config, LayerConfig};
 pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;
+pub use gguf::{
+    Change, GgufTensor, gguf_tensors, metadata as gguf_metadata, metadata_architecture, rope_tensors,
+};
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
 
