@@ -33,6 +33,7 @@ fn main() {
         "rms_norm",
         "rope",
         "row",
+        "script",
         "segments",
         "swiglu",
     ];

@@ -8,12 +8,16 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use tch::Kind;
 
 use super::format::{bytes, percent, seconds};
 use super::model_args::{MachineArgs, kind_of, overflows_f16};
 use super::progress::BARS;
 use super::sources;
-use crate::export::{self, Agreement, EXPORT_REPORT, GgufFile, Layout, Merged, Quantization, Reference};
+use crate::export::{
+    self, Agreement, EXPORT_REPORT, GgufFile, Layout, Merged, Quantization, Reference, TORCHSCRIPT_FILE,
+    TorchScript,
+};
 use crate::io::{write_atomically, write_folder_atomically};
 use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
@@ -23,7 +27,9 @@ const EXAMPLES: &str = "Examples:
   ferrotune export --model DIR --adapter out --format merged-16bit --output-dir merged
   ferrotune export --model DIR --adapter out --format merged-4bit --output-dir merged-nf4
   ferrotune export --model DIR --adapter out --format gguf --quantization-method q4_k_m,q8_0 --output-dir gguf
-  ferrotune export --model DIR --adapter out --format gguf-lora --output-dir gguf-lora";
+  ferrotune export --model DIR --format gguf --quantization-method q4_k_m --modelfile --output-dir ollama
+  ferrotune export --model DIR --adapter out --format gguf-lora --output-dir gguf-lora
+  ferrotune export --model DIR --adapter out --format torchscript --output-dir scripted";
 
 /// What is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -40,6 +46,9 @@ pub enum Format {
     /// The adapter alone as a GGUF file that llama.cpp adds to a model
     #[value(name = "gguf-lora")]
     GgufLora,
+    /// A TorchScript archive for torch.jit.load in Python and C++: forward(input_ids [B, T]) -> logits [B, T, V]
+    #[value(name = "torchscript")]
+    Torchscript,
 }
 
 /// Writes a model, with or without an adapter, in a format that other programs read.
@@ -68,15 +77,21 @@ pub struct ExportArgs {
     /// Types of the GGUF files, by llama.cpp's names; all are written in one pass
     #[arg(long, value_enum, value_name = "TYPE,..", value_delimiter = ',', default_value = "q8_0")]
     pub quantization_method: Vec<Quantization>,
+    /// Write a Modelfile for Ollama beside each GGUF file; the checkpoint's chat template must be one that ferrotune knows
+    #[arg(long)]
+    pub modelfile: bool,
+    /// System message of the Modelfile, for conversations that bring none
+    #[arg(long, value_name = "TEXT", requires = "modelfile")]
+    pub system: Option<String>,
     /// Add the adapter onto the weights as 4 bits (NF4) would have them, which is what it was trained on with --load-in-4bit, instead of the
     /// checkpoint's 16 bits
     #[arg(long)]
     pub load_in_4bit: bool,
     /// Largest KL, in nats a token, between the model and the export [default: merged-16bit 1e-3, merged-4bit 0.1;
-    /// gguf f32 1e-6, f16 and bf16 1e-3, q8_0 5e-3, q6_k 0.02, q5 0.05, q4 0.1, q3 0.3, q2 1]
+    /// gguf f32 1e-6, f16 and bf16 1e-3, q8_0 5e-3, q6_k 0.02, q5 0.05, q4_k 0.1, q4_0 and q4_1 0.2, q3 0.3, q2 1; torchscript 1e-6 in f32, else 1e-3]
     #[arg(long, value_name = "KL")]
     pub max_kl: Option<f64>,
-    /// Type of weights and activations in the comparison
+    /// Type of weights and activations in the comparison, and of the weights of a TorchScript archive
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
     #[command(flatten)]
@@ -102,7 +117,9 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let options = LoadOptions::new(kind, device);
     let source = Source { model, adapter, options };
     let merged = Merged::open(&source.model, source.adapter.as_deref(), args.load_in_4bit)?;
-    if merged.is_dequantized() && matches!(args.format, Format::Merged16bit | Format::Gguf) {
+    if merged.is_dequantized()
+        && matches!(args.format, Format::Merged16bit | Format::Gguf | Format::Torchscript)
+    {
         warn(
             "the base is in 4 bits: its rounding stays in the export. A 16-bit checkpoint as --model gives a better one, \
              unless the adapter must sit on what it was trained on",
@@ -113,6 +130,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
         Format::Merged4bit => export_checkpoint(&args, &source, &merged, Layout::Nf4(device), 0.1),
         Format::Gguf => export_gguf(&args, &source, &merged),
         Format::GgufLora => export_gguf_lora(&args, &merged),
+        Format::Torchscript => export_torchscript(&args, &source, &merged),
     }
 }
 
@@ -159,6 +177,11 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
     let file_name = |quantization: &Quantization| format!("{name}.{}.gguf", quantization.name());
     let mut methods = args.quantization_method.clone();
     methods.dedup();
+    let modelfiles = methods
+        .iter()
+        .filter(|_| args.modelfile)
+        .map(|quantization| Ok((quantization.name(), modelfile(args, merged, &file_name(quantization))?)))
+        .collect::<Result<Vec<_>>>()?;
     let reference = source.reference(args.load_in_4bit)?;
     write_folder_atomically(&args.output_dir, |folder| {
         let file = |quantization: &Quantization| GgufFile {
@@ -184,8 +207,20 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
             announce(&path, size, agreement, written)?;
             judge(agreement, threshold)?;
         }
+        for (name, text) in &modelfiles {
+            let file =
+                if modelfiles.len() == 1 { "Modelfile".to_string() } else { format!("Modelfile.{name}") };
+            write_atomically(&folder.join(file), text.as_bytes())?;
+        }
         write_atomically(&folder.join(EXPORT_REPORT), &serde_json::to_vec_pretty(&reports)?)
     })
+}
+
+fn modelfile(args: &ExportArgs, merged: &Merged, gguf: &str) -> Result<String> {
+    let tokenizer = merged.tokenizer()?.context("--modelfile: the checkpoint has no tokenizer.json")?;
+    let template = tokenizer.chat_template().context("--modelfile: the checkpoint has no chat template")?;
+    let context_length = merged.config.max_position_embeddings;
+    export::modelfile(gguf, template, context_length, args.system.as_deref()).context("--modelfile")
 }
 
 fn export_gguf_lora(args: &ExportArgs, merged: &Merged) -> Result<()> {
@@ -195,6 +230,32 @@ fn export_gguf_lora(args: &ExportArgs, merged: &Merged) -> Result<()> {
         let path = args.output_dir.join(name);
         writeln!(stdout(), "{}: {}, read back equal", path.display(), bytes(size))
             .context("writing to stdout")
+    })
+}
+
+fn export_torchscript(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()> {
+    let started = Instant::now();
+    let LoadOptions { kind, device, .. } = source.options;
+    let reference = source.reference(args.load_in_4bit)?;
+    write_folder_atomically(&args.output_dir, |folder| {
+        let path = folder.join(TORCHSCRIPT_FILE);
+        let bar = progress_bar("reading")?;
+        let written = export::write_torchscript(merged, &path, kind, |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        written?;
+        merged.copy_companions(folder)?;
+        write_atomically(&folder.join("config.json"), &serde_json::to_vec_pretty(&merged.config_json()?)?)?;
+        let (size, written) = (path.metadata()?.len(), started.elapsed().as_secs_f64());
+        let script = TorchScript::load(&path, device).context("reading the export back")?;
+        let agreement = reference.compare_logits(|ids| script.logits(ids, device))?;
+        let threshold = args.max_kl.unwrap_or(if kind == Kind::Float { 1e-6 } else { 1e-3 });
+        let report = report(args, source, &args.output_dir, size, agreement, threshold);
+        write_atomically(&folder.join(EXPORT_REPORT), &serde_json::to_vec_pretty(&report)?)?;
+        announce(&args.output_dir.join(TORCHSCRIPT_FILE), size, agreement, written)?;
+        judge(agreement, threshold)
     })
 }
 

@@ -8,6 +8,7 @@ mod batch;
 mod encode;
 mod format;
 mod gguf_tokenizer;
+mod named_templates;
 mod order;
 mod parquet;
 mod prepare;
@@ -22,6 +23,7 @@ mod turns;
 
 pub use batch::{Batch, BatchOptions, BatchStream, Cursor, IGNORE_INDEX};
 pub use format::{Conversation, DatasetFormat, Example, RowOptions};
+pub use named_templates::{NAMED_TEMPLATES, NamedTemplate};
 pub use prepare::{DatasetOptions, DatasetReport, prepare};
 pub use preview::{PreviewSpan, preview};
 pub use records::{Place, Record, Records, Row};

@@ -87,9 +87,14 @@ impl Reference {
         if let (Some(ours), Ok(tokenizer)) = (&self.words, exported.tokenizer()) {
             ours.expect(&Words::of(tokenizer)?)?;
         }
+        self.compare_logits(|ids| logits(exported, ids))
+    }
+
+    /// The same of anything that gives logits `[T, V]`, f32 on the CPU, of a sequence of ids.
+    pub fn compare_logits(&self, exported: impl Fn(&[i64]) -> Result<Tensor>) -> Result<Agreement> {
         let (mut tokens, mut largest, mut kl, mut same) = (0, 0f64, 0.0, 0.0);
         for (ids, ours) in self.prompts.iter().zip(&self.logits) {
-            let theirs = logits(exported, ids)?;
+            let theirs = exported(ids)?;
             if theirs.size() != ours.size() {
                 bail!("the export has logits {:?}, the model {:?}", theirs.size(), ours.size());
             }

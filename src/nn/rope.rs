@@ -106,8 +106,8 @@ impl Rope {
         Ok((0..self.dim / 2).map(|i| divisor(i) as f32).collect())
     }
 
-    /// `[R/2]` in f32.
-    fn inv_freq(&self, seq_len: i64, device: Device) -> Result<Tensor> {
+    /// Frequencies `[R/2]` in f32 for sequences of `seq_len` tokens.
+    pub fn inv_freq(&self, seq_len: i64, device: Device) -> Result<Tensor> {
         let dim = self.dim as f64;
         let exponents = Tensor::f_arange_start_step(0, self.dim, 2, (Kind::Int64, device))?
             .f_to_kind(Kind::Float)?

@@ -2,6 +2,7 @@
 
 mod batches;
 mod golden;
+mod named_templates;
 mod prepare;
 mod records;
 mod templates;

@@ -2,6 +2,7 @@
 
 mod gguf;
 mod merged;
+mod torchscript;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
