@@ -2,7 +2,7 @@
 
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -141,9 +141,9 @@ fn export_checkpoint(
     layout: Layout,
     threshold: f64,
 ) -> Result<()> {
-    let started = Instant::now();
     let reference = source.reference(args.load_in_4bit)?;
     write_folder_atomically(&args.output_dir, |folder| {
+        let started = Instant::now();
         let bar = progress_bar("writing")?;
         let sizes = export::write_checkpoint(merged, folder, layout, None, |read, all| {
             bar.set_length(all);
@@ -152,6 +152,7 @@ fn export_checkpoint(
         bar.finish_and_clear();
         let sizes = sizes?;
         let written = started.elapsed().as_secs_f64();
+        let _busy = Busy::new("reading back and comparing");
         let exported = FastLanguageModel::from_pretrained_with(folder, source.options)
             .context("reading the export back")?;
         let agreement = reference.compare(&exported)?;
@@ -164,19 +165,20 @@ fn export_checkpoint(
 }
 
 fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()> {
-    let started = Instant::now();
     let windowed = merged.config.layers.iter().any(|layer| layer.attention.sliding_window.is_some());
     if windowed && !merged.config.model_type.starts_with("gemma") {
         warn(
             "llama.cpp has no sliding window for this architecture: past the window it attends to more than the model did",
         );
     }
-    let name = source.model.canonicalize().ok();
-    let name =
-        name.as_deref().and_then(Path::file_name).map_or("model".into(), |name| name.to_string_lossy());
+    let name = model_name(&args.model);
     let file_name = |quantization: &Quantization| format!("{name}.{}.gguf", quantization.name());
-    let mut methods = args.quantization_method.clone();
-    methods.dedup();
+    let mut methods: Vec<Quantization> = Vec::new();
+    for method in &args.quantization_method {
+        if !methods.contains(method) {
+            methods.push(*method);
+        }
+    }
     let modelfiles = methods
         .iter()
         .filter(|_| args.modelfile)
@@ -189,6 +191,7 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
             quantization: *quantization,
         };
         let files: Vec<GgufFile> = methods.iter().map(file).collect();
+        let started = Instant::now();
         let bar = progress_bar("quantising")?;
         let sizes = export::write_gguf(merged, &files, &name, |done, all| {
             bar.set_length(all);
@@ -234,10 +237,10 @@ fn export_gguf_lora(args: &ExportArgs, merged: &Merged) -> Result<()> {
 }
 
 fn export_torchscript(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()> {
-    let started = Instant::now();
     let LoadOptions { kind, device, .. } = source.options;
     let reference = source.reference(args.load_in_4bit)?;
     write_folder_atomically(&args.output_dir, |folder| {
+        let started = Instant::now();
         let path = folder.join(TORCHSCRIPT_FILE);
         let bar = progress_bar("reading")?;
         let written = export::write_torchscript(merged, &path, kind, |done, all| {
@@ -249,6 +252,7 @@ fn export_torchscript(args: &ExportArgs, source: &Source, merged: &Merged) -> Re
         merged.copy_companions(folder)?;
         write_atomically(&folder.join("config.json"), &serde_json::to_vec_pretty(&merged.config_json()?)?)?;
         let (size, written) = (path.metadata()?.len(), started.elapsed().as_secs_f64());
+        let _busy = Busy::new("reading back and comparing");
         let script = TorchScript::load(&path, device).context("reading the export back")?;
         let agreement = reference.compare_logits(|ids| script.logits(ids, device))?;
         let threshold = args.max_kl.unwrap_or(if kind == Kind::Float { 1e-6 } else { 1e-3 });
@@ -262,6 +266,7 @@ fn export_torchscript(args: &ExportArgs, source: &Source, merged: &Merged) -> Re
 impl Source {
     /// The scores of the model with its adapter, which is loaded for it and dropped again.
     fn reference(&self, load_in_4bit: bool) -> Result<Reference> {
+        let _busy = Busy::new("scoring the model");
         let options = LoadOptions { load_in_4bit, ..self.options };
         let mut model = FastLanguageModel::from_pretrained_with(&self.model, options).context("--model")?;
         if let Some(adapter) = &self.adapter {
@@ -315,6 +320,30 @@ fn judge(agreement: Agreement, threshold: f64) -> Result<()> {
         "the export is not the model: KL {:.2e} a token, at most {threshold:.0e} is allowed (--max-kl); nothing was kept",
         agreement.kl
     )
+}
+
+/// The model's folder or the last part of its hub id: the snapshot of a hub model lies in a folder named after a commit.
+fn model_name(model: &str) -> String {
+    let folder = Path::new(model).canonicalize().ok();
+    let name = folder.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| model.rsplit('/').next().unwrap_or(model).to_string())
+}
+
+/// A spinner beside work whose length is not known, gone when it is dropped.
+struct Busy(ProgressBar);
+
+impl Busy {
+    fn new(what: &'static str) -> Busy {
+        let bar = BARS.add(ProgressBar::new_spinner().with_message(what));
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Busy(bar)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
 }
 
 fn progress_bar(what: &str) -> Result<ProgressBar> {

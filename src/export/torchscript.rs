@@ -18,6 +18,8 @@ use crate::models::{Config, LayerConfig, projections};
 use crate::nn::{Rope, RopeScaling};
 use crate::ops::{self, Activation};
 
+// 6 in the source is f32: libtorch's own compiler knows dtypes by number only.
+
 /// The archive's name in the output folder.
 pub const TORCHSCRIPT_FILE: &str = "model.pt";
 
@@ -118,7 +120,7 @@ impl<'a> Script<'a> {
             Some(head) => self.parameter(head),
             None => embedding,
         };
-        self.line(&format!("y = torch.linear(x, {head}, None).to(torch.float32)"));
+        self.line(&format!("y = torch.linear(x, {head}, None).to(6)"));
         if let Some(cap) = self.config.final_logit_softcapping {
             self.line(&format!("y = torch.tanh(y / {cap:?}) * {cap:?}"));
         }
@@ -131,12 +133,12 @@ impl<'a> Script<'a> {
         let scaled = if self.config.norm_offset == 0.0 {
             "weight * f.to(x.dtype)".to_string()
         } else {
-            format!("(f * (weight.to(torch.float32) + {:?})).to(x.dtype)", self.config.norm_offset)
+            format!("(f * (weight.to(6) + {:?})).to(x.dtype)", self.config.norm_offset)
         };
         write!(
             self.source,
             "def norm(self, x: Tensor, weight: Tensor) -> Tensor:\n    \
-             f = x.to(torch.float32)\n    \
+             f = x.to(6)\n    \
              f = f * torch.rsqrt(f.pow(2).mean([-1], True) + {eps:?})\n    \
              return {scaled}\n\
              def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:\n    \
@@ -177,13 +179,13 @@ impl<'a> Script<'a> {
                     factor - 1.0
                 ));
                 self.line(&format!(
-                    "    w = w * torch.pow(growth, torch.arange(0, {0}, 2, device=w.device).to(torch.float32) / {0}.0).reciprocal()",
+                    "    w = w * torch.pow(growth, torch.arange(0, {0}, 2, device=w.device).to(6) / {0}.0).reciprocal()",
                     rope.dim
                 ));
             }
             _ => {}
         }
-        self.line("angles = place.to(torch.float32).unsqueeze(1) * w.unsqueeze(0)");
+        self.line("angles = place.to(6).unsqueeze(1) * w.unsqueeze(0)");
         let factor = rope.attention_factor;
         self.line(&format!("cos{index} = (torch.cos(angles) * {factor:?}).to(x.dtype)"));
         self.line(&format!("sin{index} = (torch.sin(angles) * {factor:?}).to(x.dtype)"));
@@ -243,7 +245,7 @@ impl<'a> Script<'a> {
             }
             None => self.line("s = s.masked_fill(later, float('-inf'))"),
         }
-        self.line("p = torch.softmax(s, -1, dtype=torch.float32).to(q.dtype)");
+        self.line("p = torch.softmax(s, -1, dtype=6).to(q.dtype)");
         self.line(&format!("h = torch.matmul(p, v).transpose(1, 2).reshape([b, t, {}])", heads * dim));
         self.linear("h", &o[0].0, "h", config.o_bias);
         if config.post_norms {

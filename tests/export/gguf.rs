@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ferrotune::data::Tokenizer;
 use ferrotune::export::{GgufFile, Merged, Quantization, Reference, write_gguf};
 use ferrotune::io::gguf::{GgmlType, Gguf, GgufWriter, Value, dequantize_row, quantize_row};
-use ferrotune::models::FastLanguageModel;
+use ferrotune::models::{Change, FastLanguageModel};
 use ferrotune::nn::LoadOptions;
 use rand::{Rng, SeedableRng};
 use tch::{Device, Kind};
@@ -149,6 +149,34 @@ fn the_embedded_model_in_several_types_at_once() {
 }
 
 #[test]
+fn modelfiles() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("out");
+    let flags = ["--format", "gguf", "--modelfile", "--system", "Be brief."];
+    done(export(&flags, &[("--model", &tiny()), ("--output-dir", &out)]));
+    let text = fs::read_to_string(out.join("Modelfile")).unwrap();
+    assert_eq!(
+        text,
+        "FROM ./model.Q8_0.gguf\nTEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}\
+         <|im_start|>assistant\n\"\"\"\nPARAMETER stop \"<|im_end|>\"\nPARAMETER num_ctx 512\nSYSTEM \"\"\"Be brief.\"\"\"\n"
+    );
+    // A template of its own beside the adapter, or in the checkpoint, that nobody knows.
+    let strange = place.path().join("strange");
+    fs::create_dir(&strange).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(tiny().join(file), strange.join(file)).unwrap();
+    }
+    fs::write(strange.join("chat_template.jinja"), "{% for m in messages %}<<{{ m.content }}>>{% endfor %}")
+        .unwrap();
+    let out = place.path().join("none");
+    refused(
+        export(&flags, &[("--model", &strange), ("--output-dir", &out)]),
+        "chat_template.jinja, which renders",
+    );
+    assert!(!out.exists());
+}
+
+#[test]
 fn tokenizers_there_and_back() {
     let Some(data) = shared_data("tokenizers in GGUF files") else { return };
     let place = tempfile::tempdir().unwrap();
@@ -228,13 +256,17 @@ fn injected_faults_are_caught() {
     altered(&good, &wrong, keep, same);
     assert!(verdict(&tiny()).unwrap() < 1e-9);
 
-    // q and k without the permutation: rows of pairs read as halves.
+    // q without the permutation: rows in halves where pairs are read.
     altered(&good, &wrong, keep, |name, values| {
-        let mut values = values.to_vec();
-        if name.ends_with("attn_q.weight") {
-            values.rotate_right(256);
+        if !name.ends_with("attn_q.weight") {
+            return Some(values.to_vec());
         }
-        Some(values)
+        let mut halves = values.to_vec();
+        for (row, values) in values.chunks(256).enumerate() {
+            let to = Change::Pairs(4).source_row(row, 256) * 256;
+            halves[to..to + 256].copy_from_slice(values);
+        }
+        Some(halves)
     });
     assert!(verdict(&tiny()).unwrap() > 1e-3);
 
@@ -272,9 +304,9 @@ fn injected_faults_are_caught() {
     let good = write(&stories, Quantization::F32, place.path()).unwrap();
     let scores = |key: &str, value: &Value| match (key, value) {
         ("tokenizer.ggml.scores", Value::Array(kind, scores)) => {
-            let mut scores = scores.clone();
-            scores.rotate_right(97);
-            Some(Value::Array(*kind, scores))
+            // A mere shift would keep their order, and so the tokens.
+            let reversed = scores.iter().map(|score| Value::F32(-score.as_f64().unwrap() as f32));
+            Some(Value::Array(*kind, reversed.collect()))
         }
         _ => Some(value.clone()),
     };
