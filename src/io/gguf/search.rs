@@ -29,8 +29,8 @@ fn lanes<const N: usize, const K: usize>(mut terms: impl FnMut(usize) -> [f32; K
     for base in (0..N).step_by(LANES) {
         for lane in 0..LANES {
             let term = terms(base + lane);
-            for k in 0..K {
-                sums[k][lane] += term[k];
+            for (sums, term) in sums.iter_mut().zip(term) {
+                sums[lane] += term;
             }
         }
     }

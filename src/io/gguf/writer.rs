@@ -22,11 +22,11 @@ pub struct GgufWriter {
 
 impl GgufWriter {
     /// Bytes of a file's data with these tensors.
-    pub fn data_bytes<'a>(tensors: impl IntoIterator<Item = &'a (String, Vec<i64>, GgmlType)>) -> u64 {
+    pub fn data_bytes(tensors: &[(String, Vec<i64>, GgmlType)]) -> u64 {
         let size = |(_, shape, kind): &(String, Vec<i64>, GgmlType)| {
             (kind.bytes(shape.iter().product::<i64>() as usize) as u64).next_multiple_of(ALIGNMENT)
         };
-        tensors.into_iter().map(size).sum()
+        tensors.iter().map(size).sum()
     }
 
     /// Writes the header of a file with `tensors` (name, shape, type) in this order.
