@@ -282,7 +282,8 @@ def main():
                 continue
             model = TINY
             if name != "tiny":
-                model = place / name
+                # llama.cpp looks for tokens of Phi-3's own vocabulary where a model's name has "phi3" in it.
+                model = place / name.replace("phi3", "p3")
                 random_model(model, MODELS[name])
             begun = time.time()
             found = check(name, args.ferrotune, model, place)
