@@ -34,6 +34,7 @@ fn main() {
         "rms_norm",
         "rope",
         "rows",
+        "script",
         "segments",
         "swiglu",
     ];

@@ -182,6 +182,7 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/pages.h");
         include!("ferrotune/csrc/cuda_library.h");
         include!("ferrotune/csrc/profile.h");
+        include!("ferrotune/csrc/script.h");
 
         fn probe_cuda() -> CudaProbe;
         fn torch_lib_dir() -> Result<String>;
@@ -291,6 +292,8 @@ pub(crate) mod bridge {
         fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()>;
         fn nf4_nest(absmax: &Tensor, index: &Tensor, nested_absmax: &Tensor) -> Result<f64>;
         fn nf4_dequantize(weight: &Nf4View, destination: &Tensor) -> Result<()>;
+
+        fn script_save(path: &str, source: &str, names: &Vec<String>, tensors: &TensorList) -> Result<()>;
 
         fn adamw_step(
             params: &TensorList,

@@ -19,6 +19,7 @@ mod pass;
 pub mod plain;
 mod policy;
 pub mod proof;
+mod script;
 
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;
@@ -29,6 +30,7 @@ pub use optim::{
 pub use pages::{LayerPages, PagedBatch};
 pub use pass::{DropoutKey, LoraRun, LoraSet, Pass};
 pub use policy::Policy;
+pub use script::save_script;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
 #[derive(Debug)]

@@ -13,6 +13,7 @@ mod cpu;
 mod data;
 mod dynamic;
 mod engine;
+mod export;
 mod generate;
 mod golden;
 mod gpu;

@@ -11,6 +11,7 @@ pub mod config_file;
 pub mod data;
 pub mod doctor;
 pub mod engine_args;
+pub mod export;
 pub mod format;
 pub mod generate;
 pub mod hub_env;
@@ -67,6 +68,8 @@ enum Command {
     Data(data::DataCommand),
     /// Predict memory and time of a training run, without a GPU, and what would make it fit
     Plan(plan::PlanArgs),
+    /// Write a tuned model as other programs read it: merged, in 16 or 4 bits
+    Export(export::ExportArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
     Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
@@ -98,6 +101,7 @@ pub fn run() -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Data(command) => data::run(command),
         Command::Plan(arguments) => plan::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Selftest(arguments) => selftest::run(arguments),

@@ -17,8 +17,8 @@ use crate::train::Dtype;
 #[derive(Args, Debug, Clone)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Checkpoint to run: a directory or a Hugging Face hub id
-    #[arg(long, value_name = "DIR|ID")]
+    /// Checkpoint to run: a directory, a Hugging Face hub id or a GGUF file
+    #[arg(long, value_name = "DIR|ID|FILE")]
     pub model: String,
     /// LoRA adapter on it: a directory as peft or `ferrotune train` writes it, or a hub id
     #[arg(long, value_name = "DIR|ID")]
@@ -101,10 +101,19 @@ pub(super) fn name_of(kind: Kind) -> &'static str {
     }
 }
 
+/// Whether `--model` names a GGUF file.
+fn is_gguf(model: &str) -> bool {
+    let path = Path::new(model);
+    path.is_file() && path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+}
+
 impl ModelArgs {
     /// Loads the model and its adapter; `auto` is what `--dtype auto` means, if not what suits the device.
     pub fn load(&self, auto: Option<Kind>) -> Result<FastLanguageModel> {
         let device = self.machine.init()?;
+        if is_gguf(&self.model) {
+            return self.load_gguf(device, auto);
+        }
         let folder = sources::model_dir(&self.model, self.revision.as_deref()).context("--model")?;
         let kind = match (self.dtype, auto) {
             (Dtype::Auto, Some(kind)) => kind,
@@ -120,9 +129,32 @@ impl ModelArgs {
         let kept = plan.map(|plan| plan.kept()).unwrap_or_default();
         let mut model =
             FastLanguageModel::from_pretrained_keeping(&folder, options, &kept).context("--model")?;
-        if let Some(adapter) = &self.adapter {
-            model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter")?;
-        }
+        self.add_adapter(&mut model)?;
         Ok(model)
+    }
+
+    /// A GGUF file, dequantised to the dtype it runs in.
+    fn load_gguf(&self, device: Device, auto: Option<Kind>) -> Result<FastLanguageModel> {
+        let kind = match (self.dtype, auto) {
+            (Dtype::Auto, Some(kind)) => kind,
+            // Never f16 unasked: the file does not say whether the model bears it.
+            (dtype, _) => kind_of(dtype, device, true),
+        };
+        let options = LoadOptions {
+            load_in_4bit: self.load_in_4bit,
+            offload_embedding: self.offload_embedding,
+            nf4_head: self.nf4_head,
+            ..LoadOptions::new(kind, device)
+        };
+        let mut model = FastLanguageModel::from_gguf(Path::new(&self.model), options).context("--model")?;
+        self.add_adapter(&mut model)?;
+        Ok(model)
+    }
+
+    fn add_adapter(&self, model: &mut FastLanguageModel) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) => model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter"),
+            None => Ok(()),
+        }
     }
 }

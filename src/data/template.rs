@@ -65,6 +65,14 @@ impl ChatTemplate {
         Self::from_named(&[(DEFAULT.to_owned(), source.to_owned())], origin)
     }
 
+    /// Another template with the variables and the date of this one.
+    pub fn with_source(&self, source: &str, origin: &str) -> Result<ChatTemplate> {
+        let mut other = Self::new(source, origin)?;
+        other.variables.clone_from(&self.variables);
+        other.set_now(self.now);
+        Ok(other)
+    }
+
     /// Reads a Jinja file.
     pub fn from_file(path: &Path) -> Result<ChatTemplate> {
         let source = fs::read_to_string(path)

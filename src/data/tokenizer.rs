@@ -103,6 +103,16 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
+    /// A tokenizer that was built rather than read; `special` are BOS, EOS, padding and unknown. `origin` names it in errors.
+    pub(super) fn from_parts(
+        inner: tokenizers::Tokenizer,
+        origin: PathBuf,
+        special: [Option<SpecialToken>; 4],
+    ) -> Tokenizer {
+        let [bos, eos, pad, unk] = special;
+        Tokenizer { inner, dir: origin, bos, eos, pad, unk, chat_template: None, template_replaced: false }
+    }
+
     /// Replaces the chat template; it sees this tokenizer's special tokens as `bos_token`, `eos_token`, ...
     pub fn set_chat_template(&mut self, mut template: ChatTemplate) {
         for (name, token) in [
@@ -210,6 +220,11 @@ impl Tokenizer {
         self.pad.as_ref()
     }
 
+    /// `unk_token` of `tokenizer_config.json`.
+    pub fn unk_token(&self) -> Option<&SpecialToken> {
+        self.unk.as_ref()
+    }
+
     /// The id of `bos_token`.
     pub fn bos_token_id(&self) -> Option<u32> {
         self.bos.as_ref().map(|token| token.id)
@@ -311,7 +326,7 @@ fn token_text(config: &Value, key: &str) -> Option<String> {
 
 /// Obeys `add_bos_token` and `add_eos_token`, which transformers puts above the post-processor of `tokenizer.json`. Where
 /// both agree the latter stays: it may also trim what a token covers.
-fn set_post_processor(
+pub(super) fn set_post_processor(
     inner: &mut tokenizers::Tokenizer,
     config: &Value,
     bos: Option<&SpecialToken>,

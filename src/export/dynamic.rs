@@ -36,7 +36,7 @@ use crate::ops::nf4_bytes;
 /// Stands beside the weights of a checkpoint that a plan quantised.
 pub const DYNAMIC_PLAN: &str = "dynamic_nf4.json";
 /// Paragraphs of prose, talk, mathematics, code and data in four languages, written for this.
-const CALIBRATION_TEXT: &str = include_str!("calibration.txt");
+pub(super) const CALIBRATION_TEXT: &str = include_str!("calibration.txt");
 /// Tokens of a sample at most: of a dataset, many short samples say more about the Fisher matrix than a few long ones.
 const SAMPLE: usize = 512;
 /// Samples of a dataset that are used: the first ones.

@@ -69,3 +69,19 @@ pub fn write_folder_atomically(path: &Path, write: impl FnOnce(&Path) -> Result<
     }
     written.with_context(|| format!("writing {shown}"))
 }
+
+/// Whether the disk of `folder`, which exists, has room for `bytes` more.
+///
+/// # Errors
+/// It has not: the message says how much is free and how much is needed.
+pub fn check_free_space(folder: &Path, bytes: u64) -> Result<()> {
+    let shown = folder.display();
+    let disk =
+        rustix::fs::statvfs(folder).with_context(|| format!("asking for the free space of {shown}"))?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    if free < bytes {
+        bail!("{shown}: {:.2} GiB are free, {:.2} GiB are needed", gib(free), gib(bytes));
+    }
+    Ok(())
+}

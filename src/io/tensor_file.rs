@@ -32,6 +32,8 @@ impl TensorFile {
     pub fn add(&mut self, name: &str, kind: Kind, shape: &[i64]) -> Result<()> {
         let dtype = match kind {
             Kind::Float => Dtype::F32,
+            Kind::Half => Dtype::F16,
+            Kind::BFloat16 => Dtype::BF16,
             Kind::Uint8 => Dtype::U8,
             other => bail!("{name}: {other:?} cannot be announced"),
         };

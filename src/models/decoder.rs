@@ -122,6 +122,18 @@ impl Decoder {
         Decoder::build(config, PREFIXES[0], &Loader { init, options, kept: &BTreeSet::new() })
     }
 
+    /// A decoder whose tensors have no values yet.
+    ///
+    /// # Errors
+    /// Options that quantise: there is nothing to quantise.
+    pub(super) fn unset(config: Config, options: LoadOptions) -> Result<Decoder> {
+        if options.load_in_4bit || options.nf4_head {
+            let what = "quantising a GGUF file to NF4 while it loads".to_string();
+            return Err(Error::Unsupported { what, supported: "a checkpoint folder".to_string() }.into());
+        }
+        Decoder::build(config, PREFIXES[0], &Loader { init: Init::Unset, options, kept: &BTreeSet::new() })
+    }
+
     fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let LoadOptions { kind, device, offload_embedding, nf4_head, .. } = loader.options;
@@ -132,7 +144,7 @@ impl Decoder {
         check_embeddings(config.tie_word_embeddings, offload_embedding, nf4_head)?;
         let named = |name: &str| match &loader.init {
             Init::Checkpoint(weights) => weights.contains(name),
-            Init::Random { .. } => false,
+            Init::Random { .. } | Init::Unset => false,
         };
         let head = ["lm_head.weight", "language_model.lm_head.weight"].into_iter().find(|name| named(name));
         let embed = format!("{prefix}embed_tokens.weight");
@@ -145,7 +157,9 @@ impl Decoder {
             Init::Checkpoint(_) => crate::device::reading_threads()?
                 .install(|| (0..config.layers.len()).into_par_iter().map(build).collect::<Result<_>>())?,
             // One generator: in order.
-            Init::Random { .. } => (0..config.layers.len()).map(build).collect::<Result<_>>()?,
+            Init::Random { .. } | Init::Unset => {
+                (0..config.layers.len()).map(build).collect::<Result<_>>()?
+            }
         };
         let norm =
             loader.norm(format!("{prefix}norm.weight"), hidden, config.rms_norm_eps, config.norm_offset)?;

@@ -19,7 +19,7 @@ use crate::nn::LoadOptions;
 /// [`FastLanguageModel::get_peft_model`].
 pub struct FastLanguageModel {
     pub decoder: Decoder,
-    tokenizer: Option<Tokenizer>,
+    pub(super) tokenizer: Option<Tokenizer>,
     /// The folder that the base model came from.
     pub dir: PathBuf,
     /// The adapter's configuration, where there is one.

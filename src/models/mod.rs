@@ -7,6 +7,7 @@ mod decoder;
 mod device_batch;
 mod fast_language_model;
 mod gemma;
+mod gguf;
 mod llama;
 mod mistral;
 mod non_finite;
@@ -23,6 +24,9 @@ pub use decode::NewRows;
 pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;
+pub use gguf::{
+    Change, GgufTensor, gguf_tensors, metadata as gguf_metadata, metadata_architecture, rope_tensors,
+};
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
 

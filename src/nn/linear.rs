@@ -19,6 +19,8 @@ pub enum Init<'a> {
         std: f64,
         generator: Device,
     },
+    /// Nowhere yet: the tensors get their shape, and values from who builds the model.
+    Unset,
 }
 
 /// What a model's tensors become.
@@ -69,7 +71,7 @@ impl Loader<'_> {
         match (&self.init, self.quantized(name)?) {
             (_, Some(weights)) => read_nf4(weights, name, shape, device),
             (Init::Checkpoint(weights), None) => quantize_stored(weights, name, shape, device),
-            (Init::Random { .. }, None) => {
+            (Init::Random { .. } | Init::Unset, None) => {
                 let dense = self.matrix(name, shape, device)?;
                 let known = if dense.kind() == Kind::Double { Kind::Float } else { dense.kind() };
                 Nf4::quantize(&dense.f_to_kind(known)?)
@@ -99,7 +101,7 @@ impl Loader<'_> {
         let load_in_4bit = self.options.load_in_4bit
             && match &self.init {
                 Init::Checkpoint(weights) => !weights.is_quantized(),
-                Init::Random { .. } => true,
+                Init::Random { .. } | Init::Unset => true,
             };
         let quantizes = |name: &str| load_in_4bit && !self.kept.contains(name);
         let mut any_quantized = parts.iter().any(|(name, _)| quantizes(name));
@@ -160,7 +162,7 @@ impl Loader<'_> {
     fn quantized(&self, name: &str) -> Result<Option<&Weights>> {
         match &self.init {
             Init::Checkpoint(weights) => Ok(weights.quant_state(name)?.map(|_| *weights)),
-            Init::Random { .. } => Ok(None),
+            Init::Random { .. } | Init::Unset => Ok(None),
         }
     }
 
@@ -176,7 +178,7 @@ impl Loader<'_> {
     fn expect(&self, name: &str, shape: &[i64]) -> Result<()> {
         match &self.init {
             Init::Checkpoint(weights) => weights.expect_shape(name, shape),
-            Init::Random { .. } => Ok(()),
+            Init::Random { .. } | Init::Unset => Ok(()),
         }
     }
 
@@ -188,6 +190,7 @@ impl Loader<'_> {
     fn fill(&self, name: &str, destination: &Tensor, vector_start: f64) -> Result<()> {
         match &self.init {
             Init::Checkpoint(weights) => weights.copy_into(name, destination),
+            Init::Unset => Ok(()),
             Init::Random { std, generator } => {
                 let mut destination = destination.shallow_clone();
                 if destination.dim() == 1 {

@@ -7,5 +7,5 @@ mod rope;
 
 pub use kv_pages::{KvPages, PAGE_SIZE};
 pub use linear::{Init, LoadOptions, Loader};
-pub use nf4::quantize_stored;
+pub use nf4::{dequantize_stored, quantize_stored};
 pub use rope::{Rope, RopeScaling, RopeTables};

@@ -86,3 +86,8 @@ pub fn quantize_stored(weights: &Weights, name: &str, shape: [i64; 2], device: D
         .finish()
         .map_err(|error| weights.corrupt(name, &format!("cannot be quantised: {error:#}")).into())
 }
+
+/// The values of weight `name` that bitsandbytes quantised, in f32 on the CPU.
+pub fn dequantize_stored(weights: &Weights, name: &str, shape: [i64; 2]) -> Result<Tensor> {
+    read_nf4(weights, name, shape, Device::Cpu)?.dequantize(Kind::Float)
+}

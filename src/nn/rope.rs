@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::f64::consts::PI;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 /// How frequencies `theta^(-2i/R)` are stretched for longer contexts.
@@ -79,8 +79,36 @@ impl Rope {
         }
     }
 
-    /// `[R/2]` in f32.
-    fn inv_freq(&self, seq_len: i64, device: Device) -> Result<Tensor> {
+    /// What llama3 scaling divides each frequency by, `[R/2]`: 1 for short wavelengths, `factor` for long ones, a ramp between.
+    ///
+    /// # Errors
+    /// Another scaling.
+    pub fn divisors(&self) -> Result<Vec<f32>> {
+        let RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings: original,
+        } = self.scaling
+        else {
+            bail!("{:?} has no divisors of its own", self.scaling);
+        };
+        let divisor = |i: i64| {
+            let wavelength = 2.0 * PI * self.theta.powf((2 * i) as f64 / self.dim as f64);
+            if wavelength < original / high_freq_factor {
+                1.0
+            } else if wavelength > original / low_freq_factor {
+                factor
+            } else {
+                let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        };
+        Ok((0..self.dim / 2).map(|i| divisor(i) as f32).collect())
+    }
+
+    /// Frequencies `[R/2]` in f32 for sequences of `seq_len` tokens.
+    pub fn inv_freq(&self, seq_len: i64, device: Device) -> Result<Tensor> {
         let dim = self.dim as f64;
         let exponents = Tensor::f_arange_start_step(0, self.dim, 2, (Kind::Int64, device))?
             .f_to_kind(Kind::Float)?

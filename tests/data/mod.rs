@@ -9,6 +9,7 @@ mod golden;
 mod images;
 mod inspect;
 mod lint;
+mod named_templates;
 mod prepare;
 mod records;
 mod select;

@@ -39,7 +39,7 @@ fn beside(place: Place, linear: &Linear) -> u64 {
 fn head_groups(rows: u64, layer: &Layer) -> u64 {
     const MOST_BYTES: u64 = 256 << 20;
     let mut groups = 1;
-    while 8 * rows * layer.query() > groups * MOST_BYTES && layer.k % (2 * groups) == 0 {
+    while 8 * rows * layer.query() > groups * MOST_BYTES && layer.k.is_multiple_of(2 * groups) {
         groups *= 2;
     }
     groups

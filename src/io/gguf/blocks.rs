@@ -1,0 +1,111 @@
+//! f32 rows as blocks of one scale each, and the way into the K-quants. dequantize.rs has the layouts.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::{GgmlType, k_quants};
+
+/// Appends the blocks of `values`, which must be whole ones. F16, BF16 and Q8_0 are byte for byte what ggml writes.
+pub fn quantize_row(kind: GgmlType, values: &[f32], bytes: &mut Vec<u8>) {
+    match kind {
+        GgmlType::F32 => values.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+        GgmlType::F16 => {
+            let mut halves = vec![f16::ZERO; values.len()];
+            halves.convert_from_f32_slice(values);
+            halves.iter().for_each(|value| bytes.extend(value.to_le_bytes()));
+        }
+        GgmlType::Bf16 => {
+            values.iter().for_each(|&value| bytes.extend(bf16::from_f32(value).to_le_bytes()));
+        }
+        GgmlType::Q4_0 => blocks(values, |x| q4_0(x, bytes)),
+        GgmlType::Q4_1 => blocks(values, |x| q4_1(x, bytes)),
+        GgmlType::Q5_0 => blocks(values, |x| q5_0(x, bytes)),
+        GgmlType::Q5_1 => blocks(values, |x| q5_1(x, bytes)),
+        GgmlType::Q8_0 => blocks(values, |x| q8_0(x, bytes)),
+        GgmlType::Q2K => blocks(values, |x| k_quants::q2_k(x, bytes)),
+        GgmlType::Q3K => blocks(values, |x| k_quants::q3_k(x, bytes)),
+        GgmlType::Q4K => blocks(values, |x| k_quants::q4_k(x, bytes)),
+        GgmlType::Q5K => blocks(values, |x| k_quants::q5_k(x, bytes)),
+        GgmlType::Q6K => blocks(values, |x| k_quants::q6_k(x, bytes)),
+    }
+}
+
+fn blocks<const N: usize>(values: &[f32], one: impl FnMut(&[f32; N])) {
+    values.as_chunks::<N>().0.iter().for_each(one);
+}
+
+/// Appends `value` in f16 and returns what a reader will see.
+pub(super) fn push_half(value: f32, bytes: &mut Vec<u8>) -> f32 {
+    let half = f16::from_f32(value);
+    bytes.extend(half.to_le_bytes());
+    half.to_f32()
+}
+
+fn inverse(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+/// The element of the largest magnitude, with its sign.
+fn extreme(x: &[f32]) -> f32 {
+    x.iter().fold(0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme })
+}
+
+fn range(x: &[f32]) -> (f32, f32) {
+    x.iter().fold((f32::MAX, f32::MIN), |(low, high), &x| (low.min(x), high.max(x)))
+}
+
+/// Levels 0..=top: the integer part of `x / d + shift`.
+fn levels(x: &[f32; 32], low: f32, d: f32, shift: f32, top: u8) -> [u8; 32] {
+    let inverse = inverse(d);
+    std::array::from_fn(|i| (((x[i] - low) * inverse + shift) as u8).min(top))
+}
+
+fn push_nibbles(levels: &[u8; 32], bytes: &mut Vec<u8>) {
+    bytes.extend((0..16).map(|i| levels[i] & 15 | (levels[i + 16] & 15) << 4));
+}
+
+fn push_fifth_bits(levels: &[u8; 32], bytes: &mut Vec<u8>) {
+    let bits = levels.iter().enumerate().fold(0u32, |bits, (i, level)| bits | u32::from(level >> 4) << i);
+    bytes.extend(bits.to_le_bytes());
+}
+
+/// The extreme element becomes level 0, so that all 16 levels are used on its side: d = -extreme / 8.
+fn q4_0(x: &[f32; 32], bytes: &mut Vec<u8>) {
+    let d = extreme(x) / -8.0;
+    push_half(d, bytes);
+    push_nibbles(&levels(x, 0.0, d, 8.5, 15), bytes);
+}
+
+fn q4_1(x: &[f32; 32], bytes: &mut Vec<u8>) {
+    let (low, high) = range(x);
+    let d = (high - low) / 15.0;
+    push_half(d, bytes);
+    push_half(low, bytes);
+    push_nibbles(&levels(x, low, d, 0.5, 15), bytes);
+}
+
+fn q5_0(x: &[f32; 32], bytes: &mut Vec<u8>) {
+    let d = extreme(x) / -16.0;
+    push_half(d, bytes);
+    let levels = levels(x, 0.0, d, 16.5, 31);
+    push_fifth_bits(&levels, bytes);
+    push_nibbles(&levels, bytes);
+}
+
+fn q5_1(x: &[f32; 32], bytes: &mut Vec<u8>) {
+    let (low, high) = range(x);
+    let d = (high - low) / 31.0;
+    push_half(d, bytes);
+    push_half(low, bytes);
+    let levels = levels(x, low, d, 0.5, 31);
+    push_fifth_bits(&levels, bytes);
+    push_nibbles(&levels, bytes);
+}
+
+/// d = max |x| / 127; halves away from zero, as ggml rounds them.
+fn q8_0(x: &[f32; 32], bytes: &mut Vec<u8>) {
+    let d = extreme(x).abs() / 127.0;
+    push_half(d, bytes);
+    let inverse = inverse(d);
+    bytes.extend(x.map(|x| (x * inverse).round() as i8 as u8));
+}
