@@ -17,7 +17,7 @@ use crate::train::plan::Card;
 type Measure = fn() -> Card;
 
 /// With its name in `--card`.
-const CARDS: [(&str, Measure); 1] = [("h200", h200)];
+const CARDS: [(&str, Measure); 2] = [("h200", h200), ("h100", h100)];
 
 /// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130.
 fn h200() -> Card {
@@ -28,6 +28,19 @@ fn h200() -> Card {
         attention_backward_tflops: 436.8,
         memory_gb_per_s: 4225.0,
         bus_gb_per_s: 54.3,
+        gap_us: 0.6,
+    }
+}
+
+/// One run on an NVIDIA H100 80GB HBM3, driver 580, torch 2.11.0+cu130.
+fn h100() -> Card {
+    Card {
+        name: "NVIDIA H100".into(),
+        product_tflops: 744.9,
+        attention_forward_tflops: 533.3,
+        attention_backward_tflops: 407.3,
+        memory_gb_per_s: 2971.0,
+        bus_gb_per_s: 42.8,
         gap_us: 0.6,
     }
 }

@@ -153,6 +153,9 @@ fn templates_and_labels() {
     succeeds(&folder, &apply);
     let expected = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nThat.<|im_end|>\n";
     assert_eq!(rows(&folder, "texts.jsonl")[0], json!({"text": expected}));
+    let named = ["--chat-template", "zephyr", "--output", "named.jsonl"];
+    succeeds(&folder, &[&apply[..5], &named].concat());
+    assert_eq!(rows(&folder, "named.jsonl")[1]["text"], "<|user|>\nWho?</s>\n<|assistant|>\nHe.</s>\n");
     let example = "{SYSTEM}\nQ: {INPUT}\nA: {OUTPUT}</s>\nQ: {INPUT}\nA: {OUTPUT}</s>";
     let args = [
         "apply-chat-template",

@@ -10,7 +10,8 @@ use crate::cli::format::count;
 pub use crate::cli::progress::RowProgress;
 use crate::cli::sources;
 use crate::data::{
-    ChatTemplate, DatasetOptions, Records, Row, RowOptions, Tokenizer, output_format, write_rows,
+    ChatTemplate, DatasetOptions, NAMED_TEMPLATES, Records, Row, RowOptions, Tokenizer, output_format,
+    write_rows,
 };
 use crate::models::FastLanguageModel;
 
@@ -55,8 +56,8 @@ pub struct SampleArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long)]
     pub revision: Option<String>,
-    /// Jinja chat template (a file or the text itself) instead of the tokenizer's own
-    #[arg(long, value_name = "FILE|TEXT", requires = "model")]
+    /// Chat template instead of the tokenizer's own: a known format (chatml, llama-3, ..), a Jinja file, or the text itself
+    #[arg(long, value_name = "NAME|FILE|TEXT", requires = "model")]
     pub chat_template: Option<String>,
     /// Longest sample in tokens; what is beyond is cut off
     #[arg(long, default_value_t = 2048)]
@@ -107,8 +108,11 @@ pub fn tokenizer(model: &str, revision: Option<&str>) -> Result<Tokenizer> {
     }
 }
 
-/// The template that `--chat-template` means: a file, or the Jinja text itself.
+/// The template that `--chat-template` means: a known format's, a file, or the Jinja text itself.
 pub fn chat_template(given: &str) -> Result<ChatTemplate> {
+    if let Some(known) = NAMED_TEMPLATES.iter().find(|template| template.name == given) {
+        return ChatTemplate::new(known.jinja, known.name);
+    }
     match Path::new(given) {
         path if path.is_file() => ChatTemplate::from_file(path),
         _ => ChatTemplate::new(given, "--chat-template"),

@@ -24,8 +24,8 @@ pub struct TemplateArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long)]
     pub revision: Option<String>,
-    /// Jinja chat template (a file or the text itself) instead of the tokenizer's own
-    #[arg(long, value_name = "FILE|TEXT", conflicts_with = "example_template")]
+    /// Chat template instead of the tokenizer's own: a known format (chatml, llama-3, ..), a Jinja file, or the text itself
+    #[arg(long, value_name = "NAME|FILE|TEXT", conflicts_with = "example_template")]
     pub chat_template: Option<String>,
     /// An example to make the template of: one turn or two alike, with {INPUT}, {OUTPUT} and perhaps {SYSTEM}
     #[arg(long, value_name = "TEXT")]
