@@ -156,10 +156,9 @@ impl Proof<'_> {
             differentiate(&rounded, &leaves, call(&leaves)?, &dy)
         };
         let (ours, plain) = (run(self.ours)?, run(self.plain)?);
-        let (value, what) = (&ours.value, What::Value);
-        // How near plain libtorch comes to a single number (a loss, in f32) is chance.
-        let by = if value.numel() == 1 { kind } else { value.kind() };
-        let mut distances = vec![(None, Distance::new(by, what, value, &plain.value, &reference.value)?)];
+        let (value, by) = (&ours.value, What::Value);
+        let mut distances =
+            vec![(None, Distance::new(value.kind(), by, value, &plain.value, &reference.value)?)];
         let trained = rounded.iter().enumerate().filter(|(_, (_, role))| role.is_trained());
         for (i, (operand, (_, role))) in trained.enumerate() {
             let (ours, plain) = (&ours.gradients[i], &plain.gradients[i]);
