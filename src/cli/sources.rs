@@ -3,12 +3,13 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::bytes;
 use super::hub_env::hub_options;
 use super::progress::BARS;
+use crate::data::is_data_file;
 use crate::io::hub::{Download, HubOptions, OnDownload, resolve_dataset, resolve_model, resolve_tokenizer};
 
 const DEFAULT_REVISION: &str = "main";
@@ -43,10 +44,19 @@ pub fn dataset_files(names: &[String], split: &str) -> Result<Vec<String>> {
     let mut downloads = Downloads::default();
     let mut files = Vec::new();
     for name in names {
+        check_is_there(name)?;
         let found = resolve_dataset(name, split, &options, &mut |download| downloads.show(download))?;
         files.extend(found.into_iter().map(|file| file.display().to_string()));
     }
     Ok(files)
+}
+
+/// A data file that is not there is no repository either: one in a repository stands behind `org/name/`.
+fn check_is_there(name: &str) -> Result<()> {
+    let path = Path::new(name);
+    let local = is_data_file(path) && name.matches('/').count() < 2 && !name.contains(['*', '?', '[']);
+    ensure!(!local || path.exists(), "{name}: no such file");
+    Ok(())
 }
 
 /// Shows the file that is coming in: a bar on a terminal, one line a file on a pipe.

@@ -55,7 +55,7 @@ pub use minhash::{NearDuplicates, Signature};
 pub use named_templates::{NAMED_TEMPLATES, NamedTemplate};
 pub use prepare::{DatasetOptions, DatasetReport, prepare, prepare_with};
 pub use preview::{PreviewSpan, preview};
-pub use records::{BrokenRow, Place, Record, Records, Row};
+pub use records::{BrokenRow, Place, Record, Records, Row, is_data_file};
 pub use responses::ResponseMarkers;
 pub use select::{Dedup, Mix, StoppingStrategy, held_out, sample_rows, split_rows};
 pub use share_gpt::{MergedPrompt, ShareGptOptions, to_sharegpt};

@@ -136,6 +136,11 @@ fn resolve(source: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Whether `path` ends as a data file does, `.jsonl` or `.csv.gz` for example.
+pub fn is_data_file(path: &Path) -> bool {
+    ending(path).is_some()
+}
+
 /// The format's ending and the compression's, if this is a data file.
 pub(super) fn ending(path: &Path) -> Option<(&'static str, Option<&'static str>)> {
     let name = path.file_name()?.to_str()?.to_lowercase();

@@ -39,6 +39,23 @@ fn lines(rows: &[Value]) -> String {
 }
 
 #[test]
+fn names_of_nothing_are_refused() {
+    let folder = TempDir::new().unwrap();
+    write(&folder, "rows.jsonl", lines(&[chat("a", "b")]));
+    let apply =
+        ["apply-chat-template", "--dataset", "rows.jsonl", "--model", MODEL, "--output", "texts.jsonl"];
+    for (args, expected) in [
+        (vec!["inspect", "--dataset", "nothere.jsonl"], "--dataset: nothere.jsonl: no such file"),
+        ([&apply[..], &["--chat-template", "chatlm"]].concat(), "none of the known formats: chatml, "),
+    ] {
+        let output = run(&folder, &args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && error.contains(expected), "{args:?}: {error}");
+    }
+    assert!(!folder.path().join("texts.jsonl").exists());
+}
+
+#[test]
 fn lint_fails_fixes_and_reports() {
     let folder = TempDir::new().unwrap();
     let broken = lines(&[chat("a", "b"), chat("c", ""), chat("a", "b"), chat("d", "e")]) + "{\n";

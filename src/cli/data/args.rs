@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::cli::format::count;
@@ -115,7 +115,11 @@ pub fn chat_template(given: &str) -> Result<ChatTemplate> {
     }
     match Path::new(given) {
         path if path.is_file() => ChatTemplate::from_file(path),
-        _ => ChatTemplate::new(given, "--chat-template"),
+        _ if given.contains("{{") || given.contains("{%") => ChatTemplate::new(given, "--chat-template"),
+        _ => bail!(
+            "--chat-template: {given} is no file, no Jinja text and none of the known formats: {}",
+            NAMED_TEMPLATES.iter().map(|template| template.name).collect::<Vec<_>>().join(", ")
+        ),
     }
 }
 
