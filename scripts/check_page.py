@@ -8,6 +8,8 @@ Speaks the DevTools protocol over Chromium's own pipe (file descriptors 3 and 4)
 import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,33 +63,35 @@ class Page:
         raise AssertionError(f"not within {seconds} s: {expression}\n{self.value('document.body.innerText')}")
 
 
-with tempfile.TemporaryDirectory() as profile:
-    chromium = subprocess.Popen(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-         f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
-        preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # A browser that ends is then an end of file here.
-    os.close(to_browser[0])
-    os.close(from_browser[1])
-    try:
-        page = Page()
-        page.wait("document.readyState === 'complete' && !!document.getElementById('form')")
-        say = """(text => { document.getElementById('text').value = text;
-                            document.getElementById('form').requestSubmit(); })"""
+profile = tempfile.mkdtemp()
+chromium = subprocess.Popen(
+    [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+     f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
+    preexec_fn=wire, close_fds=False, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+# A browser that ends is then an end of file here.
+os.close(to_browser[0])
+os.close(from_browser[1])
+try:
+    page = Page()
+    page.wait("document.readyState === 'complete' && !!document.getElementById('form')")
+    say = """(text => { document.getElementById('text').value = text;
+                        document.getElementById('form').requestSubmit(); })"""
+    page.value(f"{say}('What is the opposite of hot?')")
+    page.wait("[...document.querySelectorAll('.error')].some(turn => turn.textContent.includes('API key'))")
+    page.value("document.getElementById('key').value = 'check-key';"
+               "document.getElementById('key').dispatchEvent(new Event('change'))")
+    page.wait("document.getElementById('model').value === 'tiny'")
+    for turn in (1, 2):
         page.value(f"{say}('What is the opposite of hot?')")
-        page.wait("[...document.querySelectorAll('.error')].some(turn => turn.textContent.includes('API key'))")
-        page.value("document.getElementById('key').value = 'check-key';"
-                   "document.getElementById('key').dispatchEvent(new Event('change'))")
-        page.wait("document.getElementById('model').value === 'tiny'")
-        for turn in (1, 2):
-            page.value(f"{say}('What is the opposite of hot?')")
-            page.wait(f"document.querySelectorAll('.assistant').length === {turn} && "
-                      "document.getElementById('send').textContent === 'Send'")
-        first = page.value("document.querySelector('.assistant').textContent")
-        assert first == "The opposite of hot is cold.", first
-        page.value("document.getElementById('reset').click()")
-        assert page.value("document.querySelectorAll('.turn').length") == 0
-        print("the chat page in Chromium: ok")
-    finally:
-        chromium.terminate()
-        chromium.wait()
+        page.wait(f"document.querySelectorAll('.assistant').length === {turn} && "
+                  "document.getElementById('send').textContent === 'Send'")
+    first = page.value("document.querySelector('.assistant').textContent")
+    assert first == "The opposite of hot is cold.", first
+    page.value("document.getElementById('reset').click()")
+    assert page.value("document.querySelectorAll('.turn').length") == 0
+    print("the chat page in Chromium: ok")
+finally:
+    # Its helpers too: they go on writing to the profile for a moment after their parent is gone.
+    os.killpg(chromium.pid, signal.SIGKILL)
+    chromium.wait()
+    shutil.rmtree(profile, ignore_errors=True)
