@@ -7,6 +7,7 @@
 // norm follows it). Dropout masks are functions of a key, so both runs draw the same.
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/block_node.h"
+#include "ferrotune/csrc/few_rows.h"
 #include "ferrotune/csrc/linear.h"
 #include "ferrotune/csrc/mlp_columns.h"
 #include "ferrotune/csrc/pages.h"
@@ -169,7 +170,15 @@ struct AttentionBlock {
     return x + y;
   }
 
-  Tensor forward_only(const Tensor& x) const { return forward(x, nullptr, true); }
+  Tensor forward_only(const Tensor& x) const {
+    if (!pages.batch || !is_few_rows(x)) return forward(x, nullptr, true);
+    Kept k;
+    k.projected = few_rows_linear(norm.forward(x, nullptr), qkv);
+    turn(x, k, false);
+    const Tensor attended = attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads),
+                                            value_rows(k.projected), pages, spec);
+    return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(attended, o), nullptr) : few_rows_linear(attended, o, x);
+  }
 
   Tensor completed_backward(const Tensor& dy, const Tensor& x, Kept& kept, bool need_dx, Tensor* grads) const {
     const bool waited = kept.normed.defined();
@@ -339,6 +348,11 @@ struct MlpBlock {
   }
 
   Tensor forward_only(const Tensor& x) const {
+    if (is_few_rows(x)) {
+      const Tensor product = swiglu(few_rows_linear(norm.forward(x, nullptr), gate_up), activation);
+      return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(product, down), nullptr)
+                                        : few_rows_linear(product, down, x);
+    }
     if (!in_tiles(x)) return tile_forward(x);
     const Tensor y = at::empty_like(x);
     each_tile(x, [&](const MlpBlock& block, int64_t first, int64_t rows) {

@@ -10,6 +10,7 @@
 // at 128,256 words of 4096, 0.36 ms, beside 1.4 ms of product for 1024 rows (H200, derived). Keeping the runs' maxima and
 // sums instead, so that one pass over the words does, would save half of that for a kernel more.
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/few_rows.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/nf4.h"
 #include "ferrotune/src/ffi.rs.h"
@@ -257,11 +258,16 @@ std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& wei
   return std::make_unique<Tensor>(chunks.empty() ? at::zeros({0}, hidden.options()) : at::cat(chunks));
 }
 
-std::unique_ptr<Tensor> nf4_scores(const Tensor& hidden, const Nf4View& nf4) {
+std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const Tensor& weight, const Nf4View& view) {
+  const bool dense = weight.defined();
+  const int64_t in = dense ? weight.size(1) : view.in_features;
+  if (dense && (at::GradMode::is_enabled() || hidden.is_cpu())) return std::make_unique<Tensor>(linear(hidden, Linear(weight)));
   at::NoGradGuard no_grad;
-  TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == nf4.in_features, "nf4_scores: hidden is ", hidden.sizes(),
-              ", the head [", nf4.rows, ", ", nf4.in_features, "]");
-  return std::make_unique<Tensor>(scores_of(hidden, Head(Tensor(), nf4, hidden.scalar_type())));
+  TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == in, "head_scores: hidden is ", hidden.sizes(), ", expected [N, ", in, "]");
+  if (Tensor scores = few_rows_scores(hidden, dense ? Linear(weight) : Linear(Nf4(view))); scores.defined()) {
+    return std::make_unique<Tensor>(std::move(scores));
+  }
+  return std::make_unique<Tensor>(scores_of(hidden, Head(weight, view, hidden.scalar_type())));
 }
 
 }  // namespace ferrotune

@@ -3,6 +3,9 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
+
 namespace ferrotune {
 
 namespace {
@@ -63,6 +66,18 @@ int kernel_dtype(const at::Tensor& x) {
 Launch::Launch(const at::Tensor& x)
     : guard_(x.device()),
       stream_(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle()) {}
+
+void* Launch::lasting_zeros(const char* name, int64_t bytes) const {
+  static std::mutex mutex;
+  static std::map<std::tuple<c10::DeviceIndex, void*, std::string>, std::vector<at::Tensor>> known;
+  const std::lock_guard lock(mutex);
+  const c10::Device device = guard_.current_device();
+  std::vector<at::Tensor>& buffers = known[{device.index(), stream_, name}];
+  if (buffers.empty() || buffers.back().numel() < bytes) {
+    buffers.push_back(at::zeros({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
+  }
+  return buffers.back().mutable_data_ptr();
+}
 
 void check_launch(int error, const char* kernel) {
   if (error == 0) return;

@@ -31,6 +31,9 @@ class Launch {
  public:
   explicit Launch(const at::Tensor& x);
   void* stream() const { return stream_; }
+  // At least `bytes` of this device for this stream's kernels of that name, zero when first given; never freed, since recorded
+  // graphs know its address.
+  void* lasting_zeros(const char* name, int64_t bytes) const;
 
  private:
   c10::DeviceGuard guard_;

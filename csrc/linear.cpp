@@ -1,6 +1,7 @@
 #include "ferrotune/csrc/linear.h"
 
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/few_rows.h"
 #include "ferrotune/csrc/lora.h"
 #include "ferrotune/csrc/node.h"
 #include "ferrotune/csrc/rows.h"
@@ -34,6 +35,12 @@ Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a
     }
     part_weights->rows += part.rows;
   }
+}
+
+Linear::Linear(const Nf4& matrix) : part_weights(c10::make_intrusive<PartWeights>()) {
+  part_weights->parts.emplace_back(matrix);
+  part_weights->rows = matrix.rows;
+  part_weights->in = matrix.in;
 }
 
 Tensor PartWeights::joined(at::ScalarType dtype, int64_t tail, int64_t below) const {
@@ -155,13 +162,18 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
     if (merges) break;
     product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b_in(dtype).t(), part->scale, true);
   }
+  add_lora_rows(y, x, l);
+  if (z_out != nullptr) *z_out = z;
+  return y;
+}
+
+void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& l) {
+  const auto dtype = x.scalar_type();
   for (const LoraRows& lora : l.lora_rows) {
     const Tensor some_x = x.narrow(0, lora.first, lora.rows);
     const Tensor some_y = y.narrow(0, lora.first, lora.rows).narrow(1, l.first_row(lora.part), l.parts[lora.part].rows);
     product_into(some_y, product(some_x, lora.a.to(dtype).t()), lora.b.to(dtype).t(), lora.scale, true);
   }
-  if (z_out != nullptr) *z_out = z;
-  return y;
 }
 
 int64_t linear_tail(const Tensor& x, const Linear& l) {
@@ -284,7 +296,7 @@ struct LinearNode : Function<LinearNode> {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Linear& given) {
-  if (!at::GradMode::is_enabled()) return linear_forward(x, given, nullptr);
+  if (!at::GradMode::is_enabled()) return is_few_rows(x) ? few_rows_linear(x, given) : linear_forward(x, given, nullptr);
   Linear l = given;
   std::vector<Tensor*> weights;
   l.visit(weights);

@@ -46,6 +46,9 @@ struct Linear {
   std::vector<Lora> parts;
   std::vector<LoraRows> lora_rows;
 
+  // A matrix alone.
+  explicit Linear(Tensor matrix) : weight(std::move(matrix)) {}
+  explicit Linear(const Nf4& matrix);
   explicit Linear(const LinearView& view);
   int64_t rows() const { return part_weights ? part_weights->rows : weight.size(0); }
   // Row of W where part p begins.
@@ -77,6 +80,9 @@ int64_t linear_tail(const Tensor& x, const Linear& linear);
 
 // The same as linear_forward for x in rows [N, in + tail]; the tail is written. Behind the rows of y is room for `room` columns.
 Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0);
+
+// y += what lora_rows adds.
+void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& linear);
 
 // z alone; undefined without LoRA.
 Tensor linear_z(const Tensor& x, const Linear& linear);

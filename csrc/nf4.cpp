@@ -231,6 +231,13 @@ void dequantize_run(const Nf4& w, int64_t begin, int64_t end, T* out) {
   }
 }
 
+KernelNf4 kernel_nf4(const Nf4& w) {
+  const auto floats = [&](const Tensor& x) { return w.nested() ? x.const_data_ptr<float>() : nullptr; };
+  return {w.packed.const_data_ptr<uint8_t>(), w.quant_map.const_data_ptr<float>(), w.absmax.const_data_ptr(),
+          floats(w.nested_absmax), floats(w.nested_quant_map), nullptr, w.rows, w.blocksize, w.nested_blocksize,
+          static_cast<float>(w.nested_offset)};
+}
+
 namespace {
 
 // By one launch, the matrices below each other in destination.
@@ -239,12 +246,8 @@ void dequantize_rows(const std::vector<const Nf4*>& weights, const Tensor& desti
   std::vector<KernelNf4> matrices;
   int64_t row = 0;
   for (const Nf4* w : weights) {
-    const bool nested = w->nested();
-    matrices.push_back({w->packed.const_data_ptr<uint8_t>(), w->quant_map.const_data_ptr<float>(), w->absmax.const_data_ptr(),
-                        nested ? w->nested_absmax.const_data_ptr<float>() : nullptr,
-                        nested ? w->nested_quant_map.const_data_ptr<float>() : nullptr,
-                        destination.narrow(0, row, w->rows).mutable_data_ptr(), w->rows, w->blocksize,
-                        w->nested_blocksize, static_cast<float>(w->nested_offset)});
+    matrices.push_back(kernel_nf4(*w));
+    matrices.back().y = destination.narrow(0, row, w->rows).mutable_data_ptr();
     row += w->rows;
   }
   const int64_t in = weights[0]->in;

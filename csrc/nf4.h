@@ -7,6 +7,7 @@
 #pragma once
 
 #include "ferrotune/csrc/ops.h"
+#include "ferrotune/kernels/kernels.h"
 
 namespace ferrotune {
 
@@ -29,6 +30,9 @@ struct Nf4 {
   // Rows first .. first + count, where splits_at(first).
   Nf4 some_rows(int64_t first, int64_t count) const;
 };
+
+// As a kernel takes it; y is null.
+KernelNf4 kernel_nf4(const Nf4& weight);
 
 // Writes the matrix into `destination` [rows, in], whose rows may lie apart.
 void dequantize_into(const Nf4& weight, const Tensor& destination);

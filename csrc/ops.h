@@ -93,8 +93,9 @@ std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor&
                                              const Tensor& rows, const Tensor& labels, double softcap);
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
                                          const Tensor& labels, double softcap);
-// hidden W^T of a head in 4 bits, in f32 (f64 for f64); not differentiable.
-std::unique_ptr<Tensor> nf4_scores(const Tensor& hidden, const Nf4View& nf4);
+// hidden W^T; the head is nf4 where weight is undefined. Where it is dense, differentiable and in the dtype of hidden on the CPU
+// and with autograd; else in f32 (f64 for f64).
+std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4);
 
 // ---- nf4.cpp
 // The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.
@@ -107,6 +108,10 @@ void nf4_quantize(const Tensor& x, const Tensor& packed, const Tensor& absmax);
 double nf4_nest(const Tensor& absmax, const Tensor& index, const Tensor& nested_absmax);
 // destination [rows, in], whose rows may lie apart, in any float dtype.
 void nf4_dequantize(const Nf4View& weight, const Tensor& destination);
+
+// ---- sample.cpp
+// kernels/sample.cu: logits f32 [N, V], params f64 [N, 5] -> tokens int64 [N], logprobs f32 [N].
+void sample(const Tensor& logits, const Tensor& params, const Tensor& tokens, const Tensor& logprobs);
 
 // ---- optim.cpp
 void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);

@@ -1,5 +1,5 @@
-// Attention over paged keys and values (arXiv:2309.06180): the CPU's kernel for f32, and the formula for the rest, which
-// copies a sequence's pages together. A kernel that reads the pages where they lie takes that formula's place.
+// Attention over paged keys and values (arXiv:2309.06180): the CPU's kernel for f32, a GPU's for sequences with one new row
+// (kernels/paged_attention.cu), and the formula for the rest, which copies a sequence's pages together.
 #include "ferrotune/csrc/pages.h"
 
 #include "ferrotune/csrc/cpu.h"
@@ -47,6 +47,47 @@ Tensor PagedBatch::key_slots(size_t index, at::Device device) const {
     kept = at::tensor(slots, at::kLong).to(device);
   }
   return kept;
+}
+
+PagedBatch::PagedBatch(Tensor tables, Tensor lengths, int64_t longest, int64_t pool, int64_t page_size)
+    : rows_(lengths.size(0)), page_size_(page_size), pool_(pool) {
+  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == rows_ && lengths.dim() == 1 && tables.scalar_type() == at::kLong &&
+                  lengths.scalar_type() == at::kLong && tables.is_contiguous() && lengths.is_contiguous() &&
+                  tables.size(1) * page_size >= longest,
+              "paged rows: tables ", tables.sizes(), " and lengths ", lengths.sizes(), " for ", longest, " keys");
+  singles_ = Singles{std::move(tables), std::move(lengths), {}, longest};
+}
+
+const PagedBatch::Singles& PagedBatch::singles(at::Device device) const {
+  if (singles_) return *singles_;
+  std::vector<int64_t> rows, lengths;
+  int64_t longest = 0;
+  for (const Sequence& sequence : sequences_) {
+    if (sequence.rows != 1) continue;
+    rows.push_back(sequence.first);
+    lengths.push_back(sequence.keys());
+    longest = std::max(longest, sequence.keys());
+  }
+  const int64_t count = static_cast<int64_t>(rows.size()), width = (longest + page_size_ - 1) / page_size_;
+  std::vector<int64_t> words(count * width);
+  int64_t at = 0;
+  for (const Sequence& sequence : sequences_) {
+    if (sequence.rows != 1) continue;
+    std::copy_n(pages(sequence), (sequence.keys() + page_size_ - 1) / page_size_, words.begin() + at);
+    at += width;
+  }
+  // One copy for all three.
+  words.insert(words.end(), lengths.begin(), lengths.end());
+  words.insert(words.end(), rows.begin(), rows.end());
+  const Tensor all = at::tensor(words, at::kLong).to(device);
+  singles_ = Singles{all.narrow(0, 0, count * width).view({count, width}), all.narrow(0, count * width, count),
+                     count < rows_ ? all.narrow(0, count * (width + 1), count) : Tensor(), longest};
+  return *singles_;
+}
+
+std::shared_ptr<PagedBatch> paged_rows(const Tensor& tables, const Tensor& lengths, std::int64_t longest, std::int64_t pool,
+                                       std::int64_t page_size) {
+  return std::make_shared<PagedBatch>(tables, lengths, longest, pool, page_size);
 }
 
 std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
@@ -111,25 +152,66 @@ Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
   return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({1, heads * dim});
 }
 
+// One new row of each sequence of `singles`; undefined where the kernel cannot. q [n, H, D], k and v [n, K, D].
+Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& pages,
+                      const PagedBatch::Singles& singles, const AttentionSpec& spec) {
+  const Kernels* const kernels = kernels_for(given_q);
+  if (kernels == nullptr || given_q.scalar_type() == at::kFloat) return {};
+  const TokenRows q(given_q), k(given_k), v(given_v);
+  const int64_t n = q.x.size(0), heads = q.x.size(1), dim = q.x.size(2), kv_heads = k.x.size(1);
+  const Tensor out = at::empty({n, heads * dim}, given_q.options());
+  const KernelPaged paged{q.x.const_data_ptr(), k.x.const_data_ptr(), v.x.const_data_ptr(), pages.k.mutable_data_ptr(),
+                          pages.v.mutable_data_ptr(), out.mutable_data_ptr(), singles.tables.const_data_ptr<int64_t>(),
+                          singles.lengths.const_data_ptr<int64_t>(), n, heads, kv_heads, dim, q.stride, k.stride, v.stride,
+                          singles.tables.size(1), pages.batch->page_size(), spec.window, singles.longest,
+                          static_cast<float>(spec.scale), static_cast<float>(spec.softcap), kernel_dtype(given_q)};
+  const Launch launch(given_q);
+  const int64_t floats = kernels->paged_attention_workspace(&paged);
+  if (floats == 0) return {};
+  const Tensor partial = at::empty({floats}, given_q.options().dtype(at::kFloat));
+  auto* const arrived = static_cast<int32_t*>(launch.lasting_zeros("paged_attention", 4 * n * kv_heads));
+  check_launch(kernels->paged_attention(&paged, partial.mutable_data_ptr<float>(), arrived, launch.stream()), "paged_attention");
+  return out;
+}
+
 Tensor by_formula(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
   const PagedBatch& batch = *pages.batch;
   const auto flat = [](const Tensor& pool) { return pool.flatten(0, 1); };  // [slots, K, D]
   flat(pages.k).index_copy_(0, batch.new_slots(q.device()), k);
   flat(pages.v).index_copy_(0, batch.new_slots(q.device()), v);
-  TensorList outs;
+  const Tensor out = at::empty({q.size(0), q.size(1) * q.size(2)}, q.options());
+  Tensor by_kernel;
+  if (q.is_cuda() && std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; })) {
+    const PagedBatch::Singles& singles = batch.singles(q.device());
+    const auto own = [&](const Tensor& x) { return x.index_select(0, singles.rows); };
+    by_kernel = by_cuda_kernel(own(q), own(k), own(v), pages, singles, spec);
+    if (by_kernel.defined()) out.index_copy_(0, singles.rows, by_kernel);
+  }
   for (size_t i = 0; i < batch.sequences().size(); ++i) {
     const PagedBatch::Sequence& sequence = batch.sequences()[i];
+    if (sequence.rows == 1 && by_kernel.defined()) continue;
     const auto own = [&](const Tensor& x) { return x.narrow(0, sequence.first, sequence.rows); };
     if (sequence.past == 0 && sequence.rows > 1 && q.is_cuda()) {
-      outs.push_back(attention_prompt(own(q), own(k), own(v), spec));
+      own(out).copy_(attention_prompt(own(q), own(k), own(v), spec));
       continue;
     }
     const Tensor slots = batch.key_slots(i, q.device());
     const auto keys = [&](const Tensor& pool) { return flat(pool).index_select(0, slots).transpose(0, 1); };
     const Tensor all_k = keys(pages.k), all_v = keys(pages.v);
-    outs.push_back(sequence.rows == 1 ? attend_one(own(q), all_k, all_v, spec) : attend_behind(own(q), all_k, all_v, spec));
+    own(out).copy_(sequence.rows == 1 ? attend_one(own(q), all_k, all_v, spec) : attend_behind(own(q), all_k, all_v, spec));
   }
-  return outs.size() == 1 ? outs[0] : at::cat(outs, 0);
+  return out;
+}
+
+Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
+  const PagedBatch& batch = *pages.batch;
+  if (batch.all_single()) {
+    Tensor out = by_cuda_kernel(q, k, v, pages, batch.singles(q.device()), spec);
+    TORCH_CHECK(out.defined() || !batch.sequences().empty(), "no kernel reads the pages of ", q.size(1), " heads of ", q.size(2),
+                " ", q.scalar_type(), " on this GPU");
+    if (out.defined()) return out;
+  }
+  return by_formula(q, k, v, pages, spec);
 }
 
 }  // namespace
@@ -148,7 +230,8 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
                 batch.pool(), " pages of ", at::IntArrayRef(row), " ", q.scalar_type(), " on ", q.device());
   }
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
-  return cpu_kernels_for(q) != nullptr ? by_cpu_kernel(q, k, v, pages, spec) : by_formula(q, k, v, pages, spec);
+  if (cpu_kernels_for(q) != nullptr) return by_cpu_kernel(q, k, v, pages, spec);
+  return q.is_cuda() ? on_gpu(q, k, v, pages, spec) : by_formula(q, k, v, pages, spec);
 }
 
 }  // namespace ferrotune

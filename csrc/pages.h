@@ -19,7 +19,14 @@ class PagedBatch {
   PagedBatch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
              rust::Slice<const std::int32_t> pages, int64_t page_size);
 
+  // One new row of each of many sequences, all on the device, so that a recorded graph can be launched for others: tables
+  // [sequences, width], of each its pages in order, and lengths [sequences], its keys with the new one, both int64; a row of
+  // length 0 belongs to no sequence. No length is over `longest`, no page over `pool`.
+  PagedBatch(Tensor tables, Tensor lengths, int64_t longest, int64_t pool, int64_t page_size);
+
   const std::vector<Sequence>& sequences() const { return sequences_; }
+  // Whether every sequence has one new row.
+  bool all_single() const { return sequences_.size() == static_cast<size_t>(rows_) || sequences_.empty(); }
   int64_t rows() const { return rows_; }
   int64_t page_size() const { return page_size_; }
   // Pages that the batch may read: all below this.
@@ -32,6 +39,13 @@ class PagedBatch {
   // On the device, made at the first question: the slots of all new rows, int64 [N], and of all keys of sequence i.
   Tensor new_slots(at::Device device) const;
   Tensor key_slots(size_t sequence, at::Device device) const;
+  // The sequences with one new row, as the second constructor has them.
+  struct Singles {
+    Tensor tables, lengths;
+    Tensor rows;  // int64 [n] of the batch; undefined where these are all
+    int64_t longest;
+  };
+  const Singles& singles(at::Device device) const;
 
  private:
   std::vector<Sequence> sequences_;
@@ -39,10 +53,14 @@ class PagedBatch {
   int64_t rows_ = 0, page_size_, pool_ = 0;
   mutable Tensor new_slots_;
   mutable std::vector<Tensor> key_slots_;
+  mutable std::optional<Singles> singles_;
 };
 
 std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
                                         rust::Slice<const std::int32_t> pages, std::int64_t page_size);
+
+std::shared_ptr<PagedBatch> paged_rows(const Tensor& tables, const Tensor& lengths, std::int64_t longest, std::int64_t pool,
+                                       std::int64_t page_size);
 
 // The pool of one layer: [pages, page_size, K, D] each; undefined where there is none.
 struct PagesView {
@@ -51,8 +69,8 @@ struct PagesView {
 };
 
 // Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
-// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows; elsewhere each sequence is worked out by
-// itself. Not differentiable.
+// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows; on a GPU a kernel takes the sequences with one
+// new row, and each other is worked out by itself. Not differentiable.
 Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec);
 
 }  // namespace ferrotune

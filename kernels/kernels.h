@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 8
+#define FERROTUNE_KERNELS_ABI 9
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -75,6 +75,41 @@ struct KernelFill {
   int from_f32;
 };
 
+// One part of rows_linear: rows of W [rows, K], dense in the dtype of x, or NF4 where w is null (y and rows of nf4 unused). LoRA a
+// [R, K] and b [rows, R] in the dtype of x or f32, or null.
+struct KernelRowsPart {
+  const void* w;
+  int64_t w_stride;
+  struct KernelNf4 nf4;
+  const void *a, *b;
+  int64_t rows, R;
+  float scale;
+  int lora_f32;
+};
+
+// x [M, K]; bias [rows of all parts], residual and y [M, rows of all parts]; bias and residual may be null. y is f32 where
+// y_f32, else of the dtype, which is a 16-bit one. workspace: as rows_linear_workspace says.
+struct KernelRows {
+  struct KernelRowsPart parts[3];
+  int64_t count, M, K, x_stride, y_stride, residual_stride;
+  const void *x, *bias, *residual;
+  void *y, *workspace;
+  int dtype, y_f32;
+};
+
+// One new row of each of `sequences` sequences over pages. q [sequences, H, D], k and v [sequences, K, D] with token strides;
+// pools [pages, page_size, K, D]; tables [sequences, width] int64: of each sequence its pages in order; lengths [sequences]
+// int64: keys of each, the new one included; 0 for a row that belongs to none. out [sequences, H, D].
+struct KernelPaged {
+  const void *q, *k, *v;
+  void *pool_k, *pool_v, *out;
+  const int64_t *tables, *lengths;
+  int64_t sequences, H, K, D, q_stride, k_stride, v_stride, width, page_size, window;
+  int64_t longest;  // at least any of lengths
+  float scale, softcap;
+  int dtype;
+};
+
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
   ROW(adamw_8bit)               \
@@ -91,7 +126,12 @@ struct KernelFill {
   ROW(swiglu_backward)          \
   ROW(cross_entropy)            \
   ROW(attention_softcap_forward) \
-  ROW(attention_softcap_backward)
+  ROW(attention_softcap_backward) \
+  ROW(rows_linear)              \
+  ROW(rows_linear_workspace)    \
+  ROW(paged_attention)          \
+  ROW(paged_attention_workspace) \
+  ROW(sample)
 
 // The library exports these and nothing else.
 #pragma GCC visibility push(default)
@@ -164,6 +204,22 @@ int attention_softcap_forward(const struct KernelAttention* attention, void* out
 int attention_softcap_backward(const struct KernelAttention* attention, const void* dout, const void* out,
                                const float* lse, float* delta, void* dq, void* dk, void* dv, int64_t dq_stride,
                                int64_t dk_stride, int64_t dv_stride, void* stream);
+
+// y = x W^T + bias + scale (x A^T) B^T + residual. The workspace's bytes; 0 where the kernel cannot run: more than 64 rows, K no
+// multiple of 64, R over 64, a GPU older than sm_80, .. It is zero at the first use; calls on
+// one stream share it.
+int rows_linear(const struct KernelRows* rows, void* stream);
+int64_t rows_linear_workspace(const struct KernelRows* rows);
+
+// Writes k and v into the pages, then each row of q attends to the keys of its sequence, the last `window` of them (0: all).
+// partial: as many floats as paged_attention_workspace says, for its own use; 0 where the kernel cannot run: D other than 64, 96,
+// 128, 256, H / K over 16, pages of other than 16 tokens, a GPU older than sm_80. arrived [sequences * K] is zero before and after.
+int paged_attention(const struct KernelPaged* paged, float* partial, int32_t* arrived, void* stream);
+int64_t paged_attention_workspace(const struct KernelPaged* paged);
+
+// tokens [N] and log-probabilities [N] from logits [N, V] f32, by params [N, 5] f64: temperature (0: the largest logit), top_k (0:
+// all), top_p, min_p, and a number drawn from [0, 1). A row with NaN, infinity or only -infinity gives the token -1.
+int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, int64_t N, int64_t V, void* stream);
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -86,15 +86,15 @@ __device__ inline void load_a(unsigned (&a)[4], AnyTile tile, int row, int piece
 
 // B [16, 16] of a product with tile^T: k runs over the columns of pieces piece, piece + 1, n over rows row... b[0], b[1]
 // belong to the first eight n, b[2], b[3] to the others.
-template <typename T, int kCols>
-__device__ inline void load_b_rows(unsigned (&b)[4], Tile<T, kCols> tile, int row, int piece) {
+template <typename AnyTile>
+__device__ inline void load_b_rows(unsigned (&b)[4], AnyTile tile, int row, int piece) {
   const int lane = threadIdx.x % 32;
   load_matrices(b, tile.at(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
 }
 
 // B [16, 16] of a product with the tile itself: k runs over rows row.., n over the columns of pieces piece, piece + 1.
-template <typename T, int kCols>
-__device__ inline void load_b(unsigned (&b)[4], Tile<T, kCols> tile, int row, int piece) {
+template <typename AnyTile>
+__device__ inline void load_b(unsigned (&b)[4], AnyTile tile, int row, int piece) {
   const int lane = threadIdx.x % 32;
   load_matrices_transposed(b, tile.at(row + lane % 16, piece + lane / 16));
 }

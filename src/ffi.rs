@@ -230,6 +230,15 @@ pub(crate) mod bridge {
             page_size: i64,
         ) -> Result<SharedPtr<PagedBatch>>;
 
+        fn paged_rows(
+            tables: &Tensor,
+            lengths: &Tensor,
+            longest: i64,
+            pool: i64,
+            page_size: i64,
+        ) -> Result<SharedPtr<PagedBatch>>;
+        fn sample(logits: &Tensor, params: &Tensor, tokens: &Tensor, logprobs: &Tensor) -> Result<()>;
+
         fn tensor_list() -> UniquePtr<TensorList>;
         fn push(list: Pin<&mut TensorList>, tensor: &Tensor);
 
@@ -280,7 +289,7 @@ pub(crate) mod bridge {
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
-        fn nf4_scores(hidden: &Tensor, nf4: &Nf4View) -> Result<UniquePtr<Tensor>>;
+        fn head_scores(hidden: &Tensor, weight: &Tensor, nf4: &Nf4View) -> Result<UniquePtr<Tensor>>;
 
         fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
@@ -334,3 +343,6 @@ pub(crate) fn list<'a>(tensors: impl IntoIterator<Item = &'a tch::Tensor>) -> Un
     }
     list
 }
+
+// SAFETY: a recorded graph belongs to a device, not to a thread; it is used by one thread at a time.
+unsafe impl Send for bridge::CudaGraph {}

@@ -19,6 +19,7 @@ mod pass;
 pub mod plain;
 mod policy;
 pub mod proof;
+mod sample;
 mod script;
 
 use lora_casts::LinearCast;
@@ -30,6 +31,7 @@ pub use optim::{
 pub use pages::{LayerPages, PagedBatch};
 pub use pass::{DropoutKey, LoraRun, LoraSet, Pass};
 pub use policy::Policy;
+pub use sample::{Draw, Drawn, sample};
 pub use script::save_script;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685
@@ -143,20 +145,6 @@ pub fn linear(x: &Tensor, linear: &Linear, pass: Pass) -> Result<Tensor> {
     let absent = Tensor::new();
     let parts = part_views(linear, &absent, pass, None, 0, 0);
     checked(bridge::op_linear(ffi::borrow(x), &linear_view(linear, &absent, &parts, None, &[])))
-}
-
-/// `x W^T`: x `[N, C]`, weight `[V, C]` -> `[N, V]`.
-pub fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let absent = Tensor::new();
-    let none = ffi::borrow(&absent);
-    let view = bridge::LinearView {
-        weight: ffi::borrow(weight),
-        bias: none,
-        a_cast: none,
-        parts: &[],
-        lora_rows: &[],
-    };
-    checked(bridge::op_linear(ffi::borrow(x), &view))
 }
 
 /// RMSNorm over the last dimension: x `[.., C]` -> `[.., C]`. Statistics in f32 for 16-bit inputs.
@@ -369,15 +357,12 @@ pub fn linear_log_probs<'a>(
     checked(bridge::linear_log_probs(ffi::borrow(hidden), weight, &nf4, ffi::borrow(labels), softcap))
 }
 
-/// `hidden W^T`, `[N, V]`: in the dtype of hidden, of a head in 4 bits in f32 (f64 for f64) and not differentiable.
+/// `hidden W^T`, `[N, V]`. Of a dense head differentiable and in the dtype of hidden, on a GPU without autograd in f32; of a head
+/// in 4 bits in f32 (f64 for f64) and not differentiable.
 pub fn head_scores(hidden: &Tensor, head: Head) -> Result<Tensor> {
-    match head {
-        Head::Dense(weight) => project(hidden, weight),
-        Head::Nf4(nf4) => {
-            let absent = Tensor::new();
-            checked(bridge::nf4_scores(ffi::borrow(hidden), &nf4::view(Some(nf4), &absent)))
-        }
-    }
+    let absent = Tensor::new();
+    let (weight, nf4) = head.views(&absent);
+    checked(bridge::head_scores(ffi::borrow(hidden), weight, &nf4))
 }
 
 /// Computes the gradients of `inputs` from `dy`, that of `y`, and drops them: a backward pass to measure.

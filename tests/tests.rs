@@ -17,6 +17,7 @@ mod export;
 mod generate;
 mod golden;
 mod gpu;
+mod gpu_decode;
 mod gpu_lora;
 mod gpu_memory;
 mod gpu_nf4;

@@ -33,6 +33,8 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
     /// The same steps under many budgets of memory, beside what was predicted of them
     Plan(super::bench_plan::BenchPlanArgs),
+    /// Requests to the engine on random weights and prompts: tokens a second, time to the first token, where the time goes
+    Generate(super::bench_generate::BenchGenerateArgs),
 }
 
 /// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
@@ -137,6 +139,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
     let args = match command {
         BenchCommand::Train(args) => args,
         BenchCommand::Plan(args) => return super::bench_plan::run(args),
+        BenchCommand::Generate(args) => return super::bench_generate::run(&args),
     };
     let report = measure(&args)?;
     if args.json {

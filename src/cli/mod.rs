@@ -3,6 +3,7 @@
 mod answers;
 pub mod banner;
 pub mod bench;
+mod bench_generate;
 mod bench_plan;
 mod budget;
 mod cards;

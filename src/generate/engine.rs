@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use anyhow::{Context, Result, bail};
 use tch::Tensor;
 
+use super::graphs::DecodeGraphs;
 use super::pages::PagePool;
 use super::request::RequestId;
 use super::sequence::Sequence;
@@ -67,6 +68,7 @@ pub struct Engine {
     pub(super) pages: KvPages,
     pub(super) pool: PagePool,
     pub(super) ropes: RopeTables,
+    pub(super) graphs: DecodeGraphs,
     pub(super) waiting: VecDeque<Sequence>,
     /// In the order of their admission.
     pub(super) running: Vec<Sequence>,
@@ -108,6 +110,7 @@ impl Engine {
             pages: decoder.kv_pages(pages)?,
             pool: PagePool::new(pages),
             ropes: RopeTables::default(),
+            graphs: DecodeGraphs::new(decoder),
             waiting: VecDeque::new(),
             running: Vec::new(),
             adapters: BTreeMap::new(),
@@ -265,5 +268,6 @@ impl Engine {
             names.values().any(|named| named == number)
                 || sequences().any(|sequence| sequence.adapter == Some(*number))
         });
+        self.graphs.retain(|number| self.adapters.contains_key(&number));
     }
 }

@@ -26,6 +26,7 @@
 
 mod engine;
 mod grammar;
+mod graphs;
 mod model;
 mod pages;
 mod params;

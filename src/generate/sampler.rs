@@ -7,6 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{Logprobs, SamplingParams};
+use crate::ops::Draw;
 
 /// Chooses tokens for one sequence. Its generator is its own: equal parameters, stream and logits give equal tokens.
 #[derive(Debug, Clone)]
@@ -20,6 +21,9 @@ pub struct Sampler {
     /// The tokens left by the filters with their weights; kept between tokens for its memory.
     kept: Vec<Candidate>,
 }
+
+pub(super) const NO_LOGITS: &str =
+    "the model's logits are NaN or infinite: try --dtype f32, and check the weights";
 
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
@@ -64,11 +68,39 @@ impl Sampler {
             self.filter(logits, best);
             self.draw()
         };
-        self.mark(id as i64);
-        if self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0 {
-            *self.counts.entry(id as i64).or_default() += 1;
-        }
+        self.note(id as i64);
         Ok(id as i64)
+    }
+
+    /// The next draw, for a device that applies the filters itself; [`note`](Sampler::note) then takes its token.
+    pub(super) fn draw_elsewhere(&mut self) -> Draw {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let uniform = if temperature == 0.0 { 0.0 } else { self.rng.random::<f64>() };
+        Draw { temperature, top_k, top_p, min_p, uniform }
+    }
+
+    /// A token of the answer, which counts for the penalties.
+    pub(super) fn note(&mut self, id: i64) {
+        self.mark(id);
+        if self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0 {
+            *self.counts.entry(id).or_default() += 1;
+        }
+    }
+
+    /// Whether penalties change any logit.
+    pub(super) fn penalises(&self) -> bool {
+        !self.seen.is_empty() || !self.counts.is_empty()
+    }
+
+    /// What the penalties do to the logits: of each token that has occurred, what its logit is divided by (multiplied, if it is
+    /// negative), and what is then taken from it.
+    pub(super) fn penalties(&self) -> impl Iterator<Item = (i64, f64, f64)> {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+        let count = |id: i64| self.counts.get(&id).copied();
+        let taken = move |count: u32| presence_penalty + frequency_penalty * f64::from(count);
+        let seen = (0..).zip(&self.seen).filter(|(_, seen)| **seen).map(|(id, _)| id);
+        let counted = self.counts.keys().copied().filter(|_| self.seen.is_empty());
+        seen.chain(counted).map(move |id| (id, repetition_penalty, count(id).map_or(0.0, taken)))
     }
 
     /// The probabilities `[V]` that [`sample`](Sampler::sample) would draw from.
@@ -198,7 +230,7 @@ fn best(logits: &[f32]) -> Result<usize> {
         }
     }
     if !valid || logits[best] == f32::NEG_INFINITY {
-        bail!("the model's logits are NaN or infinite: try --dtype f32, and check the weights");
+        bail!(NO_LOGITS);
     }
     Ok(best)
 }

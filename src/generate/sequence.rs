@@ -4,8 +4,10 @@ use anyhow::{Context, Result};
 
 use super::pages::PagePool;
 use super::request::{EventKind, FinishReason, RequestId, Token};
-use super::{Grammar, ModelRef, Request, Sampler, TextStream, logprobs};
+use super::sampler::{NO_LOGITS, logprobs};
+use super::{Grammar, Logprobs, ModelRef, Request, Sampler, TextStream};
 use crate::nn::PAGE_SIZE;
+use crate::ops::Drawn;
 
 /// A sequence in the engine's queue or batch.
 #[derive(Clone)]
@@ -118,17 +120,37 @@ impl Sequence {
     }
 
     /// Chooses the next token from the logits `[V]`, which are changed.
-    pub(super) fn advance(
-        &mut self,
-        model: ModelRef,
-        row: &mut [f32],
-    ) -> Result<(Token, Option<FinishReason>)> {
+    pub(super) fn choose(&mut self, row: &mut [f32]) -> Result<(i64, Option<Logprobs>)> {
         let raw = self.top_logprobs.map(|_| row.to_vec());
         if let Some(grammar) = &mut self.grammar {
             grammar.mask(row, &self.stop_token_ids)?;
         }
         let id = self.sampler.sample(row)?;
-        let logprobs = raw.zip(self.top_logprobs).map(|(raw, top)| logprobs(&raw, id, top));
+        Ok((id, raw.zip(self.top_logprobs).map(|(raw, top)| logprobs(&raw, id, top))))
+    }
+
+    /// The sampler, where a GPU can draw for it: it knows no grammar and no other tokens' log-probabilities, and those of the
+    /// token only before penalties.
+    pub(super) fn sampler_on_device(&mut self) -> Option<&mut Sampler> {
+        let whole_row = self.grammar.is_some()
+            || self.top_logprobs.is_some_and(|top| top > 0 || self.sampler.penalises());
+        (!whole_row).then_some(&mut self.sampler)
+    }
+
+    /// Takes what the GPU drew.
+    pub(super) fn chosen_on_device(&mut self, drawn: Drawn) -> Result<(i64, Option<Logprobs>)> {
+        let id = drawn.id.context(NO_LOGITS)?;
+        self.sampler.note(id);
+        let logprobs = self.top_logprobs.map(|_| Logprobs { logprob: drawn.logprob, top: Vec::new() });
+        Ok((id, logprobs))
+    }
+
+    /// Appends the chosen token.
+    pub(super) fn advance(
+        &mut self,
+        model: ModelRef,
+        (id, logprobs): (i64, Option<Logprobs>),
+    ) -> Result<(Token, Option<FinishReason>)> {
         self.ids.push(id);
         let is_stop = self.stop_token_ids.contains(&id);
         if let Some(grammar) = self.grammar.as_mut().filter(|_| !is_stop) {

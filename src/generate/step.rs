@@ -8,12 +8,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::ModelRef;
 use super::engine::Engine;
-use super::request::{Event, EventKind, RequestId};
+use super::graphs::Row;
+use super::request::{Event, EventKind, Logprobs, RequestId};
 use super::sequence::Sequence;
 use crate::device;
 use crate::models::{Decoder, NewRows};
 use crate::nn::PAGE_SIZE;
-use crate::ops::LoraRun;
+use crate::ops::{self, Drawn, LoraRun};
 
 /// New rows for the sequence at a place of the batch.
 #[derive(Debug, Clone, Copy)]
@@ -198,9 +199,63 @@ impl Engine {
         events: &mut Vec<Event>,
         gone: &mut HashSet<(RequestId, Option<usize>)>,
     ) -> Result<()> {
-        let (mut rows, mut lora) = (Vec::new(), Vec::<LoraRun>::new());
         // Of the sequences that are at their end: their place, and their last row.
         let (mut ends, mut last_rows) = (Vec::new(), Vec::new());
+        let mut row = 0;
+        for feed in batch {
+            let sequence = &self.running[feed.at];
+            row += feed.rows;
+            if sequence.cached + feed.rows == sequence.ids.len() {
+                ends.push(feed.at);
+                last_rows.push(row as i64 - 1);
+            }
+        }
+        let logits = match self.recorded_logits(model.decoder, batch)? {
+            Some(logits) => Some(logits),
+            None => {
+                let hidden = self.hidden(model.decoder, batch)?;
+                let _no_grad = tch::no_grad_guard();
+                let wanted = if last_rows.is_empty() {
+                    None
+                } else if last_rows.len() == row {
+                    Some(hidden)
+                } else {
+                    Some(hidden.f_index_select(0, &device::upload(&last_rows, model.decoder.device)?)?)
+                };
+                wanted.map(|hidden| model.decoder.logits(&hidden)).transpose()?
+            }
+        };
+        for feed in batch {
+            let sequence = &mut self.running[feed.at];
+            let prompt_left = sequence.prompt_tokens.saturating_sub(sequence.cached);
+            self.stats.prompt_tokens += prompt_left.min(feed.rows) as u64;
+            sequence.fed(feed.rows, &mut self.pool);
+        }
+        let Some(logits) = logits else { return Ok(()) };
+        self.choose(model, &ends, &logits, events, gone)
+    }
+
+    /// The logits of a pass by a CUDA graph, if there is one for it: every sequence has one new token, on one adapter.
+    fn recorded_logits(&mut self, decoder: &Decoder, batch: &[Feed]) -> Result<Option<Tensor>> {
+        let sequences = || batch.iter().map(|feed| &self.running[feed.at]);
+        let adapter = sequences().next().and_then(|sequence| sequence.adapter);
+        if sequences().any(|sequence| sequence.pending() != 1 || sequence.adapter != adapter) {
+            return Ok(None);
+        }
+        let rows: Vec<Row> = sequences()
+            .map(|sequence| Row {
+                id: sequence.ids[sequence.cached],
+                length: sequence.ids.len(),
+                pages: &sequence.pages,
+            })
+            .collect();
+        let lora = adapter.and_then(|number| self.adapters.get(&number)).map(|loaded| loaded.adapter.lora());
+        self.graphs.logits(decoder, &rows, (&self.pages, &mut self.ropes), (adapter, lora))
+    }
+
+    /// Hidden states `[rows, C]` of a pass.
+    fn hidden(&mut self, decoder: &Decoder, batch: &[Feed]) -> Result<Tensor> {
+        let (mut rows, mut lora) = (Vec::new(), Vec::<LoraRun>::new());
         let mut row = 0;
         for feed in batch {
             let sequence = &self.running[feed.at];
@@ -217,67 +272,98 @@ impl Engine {
                 adapter: adapter.map(|loaded| loaded.adapter.lora()),
             });
             row += feed.rows;
-            if fed == sequence.ids.len() {
-                ends.push(feed.at);
-                last_rows.push(row as i64 - 1);
-            }
         }
         let lora = if lora.iter().all(|run| run.adapter.is_none()) { Vec::new() } else { joined(lora) };
-        let hidden = model.decoder.decode(&rows, &self.pages, &mut self.ropes, &lora)?;
-        for feed in batch {
-            let sequence = &mut self.running[feed.at];
-            let prompt_left = sequence.prompt_tokens.saturating_sub(sequence.cached);
-            self.stats.prompt_tokens += prompt_left.min(feed.rows) as u64;
-            sequence.fed(feed.rows, &mut self.pool);
+        decoder.decode(&rows, &self.pages, &mut self.ropes, &lora)
+    }
+
+    /// Chooses the next tokens of the sequences at `ends` from their rows of logits, and first tokens of the samples that start
+    /// from them.
+    fn choose(
+        &mut self,
+        model: ModelRef,
+        ends: &[usize],
+        logits: &Tensor,
+        events: &mut Vec<Event>,
+        gone: &mut HashSet<(RequestId, Option<usize>)>,
+    ) -> Result<()> {
+        // The sequences that get a token, and their rows.
+        let mut choosing: Vec<(usize, usize)> = Vec::with_capacity(ends.len());
+        for (row, &at) in ends.iter().enumerate() {
+            choosing.push((at, row));
+            let forks = std::mem::take(&mut self.running[at].forks);
+            for sample in 1..=forks {
+                let fork = self.running[at].fork(sample, &mut self.pool);
+                choosing.push((self.running.len(), row));
+                self.running.push(fork);
+            }
         }
-        if ends.is_empty() {
-            return Ok(());
+        let on_device = logits.device().is_cuda() && logits.kind() == Kind::Float;
+        let (drawn, rest): (Vec<_>, Vec<_>) = choosing
+            .into_iter()
+            .partition(|&(at, _)| on_device && self.running[at].sampler_on_device().is_some());
+        // Before the penalties change the logits.
+        let host = host_rows(logits, &rest)?;
+        let outcomes = self.draw(logits, &drawn)?;
+        for ((at, _), outcome) in drawn.into_iter().zip(outcomes) {
+            let chosen = self.running[at].chosen_on_device(outcome);
+            self.advance(model, at, chosen, events, gone);
         }
-        let mut logits = self.logits(model.decoder, &hidden, row, &last_rows)?;
-        for (at, row) in ends.into_iter().zip(&mut logits) {
-            self.choose(model, at, row, events, gone);
+        for ((at, _), mut row) in rest.into_iter().zip(host) {
+            let chosen = self.running[at].choose(&mut row);
+            self.advance(model, at, chosen, events, gone);
         }
         Ok(())
     }
 
-    /// The logits `[V]` of some rows of `hidden` `[rows, C]`, on the host.
-    fn logits(
-        &self,
-        decoder: &Decoder,
-        hidden: &Tensor,
-        rows: usize,
-        wanted: &[i64],
-    ) -> Result<Vec<Vec<f32>>> {
+    /// Tokens for the sequences and rows of `choosing`, by the GPU.
+    fn draw(&mut self, logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Vec<Drawn>> {
+        if choosing.is_empty() {
+            return Ok(Vec::new());
+        }
         let _no_grad = tch::no_grad_guard();
-        let logits = if wanted.len() == rows {
-            decoder.logits(hidden)?
+        let rows: Vec<i64> = choosing.iter().map(|&(_, row)| row as i64).collect();
+        let in_order = rows.iter().enumerate().all(|(at, &row)| at as i64 == row);
+        let vocab = logits.size()[1];
+        let logits = if in_order {
+            logits.f_narrow(0, 0, rows.len() as i64)?
         } else {
-            decoder.logits(&hidden.f_index_select(0, &device::upload(wanted, decoder.device)?)?)?
+            logits.f_index_select(0, &device::upload(&rows, logits.device())?)?
         };
-        let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-        let copy = |row: i64| -> Result<Vec<f32>> {
-            let mut values = vec![0.0; decoder.config.vocab_size as usize];
-            let count = values.len();
-            logits.f_select(0, row)?.f_copy_data(&mut values, count)?;
-            Ok(values)
-        };
-        (0..wanted.len() as i64).map(copy).collect()
+        let (mut draws, mut penalised, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+        for (&(at, _), row) in choosing.iter().zip(0_i64..) {
+            let Some(sampler) = self.running[at].sampler_on_device() else { continue };
+            draws.push(sampler.draw_elsewhere());
+            for (id, divisor, taken) in sampler.penalties() {
+                penalised.push(row * vocab + id);
+                factors.extend([divisor.to_bits() as i64, taken.to_bits() as i64]);
+            }
+        }
+        if !penalised.is_empty() {
+            let places = device::upload(&penalised, logits.device())?;
+            let factors = device::upload(&factors, logits.device())?.f_view_dtype(Kind::Double)?;
+            let factors = factors.f_view([-1, 2])?.f_to_kind(Kind::Float)?;
+            let (divisors, taken) = (factors.f_select(1, 0)?, factors.f_select(1, 1)?);
+            let mut flat = logits.f_view([-1])?;
+            let values = flat.f_index_select(0, &places)?;
+            let scaled =
+                values.f_mul(&divisors)?.f_where_self(&values.f_lt(0.0)?, &values.f_div(&divisors)?)?;
+            let _ = flat.f_index_copy_(0, &places, &scaled.f_sub(&taken)?)?;
+        }
+        ops::sample(&logits, &draws)
     }
 
-    /// Chooses the next token of the sequence at `at`, and first tokens of the samples that start from it.
-    fn choose(
+    /// Appends what was chosen for the sequence at `at`.
+    fn advance(
         &mut self,
         model: ModelRef,
         at: usize,
-        row: &mut [f32],
+        chosen: Result<(i64, Option<Logprobs>)>,
         events: &mut Vec<Event>,
         gone: &mut HashSet<(RequestId, Option<usize>)>,
     ) {
-        let forks = std::mem::take(&mut self.running[at].forks);
-        let mut samples: Vec<Sequence> =
-            (1..=forks).map(|sample| self.running[at].fork(sample, &mut self.pool)).collect();
-        let rows: Vec<Vec<f32>> = samples.iter().map(|_| row.to_vec()).collect();
-        let mut advance = |sequence: &mut Sequence, row: &mut [f32]| match sequence.advance(model, row) {
+        let sequence = &mut self.running[at];
+        match chosen.and_then(|chosen| sequence.advance(model, chosen)) {
             Ok((token, reason)) => {
                 self.stats.new_tokens += 1;
                 events.push(sequence.event(EventKind::Token(token)));
@@ -291,12 +377,7 @@ impl Engine {
                     events.push(sequence.event(EventKind::Failed(error)));
                 }
             }
-        };
-        advance(&mut self.running[at], row);
-        for (sample, mut row) in samples.iter_mut().zip(rows) {
-            advance(sample, &mut row);
         }
-        self.running.extend(samples);
     }
 
     /// Takes out the samples (all, for none) of the requests that are `gone`.
@@ -317,6 +398,22 @@ impl Engine {
         self.waiting.retain_mut(stay);
         self.drop_unused_adapters();
     }
+}
+
+/// The rows of `choosing` on the host, `[V]` each.
+fn host_rows(logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Vec<Vec<f32>>> {
+    if choosing.is_empty() {
+        return Ok(Vec::new());
+    }
+    let _no_grad = tch::no_grad_guard();
+    let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+    let copy = |&(_, row): &(usize, usize)| -> Result<Vec<f32>> {
+        let mut values = vec![0.0; logits.size()[1] as usize];
+        let count = values.len();
+        logits.f_select(0, row as i64)?.f_copy_data(&mut values, count)?;
+        Ok(values)
+    };
+    choosing.iter().map(copy).collect()
 }
 
 /// Neighbours with the same adapter as one run.

@@ -22,6 +22,22 @@ pub struct NewRows<'a> {
     pub pages: &'a [i32],
 }
 
+/// One new token of each of N sequences, on the device: what is recorded on these tensors decodes what they hold when it is
+/// replayed.
+#[derive(Debug)]
+pub struct DeviceRows {
+    /// int64 `[N]`.
+    pub input_ids: Tensor,
+    /// int64 `[N]`: where they stand in their sequences.
+    pub positions: Tensor,
+    /// int64 `[N]`: tokens with the new one, or 0 for a row that belongs to no sequence.
+    pub lengths: Tensor,
+    /// int64 `[N, width]`: the pages of each sequence in its order.
+    pub tables: Tensor,
+    /// No length is over it; at most `width * PAGE_SIZE`.
+    pub longest: usize,
+}
+
 impl Decoder {
     /// A pool of `pages` pages for this decoder.
     pub fn kv_pages(&self, pages: usize) -> Result<KvPages> {
@@ -75,6 +91,37 @@ impl Decoder {
         let embedded =
             self.offloads_embedding.then(|| device::upload_rows(&self.embed_tokens, &ids, self.device));
         let mut x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
+        let pass = Pass { lora, ..Pass::INFERENCE };
+        for index in 0..self.layers.len() {
+            x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
+        }
+        ops::rms_norm(&x, &self.norm)
+    }
+
+    /// Hidden states `[N, C]` after the final norm, as [`Decoder::decode`] gives them, without a look at the rows by the host.
+    /// `angles` are cos and sin of all positions below `rows.longest`, for each of the config's ropes.
+    ///
+    /// # Errors
+    /// Not on a GPU, an embedding in the host's memory, or attention that no kernel does over pages.
+    pub fn decode_on_device(
+        &self,
+        rows: &DeviceRows,
+        pages: &KvPages,
+        angles: &[(Tensor, Tensor)],
+        lora: &[LoraRun],
+    ) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        if !self.device.is_cuda() || self.offloads_embedding {
+            bail!("decoding on the device needs a GPU that has the embedding");
+        }
+        let batch =
+            PagedBatch::on_device(&rows.tables, &rows.lengths, rows.longest, pages.pages(), PAGE_SIZE)?;
+        let at_positions = |table: &Tensor| table.f_index_select(0, &rows.positions);
+        let angles = angles
+            .iter()
+            .map(|(cos, sin)| Ok((at_positions(cos)?, at_positions(sin)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut x = self.embed(&rows.input_ids, None)?;
         let pass = Pass { lora, ..Pass::INFERENCE };
         for index in 0..self.layers.len() {
             x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;

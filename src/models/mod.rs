@@ -20,7 +20,7 @@ use anyhow::Result;
 
 pub use adapter::Adapter;
 pub use config::{Config, LayerConfig};
-pub use decode::NewRows;
+pub use decode::{DeviceRows, NewRows};
 pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};
 pub use device_batch::{BatchShape, DeviceBatch, DeviceInput};
 pub use fast_language_model::FastLanguageModel;

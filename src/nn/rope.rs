@@ -202,6 +202,19 @@ impl RopeTables {
         end: usize,
         seq_len: i64,
     ) -> Result<(Tensor, Tensor)> {
+        let (cos, sin) = self.table(index, rope, positions.device(), end, seq_len)?;
+        Ok((cos.f_index_select(0, positions)?, sin.f_index_select(0, positions)?))
+    }
+
+    /// cos and sin of all positions below `end`, or more.
+    pub fn table(
+        &mut self,
+        index: usize,
+        rope: &Rope,
+        device: Device,
+        end: usize,
+        seq_len: i64,
+    ) -> Result<(Tensor, Tensor)> {
         let key = (index, rope.regime(seq_len));
         let long_enough = self.tables.get(&key).is_some_and(|(cos, _)| cos.size()[0] >= end as i64);
         if !long_enough {
@@ -209,10 +222,10 @@ impl RopeTables {
                 self.tables.clear();
             }
             let length = end.next_power_of_two().max(128) as i64;
-            let all = Tensor::f_arange(length, (Kind::Int64, positions.device()))?;
+            let all = Tensor::f_arange(length, (Kind::Int64, device))?;
             self.tables.insert(key, rope.cos_sin(&all, seq_len)?);
         }
         let (cos, sin) = &self.tables[&key];
-        Ok((cos.f_index_select(0, positions)?, sin.f_index_select(0, positions)?))
+        Ok((cos.shallow_clone(), sin.shallow_clone()))
     }
 }

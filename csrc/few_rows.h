@@ -1,0 +1,21 @@
+// Few rows of 16 bits on a GPU: the products of decoding, by kernels/rows.cu.
+#pragma once
+
+#include "ferrotune/csrc/linear.h"
+
+namespace ferrotune {
+
+// More rows than these pay a product on dequantised weights.
+constexpr int64_t kFewRows = 64;
+
+// Whether the products of x go to few_rows_linear: no gradient is asked for, and the rows are few.
+bool is_few_rows(const Tensor& x);
+
+// residual + x W^T + bias + LoRA, without autograd; residual [N, rows] may be undefined. What the kernel cannot take goes
+// through linear_forward.
+Tensor few_rows_linear(const Tensor& x, const Linear& linear, const Tensor& residual = {});
+
+// x W^T in f32, or undefined where the kernel cannot.
+Tensor few_rows_scores(const Tensor& x, const Linear& head);
+
+}  // namespace ferrotune

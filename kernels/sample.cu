@@ -1,0 +1,260 @@
+// The next token of each row of logits: the rules and their order of src/generate/sampler.rs.
+//   score = logit / temperature, weight w = e^(score - largest score)
+//   top-k  keeps scores not below the k-th; top-p drops the least likely while all dropped have at most 1 - p of the sum of w (the
+//          lower ids first among equals); min-p keeps w >= min_p
+//   token  the first in the order of ids at which the sum of the kept w exceeds u times their total
+// Fuses the arg max, log-sum-exp, three filters and the draw; plain libtorch sorts the vocabulary. Moves: a row twice, and three
+// times more for each of top-k and top-p, after the first time from the cache.
+//
+// Thresholds are found by the bits of the scores, 11, 11 and 10 at a time (a radix select), over counts or over sums of w. These are
+// integers, w 2^40, so that their sum has no order and the result no chance in it.
+#include "vector.cuh"
+
+namespace ferrotune {
+namespace {
+
+constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2048;
+using Mass = unsigned long long;
+
+// Ordered as the floats are.
+__device__ inline unsigned key_of(float v) {
+  const unsigned bits = __float_as_uint(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float value_of(unsigned key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+struct Best {
+  float value;
+  int id;
+  float sum;  // of e^(logit - value)
+  bool valid;
+};
+
+__device__ inline Best better(const Best& a, const Best& b) {
+  const bool first = a.value > b.value || (a.value == b.value && a.id < b.id);
+  Best best = first ? a : b;
+  const float other = first ? b.value : a.value;
+  // Nothing beside -infinity has any weight.
+  best.sum += (first ? b.sum : a.sum) * (other == -INFINITY ? 0 : __expf(other - best.value));
+  best.valid = a.valid && b.valid;
+  return best;
+}
+
+__device__ inline Best shuffled(const Best& a, int step) {
+  return {__shfl_xor_sync(0xffffffff, a.value, step), __shfl_xor_sync(0xffffffff, a.id, step),
+          __shfl_xor_sync(0xffffffff, a.sum, step), static_cast<bool>(__shfl_xor_sync(0xffffffff, a.valid, step))};
+}
+
+// Sum over the lanes up to and with this one.
+__device__ inline Mass scan(Mass value) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Mass lower = __shfl_up_sync(0xffffffff, value, step);
+    if (threadIdx.x % 32 >= static_cast<unsigned>(step)) value += lower;
+  }
+  return value;
+}
+
+struct Shared {
+  Best best[kWarps];
+  Mass sums[kWarps];
+  Mass bins[kBins];
+  Mass rest;
+  unsigned key;
+  int chosen;
+};
+
+// Sum over the threads before this one; the block's sum in `total`.
+__device__ inline Mass before_this(Mass value, Shared& s, Mass& total) {
+  const Mass inclusive = scan(value);
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) s.sums[threadIdx.x / 32] = inclusive;
+  __syncthreads();
+  Mass before = 0;
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < static_cast<int>(threadIdx.x / 32)) before += s.sums[w];
+    total += s.sums[w];
+  }
+  return before + inclusive - value;
+}
+
+// The smallest key at which the sum of mass(key) over all keys up to it exceeds `rest`, and what of rest is left there.
+template <typename Each>
+__device__ inline unsigned select(Mass& rest, Shared& s, const Each& each) {
+  unsigned prefix = 0;
+  int bits = 32;
+  for (const int width : {11, 11, 10}) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
+    __syncthreads();
+    const int shift = bits - width;
+    each([&](unsigned key, Mass mass) {
+      if (bits == 32 || key >> bits == prefix) atomicAdd(&s.bins[key >> shift & ((1u << width) - 1)], mass);
+    });
+    __syncthreads();
+    // Two bins a thread.
+    const Mass low = s.bins[2 * threadIdx.x], high = s.bins[2 * threadIdx.x + 1];
+    Mass total;
+    const Mass before = before_this(low + high, s, total);
+    if (before <= rest && rest < before + low + high) {
+      const bool second = rest >= before + low;
+      s.key = 2 * threadIdx.x + second;
+      s.rest = rest - before - (second ? low : 0);
+    }
+    __syncthreads();
+    prefix = prefix << width | s.key;
+    rest = s.rest;
+    bits = shift;
+    __syncthreads();
+  }
+  return prefix;
+}
+
+__global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restrict__ logits, const double* __restrict__ params,
+                                                          int64_t* __restrict__ tokens, float* __restrict__ logprobs, int V) {
+  __shared__ Shared s;
+  const int64_t row = blockIdx.x;
+  const float* const from = logits + row * V;
+  const float temperature = static_cast<float>(params[5 * row]);
+  const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
+
+  Best best{-INFINITY, 0x7fffffff, 0, true};
+  for (int i = threadIdx.x; i < V; i += kThreads) {
+    const float v = from[i];
+    if (!(v < INFINITY)) {
+      best.valid = false;
+    } else if (v > -INFINITY) {
+      best = better(best, {v, i, 1, true});
+    }
+  }
+  for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
+  if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
+  __syncthreads();
+  best = s.best[threadIdx.x % 32];
+  for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
+  const bool valid = best.valid && best.value > -INFINITY;
+  int chosen = best.id;
+  if (valid && temperature > 0) {
+    const float highest = best.value / temperature;
+    const auto score_of = [&](int i) { return from[i] / temperature; };
+    const auto mass_of = [&](float score) { return static_cast<Mass>(expf(score - highest) * 0x1p40f); };
+    unsigned lowest = 0;  // key of the least score that is kept
+    Mass dropped_equals = 0;
+    if (top_k > 0 && top_k < V) {
+      // Ascending, V - k tokens stand before the k-th largest.
+      Mass rest = static_cast<Mass>(V - static_cast<int>(top_k));
+      lowest = select(rest, s, [&](const auto& add) {
+        for (int i = threadIdx.x; i < V; i += kThreads) add(key_of(score_of(i)), Mass{1});
+      });
+    }
+    if (top_p < 1) {
+      Mass mine = 0, total;
+      for (int i = threadIdx.x; i < V; i += kThreads) {
+        const float score = score_of(i);
+        if (key_of(score) >= lowest) mine += mass_of(score);
+      }
+      before_this(mine, s, total);
+      Mass rest = static_cast<Mass>((1 - top_p) * static_cast<double>(total));
+      if (rest >= total) rest = total - 1;
+      const unsigned from_top_k = lowest;
+      lowest = select(rest, s, [&](const auto& add) {
+        for (int i = threadIdx.x; i < V; i += kThreads) {
+          const float score = score_of(i);
+          const unsigned key = key_of(score);
+          if (key >= from_top_k) add(key, mass_of(score));
+        }
+      });
+      dropped_equals = rest / mass_of(value_of(lowest));
+    }
+    const auto kept = [&](float score) {
+      const Mass mass = mass_of(score);
+      return key_of(score) >= lowest && (min_p <= 0 || expf(score - highest) >= min_p) ? mass : 0;
+    };
+    // Each warp has a run of ids; the run that the draw falls into is looked at again by all.
+    const int run = (V + kWarps - 1) / kWarps, begin = threadIdx.x / 32 * run, end = min(begin + run, V);
+    // Equals that were dropped are the first ones: few rows have any.
+    Mass equals_before = 0;
+    if (dropped_equals > 0) {
+      Mass mine = 0, total;
+      for (int i = begin + threadIdx.x % 32; i < end; i += 32) mine += key_of(score_of(i)) == lowest;
+      before_this(mine, s, total);
+      __syncthreads();
+      for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) equals_before += s.sums[w];
+    }
+    const auto kept_in_order = [&](float score, Mass& equals) {
+      if (dropped_equals > 0 && key_of(score) == lowest && equals++ < dropped_equals) return Mass{0};
+      return kept(score);
+    };
+    Mass mine = 0, total;
+    if (dropped_equals == 0) {
+      for (int i = begin + threadIdx.x % 32; i < end; i += 32) mine += kept(score_of(i));
+    } else {
+      Mass equals = equals_before;
+      for (int i = begin; i < end; i += 32) {
+        const int id = i + threadIdx.x % 32;
+        const float score = id < end ? score_of(id) : 0;
+        const bool equal = id < end && key_of(score) == lowest;
+        const unsigned all = __ballot_sync(0xffffffff, equal);
+        Mass own = equals + __popc(all & ((1u << threadIdx.x % 32) - 1));
+        if (id < end) mine += kept_in_order(score, own);
+        equals += __popc(all);
+      }
+    }
+    before_this(mine, s, total);
+    const Mass target = min(static_cast<Mass>(u * static_cast<double>(total)), total - 1);
+    __syncthreads();
+    int of_run = 0;
+    Mass before_run = 0;
+    while (of_run < kWarps - 1 && before_run + s.sums[of_run] <= target) before_run += s.sums[of_run++];
+    __syncthreads();
+    // The equals before that run.
+    if (dropped_equals > 0) {
+      if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = equals_before;
+      __syncthreads();
+      equals_before = s.sums[of_run];
+      __syncthreads();
+    }
+    const int run_begin = of_run * run, run_end = min(run_begin + run, V), piece = (run + kThreads - 1) / kThreads;
+    const int piece_begin = run_begin + threadIdx.x * piece, piece_end = min(piece_begin + piece, run_end);
+    Mass unused, equals = equals_before;
+    if (dropped_equals > 0) {
+      Mass own = 0;
+      for (int i = piece_begin; i < piece_end; ++i) own += key_of(score_of(i)) == lowest;
+      equals += before_this(own, s, unused);
+    }
+    mine = 0;
+    Mass seen = equals;
+    for (int i = piece_begin; i < piece_end; ++i) mine += kept_in_order(score_of(i), seen);
+    Mass sum = before_run + before_this(mine, s, unused);
+    if (sum <= target && target < sum + mine) {
+      seen = equals;
+      for (int i = piece_begin; i < piece_end; ++i) {
+        sum += kept_in_order(score_of(i), seen);
+        if (sum > target) {
+          s.chosen = i;
+          break;
+        }
+      }
+    }
+    __syncthreads();
+    chosen = s.chosen;
+  }
+  if (threadIdx.x == 0) {
+    tokens[row] = valid ? chosen : -1;
+    logprobs[row] = valid ? from[chosen] - best.value - logf(best.sum) : 0;
+  }
+}
+
+}  // namespace
+}  // namespace ferrotune
+
+using namespace ferrotune;
+
+extern "C" int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, int64_t N, int64_t V,
+                      void* stream) {
+  if (N == 0) return cudaSuccess;
+  if (V < 1 || V > 1 << 28) return cudaErrorInvalidValue;
+  sample_kernel<<<static_cast<unsigned>(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, params, tokens, logprobs,
+                                                                                             static_cast<int>(V));
+  return cudaGetLastError();
+}

@@ -1,0 +1,187 @@
+//! Steps in which every sequence has one new token, as CUDA graphs: launched kernel by kernel such a step takes longer than
+//! the kernels do.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use tch::{Kind, Tensor};
+
+use crate::device::{self, Graph};
+use crate::models::{Decoder, DeviceRows};
+use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
+use crate::ops::{LoraRun, LoraSet};
+
+/// One new token of a sequence.
+pub(super) struct Row<'a> {
+    pub(super) id: i64,
+    /// With the new token.
+    pub(super) length: usize,
+    pub(super) pages: &'a [i32],
+}
+
+/// What a batch shares, and what is recorded for it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    longest: usize,
+    /// The number of a loaded adapter that all rows have.
+    adapter: Option<u64>,
+    regime: Vec<i64>,
+}
+
+struct Recorded {
+    batch: Batch,
+    /// None where the shape has been seen once: the first time also chooses kernels and makes workspaces.
+    graph: Option<(Graph, Tensor)>,
+}
+
+/// The tensors that a graph reads.
+struct Batch {
+    /// int64: ids, positions, lengths, tables one after another, filled by one copy.
+    words: Tensor,
+    rows: DeviceRows,
+    /// Whole tables: a graph reads them where they were.
+    angles: Vec<(Tensor, Tensor)>,
+}
+
+/// Rows of a product on few rows; more are dequantised for, and a graph saves less.
+const MOST_ROWS: usize = 256;
+/// Each keeps its kernels' parameters; all share one pool of memory.
+const MOST_GRAPHS: usize = 64;
+
+pub(super) struct DecodeGraphs {
+    enabled: bool,
+    recorded: HashMap<Shape, Recorded>,
+}
+
+impl DecodeGraphs {
+    pub(super) fn new(decoder: &Decoder) -> DecodeGraphs {
+        let enabled = Graph::available(decoder.device)
+            && matches!(decoder.kind, Kind::BFloat16 | Kind::Half)
+            && !decoder.offloads_embedding();
+        DecodeGraphs { enabled, recorded: HashMap::new() }
+    }
+
+    /// Forgets what was recorded with adapters that `keeps` does not know.
+    pub(super) fn retain(&mut self, keeps: impl Fn(u64) -> bool) {
+        self.recorded.retain(|shape, _| shape.adapter.is_none_or(&keeps));
+    }
+
+    /// Logits `[at least rows, V]` of the new tokens, f32; none where this batch is for the ordinary way. `lora` is that of the
+    /// adapter of that number.
+    pub(super) fn logits(
+        &mut self,
+        decoder: &Decoder,
+        rows: &[Row],
+        (pages, ropes): (&KvPages, &mut RopeTables),
+        (adapter, lora): (Option<u64>, Option<&LoraSet>),
+    ) -> Result<Option<Tensor>> {
+        let longest = rows.iter().map(|row| row.length).max().unwrap_or(0);
+        let regime = decoder.rope_regime(longest);
+        let alike = || rows.iter().all(|row| decoder.rope_regime(row.length) == regime);
+        if !self.enabled || rows.len() > MOST_ROWS || rows.is_empty() || !alike() {
+            return Ok(None);
+        }
+        let context = decoder.config.max_position_embeddings as usize;
+        let shape = Shape {
+            rows: padded(rows.len()),
+            longest: longest.next_power_of_two().max(512).min(context.next_multiple_of(PAGE_SIZE)),
+            adapter,
+            regime,
+        };
+        if !self.recorded.contains_key(&shape) {
+            if self.recorded.len() >= MOST_GRAPHS {
+                self.recorded.clear();
+            }
+            let batch = Batch::new(decoder, &shape, ropes)?;
+            self.recorded.insert(shape.clone(), Recorded { batch, graph: None });
+        }
+        let recorded = self.recorded.get_mut(&shape).expect("it was just put there");
+        recorded.batch.assign(&shape, rows)?;
+        if let Some((graph, logits)) = &mut recorded.graph {
+            graph.replay()?;
+            return Ok(Some(logits.shallow_clone()));
+        }
+        let run = [LoraRun { rows: 0..shape.rows, adapter: lora }];
+        let lora = if lora.is_some() { &run[..] } else { &[] };
+        let batch = &recorded.batch;
+        let work = || {
+            let hidden = decoder.decode_on_device(&batch.rows, pages, &batch.angles, lora)?;
+            let _no_grad = tch::no_grad_guard();
+            decoder.logits(&hidden)
+        };
+        let first = work();
+        let logits = match first {
+            Ok(logits) => logits,
+            Err(error) => {
+                self.give_up(&error);
+                return Ok(None);
+            }
+        };
+        match Graph::record(work) {
+            Ok(graph) => recorded.graph = Some(graph),
+            Err(error) => self.give_up(&error),
+        }
+        Ok(Some(logits))
+    }
+
+    fn give_up(&mut self, error: &anyhow::Error) {
+        tracing::warn!("decoding is launched kernel by kernel, not as CUDA graphs: {error:#}");
+        self.enabled = false;
+        self.recorded.clear();
+    }
+}
+
+/// Few sizes, so that few graphs serve all.
+fn padded(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows.next_power_of_two(),
+        9..=64 => rows.next_multiple_of(8),
+        _ => rows.next_multiple_of(32),
+    }
+}
+
+impl Batch {
+    fn new(decoder: &Decoder, shape: &Shape, ropes: &mut RopeTables) -> Result<Batch> {
+        let (n, width) = (shape.rows as i64, shape.longest.div_ceil(PAGE_SIZE) as i64);
+        let words = Tensor::f_zeros([n * (3 + width)], (Kind::Int64, decoder.device))?;
+        let column = |at: i64| words.f_narrow(0, at * n, n);
+        let rows = DeviceRows {
+            input_ids: column(0)?,
+            positions: column(1)?,
+            lengths: column(2)?,
+            tables: words.f_narrow(0, 3 * n, n * width)?.f_view([n, width])?,
+            longest: shape.longest,
+        };
+        let angles = decoder.config.ropes.iter().enumerate().map(|(index, rope)| {
+            ropes.table(index, rope, decoder.device, shape.longest, shape.longest as i64)
+        });
+        Ok(Batch { angles: angles.collect::<Result<_>>()?, rows, words })
+    }
+
+    fn assign(&mut self, shape: &Shape, rows: &[Row]) -> Result<()> {
+        let (n, width) = (shape.rows, shape.longest.div_ceil(PAGE_SIZE));
+        let mut words = vec![0_i64; n * (3 + width)];
+        for (at, row) in rows.iter().enumerate() {
+            words[at] = row.id;
+            words[n + at] = row.length as i64 - 1;
+            words[2 * n + at] = row.length as i64;
+            for (word, &page) in words[3 * n + at * width..].iter_mut().zip(row.pages) {
+                *word = i64::from(page);
+            }
+        }
+        Ok(self.words.f_copy_(&device::upload(&words, self.words.device())?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_sizes_serve_all() {
+        let sizes: std::collections::BTreeSet<usize> = (1..=256).map(padded).collect();
+        assert!((1..=256).all(|rows| padded(rows) >= rows));
+        assert_eq!(sizes.len(), 4 + 7 + 6, "{sizes:?}");
+    }
+}
