@@ -181,7 +181,7 @@ Tensor by_formula(const Tensor& q, const Tensor& k, const Tensor& v, const Pages
   flat(pages.v).index_copy_(0, batch.new_slots(q.device()), v);
   const Tensor out = at::empty({q.size(0), q.size(1) * q.size(2)}, q.options());
   Tensor by_kernel;
-  if (q.is_cuda() && std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; })) {
+  if (q.is_cuda() && !batch.all_single() && std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; })) {
     const PagedBatch::Singles& singles = batch.singles(q.device());
     const auto own = [&](const Tensor& x) { return x.index_select(0, singles.rows); };
     by_kernel = by_cuda_kernel(own(q), own(k), own(v), pages, singles, spec);

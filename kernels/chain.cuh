@@ -22,15 +22,19 @@ __device__ inline void next_may_start() {
 #endif
 }
 
+// Rows of decoding: kernels this short gain by a start before their inputs are ready.
+constexpr int64_t kFewRows = 64;
+
 inline int device_attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, which, device);
   return value;
 }
 
-// Only for kernels that call inputs_ready.
+// Chained where `few`, else the ordinary way. Only for kernels that call inputs_ready.
 template <typename... Parameters, typename... Arguments>
-int launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream, Arguments... arguments) {
+int launch_chained(bool few, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
+                   Arguments... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -40,7 +44,7 @@ int launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  config.numAttrs = few && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

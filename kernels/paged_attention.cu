@@ -279,6 +279,6 @@ extern "C" int paged_attention(const KernelPaged* p, float* partial, int32_t* ar
     const int run_pages = pages_of_run(p->longest);
     const dim3 grid(static_cast<unsigned>(ceil_div(p->longest, run_pages * kPage)), static_cast<unsigned>(p->K),
                     static_cast<unsigned>(p->sequences));
-    return launch_chained(kernel, grid, dim3(kThreads), kSharedBytes<D>, stream, *p, run_pages, partial, arrived);
+    return launch_chained(true, kernel, grid, dim3(kThreads), kSharedBytes<D>, stream, *p, run_pages, partial, arrived);
   }));
 }

@@ -12,7 +12,7 @@
 //   dx_c = g_c r + sum_k(g_k x_k) dr/dx_c = r (g_c - xh_c mean_k(g_k xh_k))
 //   dw_c = sum over rows of dy_c xh_c
 // dw is summed in fixed runs of rows, then over the runs (by the caller): no atomics, the same bits every time.
-#include "vector.cuh"
+#include "chain.cuh"
 
 namespace ferrotune {
 namespace {
@@ -53,6 +53,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
     rms_norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* __restrict__ y,
                                         float* __restrict__ rstd, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
                                         int64_t y_stride, float eps, float offset) {
+  next_may_start();
+  inputs_ready();
   const int vectors = static_cast<int>(C / kWidth);
   const auto square = [](const Vector<T, kWidth>& a) {
     float sum = 0;
@@ -259,11 +261,9 @@ extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, floa
     const auto launch = [&](auto width) -> int {
       constexpr int kWidth = decltype(width)::value;
       const dim3 block = row_block(C / kWidth, kForwardVectors);
-      rms_norm_forward_kernel<T, W, kWidth>
-          <<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(x), static_cast<const W*>(weight), static_cast<T*>(y), rstd, rows, H, C, x_stride,
-              y_stride, eps, offset);
-      return cudaGetLastError();
+      return launch_chained(N <= kFewRows, rms_norm_forward_kernel<T, W, kWidth>, dim3(grid_x(ceil_div(rows, block.y))), block, 0,
+                            stream, static_cast<const T*>(x), static_cast<const W*>(weight), static_cast<T*>(y), rstd, rows, H,
+                            C, x_stride, y_stride, eps, offset);
     };
     if (vectorises<T>(C, x_stride, {x, weight, y}) && y_stride % (16 / sizeof(T)) == 0) return launch(Width<16 / sizeof(T)>{});
     return launch(Width<1>{});

@@ -7,7 +7,7 @@
 // thread reads once for kHeads heads.
 //
 // Backward: the rotation is orthogonal, so dx = J^T dy is the rotation of dy by the opposite angle: sin -> -sin.
-#include "vector.cuh"
+#include "chain.cuh"
 
 namespace ferrotune {
 namespace {
@@ -23,6 +23,8 @@ template <typename T, int kWidth>
 __global__ void rope_kernel(const T* x, const float* __restrict__ cos, const float* __restrict__ sin,
                             T* y, int64_t N, int H, int D, int half, int64_t x_stride, int64_t y_stride,
                             float sign) {
+  next_may_start();
+  inputs_ready();
   const int turned = half / kWidth, vectors = turned + (D - 2 * half) / kWidth;
   const int items = vectors * ((H + kHeads - 1) / kHeads);
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; n < N;
@@ -83,10 +85,9 @@ extern "C" int rope(const void* x, const float* cos, const float* sin, void* y, 
       const int64_t items = (half + D - R) / kWidth * ceil_div(H, kHeads);
       const unsigned threads = static_cast<unsigned>(items < kThreads ? items : kThreads);
       const dim3 block(threads, kThreads / threads);
-      rope_kernel<T, kWidth><<<grid_x(ceil_div(N, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(x), cos, sin, static_cast<T*>(y), N, static_cast<int>(H), static_cast<int>(D),
-          static_cast<int>(half), x_stride, y_stride, inverse ? -1.0f : 1.0f);
-      return cudaGetLastError();
+      return launch_chained(N <= kFewRows, rope_kernel<T, kWidth>, dim3(grid_x(ceil_div(N, block.y))), block, 0, stream,
+                            static_cast<const T*>(x), cos, sin, static_cast<T*>(y), N, static_cast<int>(H), static_cast<int>(D),
+                            static_cast<int>(half), x_stride, y_stride, inverse ? -1.0f : 1.0f);
     };
     constexpr int kWidth = 16 / sizeof(T);
     const bool fits = half % kWidth == 0 && D % kWidth == 0 && x_stride % kWidth == 0 && y_stride % kWidth == 0 &&

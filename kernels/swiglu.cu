@@ -10,7 +10,7 @@
 //   gelu:      P = (1 + erf(g / sqrt 2)) / 2, act = g P, act' = P + g e^(-g^2 / 2) / sqrt(2 pi)
 //   gelu_tanh: t = tanh(k (g + a g^3)), k = sqrt(2 / pi), a = 0.044715,
 //              act = g (1 + t) / 2, act' = (1 + t) / 2 + g (1 - t^2) k (1 + 3 a g^2) / 2
-#include "vector.cuh"
+#include "chain.cuh"
 
 namespace ferrotune {
 namespace {
@@ -54,6 +54,8 @@ __device__ inline Place place(int64_t block, int64_t tiles, int64_t N, int64_t v
 template <typename T, int kWidth, int kActivation>
 __global__ void swiglu_forward_kernel(const T* __restrict__ gate_up, T* __restrict__ y, int64_t N, int64_t F,
                                       int64_t gate_up_stride, int64_t y_stride, int64_t tiles, int64_t blocks) {
+  next_may_start();
+  inputs_ready();
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Place at = place(block, tiles, N, F / kWidth);
     if (!at.inside) continue;
@@ -139,10 +141,9 @@ extern "C" int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F
     const auto launch = [&](auto width) -> int {
       constexpr int kWidth = decltype(width)::value;
       const Launch l(N, F / kWidth);
-      swiglu_forward_kernel<T, kWidth, decltype(act)::value>
-          <<<grid_x(l.blocks), l.block, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(gate_up), static_cast<T*>(y), N, F, gate_up_stride, y_stride, l.tiles, l.blocks);
-      return cudaGetLastError();
+      return launch_chained(N <= kFewRows, swiglu_forward_kernel<T, kWidth, decltype(act)::value>, dim3(grid_x(l.blocks)), l.block, 0,
+                            stream, static_cast<const T*>(gate_up), static_cast<T*>(y), N, F, gate_up_stride, y_stride, l.tiles,
+                            l.blocks);
     };
     constexpr int kWidth = 16 / sizeof(T);
     const bool fits = F % kWidth == 0 && gate_up_stride % kWidth == 0 && y_stride % kWidth == 0 && aligned16(gate_up) &&

@@ -1,0 +1,196 @@
+// defines: Plan, Workspace, what the kernels of few rows share: the work they are cut into, pairs of NF4, the products with A.
+#pragma once
+
+#include <type_traits>
+
+#include "chain.cuh"
+#include "mma.cuh"
+
+namespace ferrotune {
+namespace {
+
+constexpr int kBlock = 64, kMostRank = 64, kMostColumns = 64;
+// A tile of A, and of W for few rows of x.
+constexpr int kTileRows = 16, kEight = 8, kSumStride = kTileRows + 4;
+
+// Rows of A are the input of every other tile's end: many thread blocks share a tile of them, and leave their sums for those who
+// need them to add up.
+constexpr int kMostPieces = 32;
+
+// What the workspace holds: counters, the products with A, sums of tiles that several thread blocks share.
+constexpr int64_t kCounterBytes = 64 * 1024;
+constexpr int64_t kZBytes = int64_t{3} * kMostRank / kTileRows * kMostPieces * kTileRows * kMostColumns * 4;
+
+struct Plan {
+  KernelRows rows;
+  int a_tiles[3], w_tiles[3];
+  int pieces, a_blocks, eights;         // pieces of a tile of A, and of all; runs of eight columns of x
+  int blocks, units, per;               // units of a tile, of all tiles of W, and of a thread block
+  int nested_shift[3];                  // log2 of the sizes of runs of scales
+};
+
+struct Workspace {
+  char* base;
+  __device__ int* a_ready() const { return reinterpret_cast<int*>(base); }
+  __device__ int* left() const { return reinterpret_cast<int*>(base) + 1; }
+  __device__ int* arrived(int tile) const { return reinterpret_cast<int*>(base) + 2 + tile; }
+  // What a piece of a tile of A leaves for eight columns of x, [columns, rows].
+  __device__ float* a_sums(const Plan& plan, int tile, int piece, int eight) const {
+    return reinterpret_cast<float*>(base + kCounterBytes) + ((int64_t{tile} * plan.pieces + piece) * plan.eights + eight) * (kTileRows * kEight);
+  }
+  // Of row j of the A whose tiles start at a_tile, and column c.
+  __device__ float z(const Plan& plan, int a_tile, int j, int c) const {
+    const float* const left = a_sums(plan, a_tile + j / kTileRows, 0, c / kEight) + c % kEight * kTileRows + j % kTileRows;
+    float sum = 0;
+#pragma unroll 8
+    for (int piece = 0; piece < plan.pieces; ++piece) sum += __ldcg(left + piece * plan.eights * (kTileRows * kEight));
+    return sum;
+  }
+  // A thread block may share a tile with those before it, and one with those behind it.
+  __device__ float* sums(int block, bool second, int elements) const {
+    return reinterpret_cast<float*>(base + kCounterBytes + kZBytes) + (int64_t{2} * block + second) * elements;
+  }
+};
+
+__device__ inline uint4 load_once(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// The pairs of four bytes; `table` is the address of this lane's copy.
+__device__ inline void look_up(unsigned bytes, unsigned table, unsigned* out) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    asm("ld.shared.u32 %0, [%1];" : "=r"(out[j]) : "r"(table + __byte_perm(bytes, 0, 0x4440 + j) * 128));
+  }
+}
+
+// x of one unit: elements 16 t .. of column g, or of the last column, which nobody reads.
+struct XOfUnit {
+  uint4 low, high;
+};
+template <typename T>
+__device__ inline XOfUnit load_x(const T* x) {
+  const auto* const from = reinterpret_cast<const uint4*>(x);
+  return {from[0], from[1]};
+}
+
+// Into two sums by turns, or into one.
+template <typename T>
+__device__ inline void multiply_pairs(float (&even)[4], float (&odd)[4], const unsigned (&top)[8], const unsigned (&bottom)[8],
+                                      const XOfUnit& x) {
+  const unsigned a[4] = {top[0], bottom[0], top[1], bottom[1]}, b[4] = {top[2], bottom[2], top[3], bottom[3]};
+  const unsigned c[4] = {top[4], bottom[4], top[5], bottom[5]}, d[4] = {top[6], bottom[6], top[7], bottom[7]};
+  multiply(even, a, x.low.x, x.low.y, T{});
+  multiply(odd, b, x.low.z, x.low.w, T{});
+  multiply(even, c, x.high.x, x.high.y, T{});
+  multiply(odd, d, x.high.z, x.high.w, T{});
+}
+
+__device__ inline uint2 load_shared_2(unsigned address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+__device__ inline uint4 load_shared_4(unsigned address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// The same for a piece of A, in f32 or 16 bits: few units, all under way at once.
+template <typename T>
+__device__ __noinline__ void piece_of_a(float* sums, const KernelRowsPart& part, const T* x, int64_t K, int64_t first_row, int from,
+                                        int count) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const auto row = [&](int r) { return first_row + r < part.R ? first_row + r : part.R - 1; };
+  const int64_t above = row(g) * K + from * kBlock + 16 * t, below = row(g + 8) * K + from * kBlock + 16 * t;
+  float acc[4] = {}, odd[4] = {};
+  x += from * kBlock;
+  const auto pairs = [&](int64_t at, unsigned (&out)[8]) {
+    if (part.lora_f32) {
+      const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 four = v[j];
+        out[2 * j] = pack(four.x, four.y, T{});
+        out[2 * j + 1] = pack(four.z, four.w, T{});
+      }
+    } else {
+      const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
+      const uint4 a = v[0], b = v[1];
+      out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    }
+  };
+#pragma unroll 2
+  for (int unit = 0; unit < count; ++unit) {
+    unsigned top[8], bottom[8];
+    pairs(above + unit * kBlock, top);
+    pairs(below + unit * kBlock, bottom);
+    multiply_pairs<T>(acc, odd, top, bottom, load_x(x + unit * kBlock));
+  }
+  sums[2 * t * kSumStride + g] = acc[0] + odd[0];
+  sums[(2 * t + 1) * kSumStride + g] = acc[1] + odd[1];
+  sums[2 * t * kSumStride + g + 8] = acc[2] + odd[2];
+  sums[(2 * t + 1) * kSumStride + g + 8] = acc[3] + odd[3];
+}
+
+constexpr int kWarps = 8;
+
+// A piece of a tile of A times eight columns of x, by the warps of a thread block.
+template <typename T>
+__device__ inline void share_of_a(const Plan& plan, const Workspace& workspace, float (&sums)[kWarps][kEight * kSumStride], int block,
+                                  int eight) {
+  const KernelRows& p = plan.rows;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  int tile = block / plan.pieces, part = 0;
+  while (tile >= plan.a_tiles[part]) tile -= plan.a_tiles[part++];
+  const int piece = block % plan.pieces, each = (plan.blocks + plan.pieces - 1) / plan.pieces, begin = min(piece * each, plan.blocks);
+  const int end = min(begin + each, plan.blocks), share = (end - begin + kWarps - 1) / kWarps, from = min(begin + warp * share, end);
+  const T* const x = static_cast<const T*>(p.x) + min(kEight * eight + g, static_cast<int>(p.M) - 1) * p.x_stride + 16 * t;
+  piece_of_a<T>(sums[warp], p.parts[part], x, p.K, int64_t{tile} * kTileRows, from, min(share, end - from));
+  __syncthreads();
+  const int row = threadIdx.x % kTileRows, column = threadIdx.x / kTileRows;
+  if (column >= kEight) return;
+  float value = 0;
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) value += sums[k][column * kSumStride + row];
+  __stcg(workspace.a_sums(plan, block / plan.pieces, piece, eight) + column * kTileRows + row, value);
+}
+
+// nf4: whether any part is.
+inline Plan plan_of(const KernelRows& rows, int tile_rows, bool& nf4, int& tiles) {
+  Plan plan{};
+  plan.rows = rows;
+  plan.blocks = static_cast<int>(rows.K / kBlock);
+  int a_tiles = 0;
+  nf4 = false;
+  tiles = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const KernelRowsPart& part = rows.parts[i];
+    nf4 = nf4 || part.w == nullptr;
+    while (part.nf4.nested_blocksize >> (plan.nested_shift[i] + 1) > 0) ++plan.nested_shift[i];
+    plan.a_tiles[i] = part.a == nullptr ? 0 : static_cast<int>(ceil_div(part.R, kTileRows));
+    plan.w_tiles[i] = static_cast<int>(ceil_div(part.rows, tile_rows));
+    a_tiles += plan.a_tiles[i];
+    tiles += plan.w_tiles[i];
+  }
+  plan.pieces = static_cast<int>(ceil_div(plan.blocks, 16));
+  plan.eights = static_cast<int>(ceil_div(rows.M, kEight));
+  if (plan.pieces > kMostPieces) plan.pieces = kMostPieces;
+  plan.a_blocks = a_tiles * plan.pieces;
+  return plan;
+}
+
+template <typename Kernel>
+int launch_with(Kernel* kernel, dim3 blocks, int threads, size_t shared, void* stream, const Plan& plan) {
+  const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  return launch_chained(true, kernel, blocks, dim3(threads), shared, stream, plan);
+}
+
+}  // namespace
+}  // namespace ferrotune
