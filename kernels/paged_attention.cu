@@ -27,6 +27,7 @@ inline int pages_of_run(int64_t longest) { return longest <= 8192 ? 2 * kWarps :
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) paged_attention_kernel(const __grid_constant__ KernelPaged p, int run_pages,
                                                                    float* partial, int32_t* arrived) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ float4 shared[];
   __shared__ float2 statistics[kWarps][kMostHeads];  // m, l
   __shared__ int last;
@@ -225,6 +226,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(const __grid_
     }
     out[i] = from_float<T>(sum / total);
   }
+#endif
 }
 
 // ---- launchers

@@ -216,6 +216,7 @@ struct DenseTiles {
 // Three thread blocks are on a processor. Those with a piece of A come first; each other has every C-th tile of W.
 template <typename T, bool kNf4>
 __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ >= 800
   using Source = std::conditional_t<kNf4, Nf4Tiles<T>, DenseTiles<T>>;
   constexpr int kThreads = 32 * kWarps;
   __shared__ float sums[2][kWarps][kEight * kSumStride];
@@ -318,6 +319,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
     *workspace.a_ready() = 0;
     *workspace.left() = 0;
   }
+#endif
 }
 
 template <typename T>

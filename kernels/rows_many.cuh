@@ -235,6 +235,7 @@ __device__ __forceinline__ void accumulate_dense(float (&acc)[RT][NT][4], const 
 // A warp has 16 RT rows and 8 NT columns; a thread block WR of these below each other, and WK that share their units.
 template <typename T, bool kNf4, int RT, int NT, int WR, int WK>
 __global__ void __launch_bounds__(32 * WR * WK, NT <= 4 ? 2 : 1) rows_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ >= 800
   constexpr int kThreads = 32 * WR * WK;
   constexpr int kTile = 16 * RT * WR, kColumns = 8 * NT, kStride = kTile + 4, kElements = kTile * kColumns;
   constexpr int kEach = kElements > kThreads ? kElements / kThreads : 1;
@@ -407,14 +408,17 @@ __global__ void __launch_bounds__(32 * WR * WK, NT <= 4 ? 2 : 1) rows_kernel(con
     }
   }
   wait();
+#endif
 }
 // x A^T for rows_kernel.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps) a_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ >= 800
   __shared__ float sums[kWarps][kEight * kSumStride];
   next_may_start();
   inputs_ready();
   share_of_a<T>(plan, Workspace{static_cast<char*>(plan.rows.workspace)}, sums, blockIdx.x, blockIdx.y);
+#endif
 }
 
 template <typename T, bool kNf4, int RT, int NT, int WR, int WK>
