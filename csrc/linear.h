@@ -46,6 +46,7 @@ struct Linear {
   std::vector<Lora> parts;
   std::vector<LoraRows> lora_rows;
 
+  Linear() = default;
   explicit Linear(const LinearView& view);
   int64_t rows() const { return part_weights ? part_weights->rows : weight.size(0); }
   // Row of W where part p begins.
