@@ -21,7 +21,7 @@ use crate::export::{
 };
 use crate::io::{write_atomically, write_folder_atomically};
 use crate::models::FastLanguageModel;
-use crate::nn::LoadOptions;
+use crate::nn::{LoadOptions, RopeScaling};
 use crate::train::Dtype;
 
 const EXAMPLES: &str = "Examples:
@@ -188,6 +188,12 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
             "llama.cpp has no sliding window for this architecture: past the window it attends to more than the model did",
         );
     }
+    if let Some(original) = longrope_context(merged) {
+        warn(&format!(
+            "longrope: a context above {original} makes llama.cpp take the long factors for every text, the model takes them for longer texts only; \
+             set its context (-c, n_ctx, num_ctx) above {original} only for those"
+        ));
+    }
     let name = model_name(&args.model);
     let file_name = |quantization: &Quantization| format!("{name}.{}.gguf", quantization.name());
     let mut methods: Vec<Quantization> = Vec::new();
@@ -239,8 +245,20 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
 fn modelfile(args: &ExportArgs, merged: &Merged, gguf: &str) -> Result<String> {
     let tokenizer = merged.tokenizer()?.context("--modelfile: the checkpoint has no tokenizer.json")?;
     let template = tokenizer.chat_template().context("--modelfile: the checkpoint has no chat template")?;
-    let context_length = merged.config.max_position_embeddings;
+    let context_length = longrope_context(merged).unwrap_or(merged.config.max_position_embeddings);
     export::modelfile(gguf, template, context_length, args.system.as_deref()).context("--modelfile")
+}
+
+/// The context up to which a longrope model takes its short factors.
+fn longrope_context(merged: &Merged) -> Option<i64> {
+    merged.config.ropes.iter().find_map(|rope| match &rope.scaling {
+        RopeScaling::LongRope { original_max_position_embeddings, short_factor, long_factor }
+            if short_factor != long_factor =>
+        {
+            Some(*original_max_position_embeddings as i64)
+        }
+        _ => None,
+    })
 }
 
 fn export_gguf_lora(args: &ExportArgs, merged: &Merged) -> Result<()> {
