@@ -1,4 +1,4 @@
-"""LoRA steps of a random transformers Llama, plain and on ferrotune's ops: time, peak memory, loss. See README.md."""
+"""LoRA steps of a random transformers Llama on the CPU, plain or on ferrotune's ops: loss, time, memory. See README.md."""
 import argparse
 import resource
 import time
@@ -8,74 +8,54 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("fused", choices=["nothing", "loss", "all"], help="what ferrotune computes")
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+arguments = parser.parse_args()
+torch.ops.load_library("target/ops/libferrotune_ops.so")
+ops, fused = torch.ops.ferrotune, arguments.fused
+
 
 class LoraLinear(torch.nn.Module):
-    def __init__(self, base, fused, rank=16, alpha=32):
+    def __init__(self, base, rank=16, scale=2.0):
         super().__init__()
-        self.base, self.fused, self.scale = base, fused, alpha / rank
+        self.base, self.scale = base, scale
         self.lora_A = torch.nn.Parameter(torch.randn(rank, base.in_features) * base.in_features**-0.5)
         self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
-        if self.fused:
-            return torch.ops.ferrotune.lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
-        return self.base(x) + self.scale * F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B).to(x.dtype)
+        if fused == "all":
+            return ops.lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        return self.base(x) + self.scale * F.linear(F.linear(x.float(), self.lora_A), self.lora_B).to(x.dtype)
 
 
-def rotate(q, k, cos, sin, unsqueeze_dim=1):
-    """q and k are [B, H, T, D]; the op turns [N, H, D], and takes each angle once."""
-    half = cos.shape[-1] // 2
-    cos, sin = (a[..., :half].reshape(-1, half).float() for a in (cos.expand(q.shape[0], -1, -1), sin.expand(q.shape[0], -1, -1)))
-
-    def turned(x):
-        b, h, t, d = x.shape
-        return torch.ops.ferrotune.rope(x.transpose(1, 2).reshape(b * t, h, d), cos, sin).view(b, t, h, d).transpose(1, 2)
-
+def rotate(q, k, cos, sin, unsqueeze_dim=1):  # q and k are [B, H, T, D]; the op turns [N, H, D] and takes each angle once
+    cos, sin = (a.expand(q.shape[0], -1, -1)[..., :a.shape[-1] // 2].flatten(0, 1).float() for a in (cos, sin))
+    turned = lambda x: ops.rope(x.transpose(1, 2).flatten(0, 1), cos, sin).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
     return turned(q), turned(k)
 
 
-def fuse():
+if fused == "all":
     llama.apply_rotary_pos_emb = rotate
-    llama.LlamaRMSNorm.forward = lambda self, x: torch.ops.ferrotune.rms_norm(x, self.weight, self.variance_epsilon)
-    llama.LlamaMLP.forward = lambda self, x: self.down_proj(
-        torch.ops.ferrotune.swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
-
-
-def loss_of(model, ids, fused):
-    if not fused:
-        return model(input_ids=ids, labels=ids).loss
-    hidden, labels = model.model(input_ids=ids).last_hidden_state[:, :-1], ids[:, 1:].flatten()
-    total = torch.ops.ferrotune.linear_cross_entropy(hidden.reshape(labels.numel(), -1), model.lm_head.weight, labels)
-    return total / (labels != -100).sum()
-
-
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--ops", metavar="LIBRARY", help="libferrotune_ops.so (scripts/build_ops); without it the plain model runs")
-parser.add_argument("--loss-only", action="store_true", help="only the head and the loss by ferrotune")
-parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-parser.add_argument("--steps", type=int, default=4)
-arguments = parser.parse_args()
-layers_fused = bool(arguments.ops) and not arguments.loss_only
-if arguments.ops:
-    torch.ops.load_library(arguments.ops)
-if layers_fused:
-    fuse()
+    llama.LlamaRMSNorm.forward = lambda self, x: ops.rms_norm(x, self.weight, self.variance_epsilon)
+    llama.LlamaMLP.forward = lambda self, x: self.down_proj(ops.swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
-                                     num_key_value_heads=4)).to(getattr(torch, arguments.dtype)).requires_grad_(False)
-for layer in model.model.layers:
-    for owner, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (layer.mlp, ("gate_proj", "up_proj", "down_proj"))):
-        for name in names:
-            setattr(owner, name, LoraLinear(getattr(owner, name), layers_fused))
+config = LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+model = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).requires_grad_(False)
+for owner in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
+    for name in [name for name, child in owner.named_children() if isinstance(child, torch.nn.Linear)]:
+        setattr(owner, name, LoraLinear(getattr(owner, name)))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-ids = torch.randint(0, 32000, (2, 1024))
-before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-for _ in range(arguments.steps):
-    begun = time.perf_counter()
-    loss = loss_of(model, ids, bool(arguments.ops))
+ids, times, before = torch.randint(0, 32000, (2, 1024)), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(3):
+    begun = time.process_time()
+    if fused == "nothing":
+        loss = model(input_ids=ids, labels=ids).loss
+    else:
+        hidden, labels = model.model(input_ids=ids).last_hidden_state[:, :-1], ids[:, 1:].flatten()
+        loss = ops.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels) / (labels != -100).sum()
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    times.append(time.perf_counter() - begun)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(f"loss {loss.item():.4f}, step {min(times):.2f} s, peak memory of the steps {(peak - before) / 1024:.0f} MiB above the model's")
+    optimizer.step(), optimizer.zero_grad()
+    times.append(time.process_time() - begun)
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(f"{arguments.dtype}, ferrotune computes {fused}: loss {loss.item():.4f}, {min(times):.2f} s of CPU a step, {peak:.0f} MiB beside the model")
