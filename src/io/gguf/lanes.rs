@@ -45,12 +45,6 @@ impl Lanes {
         Self([x; LANES])
     }
 
-    /// The `part`-th eight of a block.
-    #[inline(always)]
-    pub(super) fn of(x: &[f32; 32], part: usize) -> Self {
-        Self(from_fn(|i| x[LANES * part + i]))
-    }
-
     #[inline(always)]
     pub(super) fn map(self, f: impl Fn(f32) -> f32) -> Self {
         Self(self.0.map(f))

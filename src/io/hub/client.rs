@@ -16,7 +16,7 @@ use ureq::{Agent, Body};
 use super::cache::{RepoCache, create_parent};
 use super::{HubOptions, Kind, OnTransfer, Repo, Transfer};
 
-/// A server that says nothing for so long is taken for lost.
+/// A server that says nothing, or takes nothing, for so long is taken for lost.
 pub(super) const SILENCE: Duration = Duration::from_secs(30);
 /// Tries in a row without a new byte before a transfer is given up.
 pub(super) const TRIES: u32 = 5;
@@ -55,6 +55,7 @@ impl<'a> Client<'a> {
             .timeout_connect(Some(Duration::from_secs(10)))
             .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
+            .timeout_per_write(Some(SILENCE))
             .user_agent(concat!("ferrotune/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();

@@ -273,7 +273,11 @@ impl Upload {
             for (key, value) in headers.as_object().into_iter().flatten() {
                 request = request.header(key, value.as_str().unwrap_or_default());
             }
-            let request = request.config().timeout_recv_response(Some(PATIENCE)).build();
+            let request = request
+                .config()
+                .timeout_recv_response(Some(PATIENCE))
+                .timeout_per_read(Some(PATIENCE))
+                .build();
             let answer = request
                 .send(SendBody::from_reader(&mut counted))
                 .map_err(|error| Broken(error.to_string()))?;
@@ -293,7 +297,11 @@ impl Upload {
             if let Some(token) = self.options.token.as_ref().filter(|_| url.starts_with(&self.at("/"))) {
                 request = request.header("authorization", format!("Bearer {token}"));
             }
-            let request = request.config().timeout_recv_response(Some(PATIENCE)).build();
+            let request = request
+                .config()
+                .timeout_recv_response(Some(PATIENCE))
+                .timeout_per_read(Some(PATIENCE))
+                .build();
             self.judge(request.send(body).map_err(|error| Broken(error.to_string()))?, accepted)
         })
     }
