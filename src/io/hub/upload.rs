@@ -109,8 +109,9 @@ impl Upload {
     /// What the hub refuses, and a connection that fails again and again. Nothing local is changed, and calling it again
     /// continues: contents that arrived whole are not sent again.
     pub fn push(&self, folder: &Path, message: &str, on_upload: OnTransfer) -> Result<String> {
-        let names: Vec<String> =
-            files_of(folder)?.into_iter().filter(|name| !name.starts_with("checkpoint-")).collect();
+        let is_checkpoint =
+            |name: &str| name.split_once('/').is_some_and(|(top, _)| top.starts_with("checkpoint-"));
+        let names: Vec<String> = files_of(folder)?.into_iter().filter(|name| !is_checkpoint(name)).collect();
         ensure!(!names.is_empty(), "{}: there is nothing to upload", folder.display());
         let mut commit = vec![json!({"key": "header", "value": {"summary": message, "description": ""}})];
         let mut large = Vec::new();
