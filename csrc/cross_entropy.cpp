@@ -156,50 +156,60 @@ void accumulate(Tensor& dw, const Tensor& ds, const Tensor& hidden) {
   }
 }
 
+// An undefined tensor may not be an argument of a Function.
+using Given = std::optional<Tensor>;
+
+std::optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
+
+// The loss, and dh and dw for a gradient of 1 where they are wanted. weight is none where the head is in 4 bits.
+std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(const Tensor& hidden, const Given& weight, const Head& head,
+                                                      const Given& given, Tensor labels, double softcap, bool need_dh,
+                                                      bool need_dw) {
+  Tensor rows = given.value_or(Tensor());
+  if (!rows.defined() && !kernels_for(hidden)) {
+    // The kernel knows rows without a target, the formula does not.
+    const Tensor kept = labels.ne(kIgnore).nonzero().squeeze(1);
+    if (kept.size(0) < labels.size(0)) {
+      rows = kept;
+      labels = labels.index_select(0, kept);
+    }
+  }
+  const auto acc = accumulate_type(hidden);
+  const int64_t n = labels.size(0), step = chunk_rows(hidden, head);
+
+  Tensor losses = at::empty({n}, hidden.options().dtype(acc));
+  Tensor dh, dw;
+  if (need_dh) dh = rows.defined() ? at::zeros_like(hidden) : at::empty_like(hidden);
+  if (need_dw) dw = at::zeros(weight->sizes(), weight->options().dtype(acc));
+  for (int64_t start = 0; start < n; start += step) {
+    const int64_t count = std::min(step, n - start);
+    Tensor places;
+    if (rows.defined()) places = rows.narrow(0, start, count);
+    const Tensor h = rows.defined() ? hidden.index_select(0, places) : hidden.narrow(0, start, count);
+    const Chunk chunk = chunk_of(h, head, labels.narrow(0, start, count), softcap, need_dh || need_dw);
+    losses.narrow(0, start, count).copy_(chunk.losses);
+    if (need_dh && rows.defined()) {
+      const Tensor part = at::empty(h.sizes(), h.options());
+      gradient_into(part, chunk.ds, head);
+      dh.index_copy_(0, places, part);
+    } else if (need_dh) {
+      gradient_into(dh.narrow(0, start, count), chunk.ds, head);
+    }
+    if (need_dw) accumulate(dw, chunk.ds, h);
+  }
+  return {losses.sum(), dh, dw};
+}
+
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
-  // An undefined tensor may not be an argument of a Function.
-  using Given = std::optional<Tensor>;
-
-  // weight is none where the head is in 4 bits.
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, Given weight, const Head& head, Given given,
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, Given weight, const Head& head, Given rows,
                         Tensor labels, double softcap) {
-    Tensor rows = given.value_or(Tensor());
-    if (!rows.defined() && !kernels_for(hidden)) {
-      // The kernel knows rows without a target, the formula does not.
-      const Tensor kept = labels.ne(kIgnore).nonzero().squeeze(1);
-      if (kept.size(0) < labels.size(0)) {
-        rows = kept;
-        labels = labels.index_select(0, kept);
-      }
-    }
-    const auto acc = accumulate_type(hidden);
-    const bool need_dh = hidden.requires_grad(), need_dw = weight.has_value() && weight->requires_grad();
-    const int64_t n = labels.size(0), step = chunk_rows(hidden, head);
-
-    Tensor losses = at::empty({n}, hidden.options().dtype(acc));
-    Tensor dh, dw;
-    if (need_dh) dh = rows.defined() ? at::zeros_like(hidden) : at::empty_like(hidden);
-    if (need_dw) dw = at::zeros(weight->sizes(), weight->options().dtype(acc));
-    for (int64_t start = 0; start < n; start += step) {
-      const int64_t count = std::min(step, n - start);
-      Tensor places;
-      if (rows.defined()) places = rows.narrow(0, start, count);
-      const Tensor h = rows.defined() ? hidden.index_select(0, places) : hidden.narrow(0, start, count);
-      const Chunk chunk = chunk_of(h, head, labels.narrow(0, start, count), softcap, need_dh || need_dw);
-      losses.narrow(0, start, count).copy_(chunk.losses);
-      if (need_dh && rows.defined()) {
-        const Tensor part = at::empty(h.sizes(), h.options());
-        gradient_into(part, chunk.ds, head);
-        dh.index_copy_(0, places, part);
-      } else if (need_dh) {
-        gradient_into(dh.narrow(0, start, count), chunk.ds, head);
-      }
-      if (need_dw) accumulate(dw, chunk.ds, h);
-    }
+    const bool need_dw = weight.has_value() && weight->requires_grad();
+    const auto [loss, dh, dw] =
+        loss_and_gradients(hidden, weight, head, rows, labels, softcap, hidden.requires_grad(), need_dw);
     ctx->saved_data["dh"] = dh;
     ctx->saved_data["dw"] = dw;
     if (need_dw) ctx->saved_data["weight_type"] = weight->scalar_type();
-    return losses.sum();
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -227,8 +237,6 @@ void check(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const
               labels.sizes(), ", expected [N, C], [V, C] and int64 [", expected, "]");
 }
 
-std::optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
-
 }  // namespace
 
 std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
@@ -241,6 +249,16 @@ std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor&
   }();
   return std::make_unique<Tensor>(
       LinearCrossEntropy::apply(hidden, if_defined(weight), head, if_defined(rows), labels, softcap));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
+                                                                const Tensor& labels, double softcap, bool need_dh,
+                                                                bool need_dw) {
+  const Tensor none;
+  check(hidden, weight, Nf4View{0, 0, none, none, none, 0, none, none, 0, 0}, none, labels);
+  at::NoGradGuard no_grad;
+  return loss_and_gradients(hidden, weight, Head(weight, hidden.scalar_type()), std::nullopt, labels, softcap, need_dh,
+                            need_dw);
 }
 
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,

@@ -16,16 +16,16 @@ bool loaded = false;
 
 }  // namespace
 
-void load_kernels(rust::Str path) {
-  void* library = dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_LOCAL);
+void load_kernels(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library != nullptr, dlerror());
   const auto symbol = [&](auto& function, const char* name) {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-    TORCH_CHECK(function != nullptr, std::string(path), " has no ", name, ": build it again with scripts/build_kernels");
+    TORCH_CHECK(function != nullptr, path, " has no ", name, ": build it again with scripts/build_kernels");
   };
   decltype(&::ferrotune_kernels_abi) abi;
   symbol(abi, "ferrotune_kernels_abi");
-  TORCH_CHECK(abi() == FERROTUNE_KERNELS_ABI, std::string(path), " is of another version (interface ", abi(),
+  TORCH_CHECK(abi() == FERROTUNE_KERNELS_ABI, path, " is of another version (interface ", abi(),
               ", expected ", FERROTUNE_KERNELS_ABI, "): build it again with scripts/build_kernels");
 #define FERROTUNE_ROW(name) symbol(table.name, #name);
   FERROTUNE_KERNELS(FERROTUNE_ROW)

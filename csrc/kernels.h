@@ -16,7 +16,8 @@ struct Kernels {
 };
 
 // Loads the library; after it kernels_for answers.
-void load_kernels(rust::Str path);
+void load_kernels(const std::string& path);
+inline void load_kernels(rust::Str path) { load_kernels(std::string(path)); }
 
 // The kernels, if they can work on x: on CUDA, in a dtype they know, library loaded. Else nullptr: the ATen formula runs.
 const Kernels* kernels_for(const at::Tensor& x);

@@ -46,6 +46,7 @@ struct Linear {
   std::vector<Lora> parts;
   std::vector<LoraRows> lora_rows;
 
+  Linear() = default;
   // A matrix alone.
   explicit Linear(Tensor matrix) : weight(std::move(matrix)) {}
   explicit Linear(const Nf4& matrix);

@@ -91,6 +91,10 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
 // head is nf4 where weight is undefined.
 std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
                                              const Tensor& rows, const Tensor& labels, double softcap);
+// The loss alone without autograd, and for a gradient of 1 its dhidden and dweight (in f32 or f64), undefined unless wanted.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
+                                                                const Tensor& labels, double softcap, bool need_dh,
+                                                                bool need_dw);
 std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
                                          const Tensor& labels, double softcap);
 // hidden W^T; the head is nf4 where weight is undefined. Where it is dense, differentiable and in the dtype of hidden on the CPU

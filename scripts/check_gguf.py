@@ -35,6 +35,8 @@ FTYPES = dict(f16=1, bf16=32, q8_0=7, q4_0=2, q4_1=3, q5_0=8, q5_1=9, q2_k=10, q
 # Of random models: what their names promise is the same for all.
 RANDOM = ["f16", "bf16", "q8_0", "q4_0", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k"]
 EXACT = {"F32", "F16", "BF16", "Q8_0"}
+# llama.cpp rounds contexts up to a multiple of 256.
+CONTEXT = 256
 BASE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
             vocab_size=512, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, bos_token_id=0, eos_token_id=2,
             tie_word_embeddings=False, hidden_act="silu")
@@ -51,13 +53,17 @@ MODELS = {
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
     "qwen3": dict(model_type="qwen3", head_dim=32),
     "phi3": dict(model_type="phi3", num_key_value_heads=2, sliding_window=None),
-    "phi3-longrope": dict(model_type="phi3", original_max_position_embeddings=128, rope_scaling=dict(
+    # Within the original context llama.cpp takes the short factors and ferrotune, too; past it both take the long ones.
+    "phi3-longrope": dict(model_type="phi3", original_max_position_embeddings=CONTEXT, rope_scaling=dict(
         type="longrope", short_factor=[1.0 + 0.05 * i for i in range(24)], long_factor=[1.0 + 0.5 * i for i in range(24)]),
         partial_rotary_factor=0.75),
     "gemma2": dict(model_type="gemma2", attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA),
     "gemma3": dict(model_type="gemma3_text", rope_local_base_freq=10000.0, **(GEMMA | dict(rope_theta=1000000.0))),
 }
 FAILURES = []
+# Largest difference of a log-probability. llama.cpp's CPU takes GELU from a table in f16: in transformers that alone moves these
+# models' by 2.8e-3 and 2.0e-3 (docs/export.md).
+LIMIT, GELU_LIMIT = 2e-3, 5e-3
 PROMPT, NEW_TOKENS = "Once upon a time there were 12 cats", 24
 
 
@@ -117,8 +123,8 @@ def random_model(folder, changes):
 class Model:
     """llama.cpp on a file: all logits of a sequence of ids; keys and values in f32."""
 
-    def __init__(self, path, lora=None):
-        self.llama = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=2, seed=0,
+    def __init__(self, path, lora=None, context=CONTEXT):
+        self.llama = llama_cpp.Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, n_threads=2, seed=0,
                                      type_k=0, type_v=0, flash_attn=False, lora_path=str(lora) if lora else None)
 
     def log_probs(self, ids):
@@ -168,6 +174,11 @@ def rmse(quantized, exact):
     return math.sqrt(total)
 
 
+def distance(ferrotune, model, llama, ids):
+    ours = np.array(score(ferrotune, model, ids))
+    return float(np.abs(ours - llama.log_probs(ids)[np.arange(len(ids) - 1), ids[1:]]).max())
+
+
 def check(name, ferrotune, model, place):
     """Rows of the table."""
     out = place / f"{name}-gguf"
@@ -179,10 +190,11 @@ def check(name, ferrotune, model, place):
     base = Model(files["f32"])
     # What a text of chats says of a random model is little: few of them are enough.
     texts = [base.ids(text)[:200] for text in held_out()][:40 if name == "tiny" else 6]
-    ours = np.array(score(ferrotune, model, texts[0]))
-    theirs = base.log_probs(texts[0])[np.arange(len(texts[0]) - 1), texts[0][1:]]
-    apart = float(np.abs(ours - theirs).max())
-    if apart > 2e-3:
+    apart = distance(ferrotune, model, base, texts[0])
+    if name == "phi3-longrope":
+        long_text = [token for text in held_out() for token in base.ids(text)][:CONTEXT + 44]
+        apart = max(apart, distance(ferrotune, model, Model(files["f32"], context=2 * CONTEXT), long_text))
+    if not apart <= (GELU_LIMIT if name.startswith("gemma") else LIMIT):
         sys.exit(f"{name}: log-probabilities of f32 in llama.cpp are {apart} from ferrotune's")
     wanted = greedy_text(ferrotune, model)
     if base.greedy_text() != wanted:
@@ -249,20 +261,20 @@ def speed():
     library = ctypes.CDLL(str(pathlib.Path(llama_cpp.llama_cpp._lib._name).parent / "libggml-base.so"))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    count = 1 << 22
+    count, piece = 1 << 22, 1 << 16
     values = ((np.random.default_rng(1).random((count, 12), dtype=np.float32) - 0.5).sum(1) * np.float32(0.02)).astype(np.float32)
     for name in ("Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
         kind = gguf.GGMLQuantizationType[name]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         out = np.zeros(count // block * size, np.uint8)
         fastest = math.inf
-        for _ in range(3):
+        for first in [*range(0, count, piece)] * 3:
             begun = time.perf_counter()
-            library.ggml_quantize_chunk(int(kind), values.ctypes.data, out.ctypes.data, 0, count // 4096, 4096, None)
+            library.ggml_quantize_chunk(int(kind), values.ctypes.data, out.ctypes.data, first, piece // 4096, 4096, None)
             fastest = min(fastest, time.perf_counter() - begun)
         read = gguf.quants.dequantize(out, kind).astype(np.float64).ravel()
         error = math.sqrt(((values - read) ** 2).sum() / (values.astype(np.float64) ** 2).sum())
-        print(f"{name:5} {count / fastest / 1e6:7.1f} M elements/s, relative error {error:.5f}")
+        print(f"{name:5} {piece / fastest / 1e6:7.1f} M elements/s, relative error {error:.5f}")
 
 
 def main():

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use ferrotune::io::hub::{Download, HubOptions, resolve_dataset, resolve_model, resolve_tokenizer};
+use ferrotune::io::hub::{HubOptions, Transfer, resolve_dataset, resolve_model, resolve_tokenizer};
 use sha2::{Digest, Sha256};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -156,7 +156,7 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn quiet(_: Download) {}
+fn quiet(_: Transfer) {}
 
 #[test]
 fn a_model_is_downloaded_into_the_cache_layout_of_python() {

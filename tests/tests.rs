@@ -25,6 +25,7 @@ mod gpu_optim;
 mod gpu_plan;
 mod gpu_speed;
 mod hub;
+mod hub_push;
 mod less_memory;
 mod nf4;
 mod ops;

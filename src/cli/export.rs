@@ -13,6 +13,7 @@ use tch::Kind;
 use super::format::{bytes, percent, seconds};
 use super::model_args::{MachineArgs, kind_of, overflows_f16};
 use super::progress::BARS;
+use super::push;
 use super::sources;
 use crate::export::{
     self, Agreement, EXPORT_REPORT, GgufFile, Layout, Merged, Quantization, Reference, TORCHSCRIPT_FILE,
@@ -20,7 +21,7 @@ use crate::export::{
 };
 use crate::io::{write_atomically, write_folder_atomically};
 use crate::models::FastLanguageModel;
-use crate::nn::LoadOptions;
+use crate::nn::{LoadOptions, RopeScaling};
 use crate::train::Dtype;
 
 const EXAMPLES: &str = "Examples:
@@ -29,7 +30,8 @@ const EXAMPLES: &str = "Examples:
   ferrotune export --model DIR --adapter out --format gguf --quantization-method q4_k_m,q8_0 --output-dir gguf
   ferrotune export --model DIR --format gguf --quantization-method q4_k_m --modelfile --output-dir ollama
   ferrotune export --model DIR --adapter out --format gguf-lora --output-dir gguf-lora
-  ferrotune export --model DIR --adapter out --format torchscript --output-dir scripted";
+  ferrotune export --model DIR --adapter out --format torchscript --output-dir scripted
+  ferrotune export --model DIR --adapter out --format merged-16bit --output-dir merged --push-to-hub me/my-model --hub-private";
 
 /// What is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -94,6 +96,15 @@ pub struct ExportArgs {
     /// Type of weights and activations in the comparison, and of the weights of a TorchScript archive
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Upload the folder to this repository of the Hugging Face hub, created where it is not there (`ferrotune push` does the same later)
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub push_to_hub: Option<String>,
+    /// Create it as a private one; one that is there and public is refused
+    #[arg(long, requires = "push_to_hub")]
+    pub hub_private: bool,
+    /// Branch to commit to, created where it is not there
+    #[arg(long, value_name = "BRANCH", requires = "push_to_hub", default_value = "main")]
+    pub hub_revision: String,
     #[command(flatten)]
     pub machine: MachineArgs,
 }
@@ -108,6 +119,11 @@ struct Source {
 /// Runs what the flags ask for.
 pub fn run(args: ExportArgs) -> Result<()> {
     let device = args.machine.init()?;
+    // Before the work: a token that may not write must not cost an export.
+    let target = match &args.push_to_hub {
+        Some(name) => Some(push::open(name, args.hub_private, &args.hub_revision).context("--push-to-hub")?),
+        None => None,
+    };
     let model = sources::model_dir(&args.model, args.revision.as_deref()).context("--model")?;
     let adapter = match &args.adapter {
         Some(adapter) => Some(sources::model_dir(adapter, None).context("--adapter")?),
@@ -131,7 +147,8 @@ pub fn run(args: ExportArgs) -> Result<()> {
         Format::Gguf => export_gguf(&args, &source, &merged),
         Format::GgufLora => export_gguf_lora(&args, &merged),
         Format::Torchscript => export_torchscript(&args, &source, &merged),
-    }
+    }?;
+    target.map_or(Ok(()), |target| target.push(&args.output_dir).context("--push-to-hub"))
 }
 
 fn export_checkpoint(
@@ -170,6 +187,12 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
         warn(
             "llama.cpp has no sliding window for this architecture: past the window it attends to more than the model did",
         );
+    }
+    if let Some(original) = longrope_context(merged) {
+        warn(&format!(
+            "longrope: a context above {original} makes llama.cpp take the long factors for every text, the model takes them for longer texts only; \
+             set its context (-c, n_ctx, num_ctx) above {original} only for those"
+        ));
     }
     let name = model_name(&args.model);
     let file_name = |quantization: &Quantization| format!("{name}.{}.gguf", quantization.name());
@@ -222,8 +245,20 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
 fn modelfile(args: &ExportArgs, merged: &Merged, gguf: &str) -> Result<String> {
     let tokenizer = merged.tokenizer()?.context("--modelfile: the checkpoint has no tokenizer.json")?;
     let template = tokenizer.chat_template().context("--modelfile: the checkpoint has no chat template")?;
-    let context_length = merged.config.max_position_embeddings;
+    let context_length = longrope_context(merged).unwrap_or(merged.config.max_position_embeddings);
     export::modelfile(gguf, template, context_length, args.system.as_deref()).context("--modelfile")
+}
+
+/// The context up to which a longrope model takes its short factors.
+fn longrope_context(merged: &Merged) -> Option<i64> {
+    merged.config.ropes.iter().find_map(|rope| match &rope.scaling {
+        RopeScaling::LongRope { original_max_position_embeddings, short_factor, long_factor }
+            if short_factor != long_factor =>
+        {
+            Some(*original_max_position_embeddings as i64)
+        }
+        _ => None,
+    })
 }
 
 fn export_gguf_lora(args: &ExportArgs, merged: &Merged) -> Result<()> {

@@ -19,6 +19,7 @@ pub mod hub_env;
 pub mod model_args;
 pub mod plan;
 pub mod progress;
+pub mod push;
 mod quant_args;
 pub mod quantize;
 pub mod sampling_args;
@@ -71,6 +72,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Write a tuned model as other programs read it: merged, in 16 or 4 bits
     Export(export::ExportArgs),
+    /// Upload a folder to the Hugging Face hub
+    Push(push::PushArgs),
     /// Write a checkpoint in 4 bits, as bitsandbytes does
     Quantize(quantize::QuantizeArgs),
     /// What this machine has, lacks, and how to mend it
@@ -103,6 +106,7 @@ pub fn run() -> ExitCode {
         Command::Data(command) => data::run(command),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Push(arguments) => push::run(&arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Selftest(arguments) => selftest::run(arguments),

@@ -10,7 +10,7 @@ use super::format::bytes;
 use super::hub_env::hub_options;
 use super::progress::BARS;
 use crate::data::is_data_file;
-use crate::io::hub::{Download, HubOptions, OnDownload, resolve_dataset, resolve_model, resolve_tokenizer};
+use crate::io::hub::{HubOptions, OnTransfer, Transfer, resolve_dataset, resolve_model, resolve_tokenizer};
 
 const DEFAULT_REVISION: &str = "main";
 
@@ -27,21 +27,21 @@ pub fn tokenizer_dir(name: &str, revision: Option<&str>) -> Result<PathBuf> {
 fn dir(
     name: &str,
     revision: Option<&str>,
-    resolve: impl Fn(&str, &HubOptions, OnDownload) -> Result<PathBuf>,
+    resolve: impl Fn(&str, &HubOptions, OnTransfer) -> Result<PathBuf>,
 ) -> Result<PathBuf> {
     // A folder needs nothing of the hub's, not even a place for downloads.
     if Path::new(name).is_dir() {
         return Ok(name.into());
     }
     let options = hub_options(revision.unwrap_or(DEFAULT_REVISION))?;
-    let mut downloads = Downloads::default();
+    let mut downloads = Transfers::new("downloading");
     resolve(name, &options, &mut |download| downloads.show(download))
 }
 
 /// The data files (or patterns of them) of all `names`, downloaded if need be.
 pub fn dataset_files(names: &[String], split: &str) -> Result<Vec<String>> {
     let options = hub_options(DEFAULT_REVISION)?;
-    let mut downloads = Downloads::default();
+    let mut downloads = Transfers::new("downloading");
     let mut files = Vec::new();
     for name in names {
         check_is_there(name)?;
@@ -59,30 +59,35 @@ fn check_is_there(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Shows the file that is coming in: a bar on a terminal, one line a file on a pipe.
-#[derive(Default)]
-struct Downloads {
+/// Shows the file that is coming in or going out: a bar on a terminal, one line a file on a pipe.
+pub struct Transfers {
+    /// "downloading" or "uploading".
+    doing: &'static str,
     file: String,
     bar: Option<ProgressBar>,
 }
 
-impl Downloads {
-    fn show(&mut self, download: Download) {
-        if self.file != download.file {
+impl Transfers {
+    pub fn new(doing: &'static str) -> Self {
+        Self { doing, file: String::new(), bar: None }
+    }
+
+    pub fn show(&mut self, transfer: Transfer) {
+        if self.file != transfer.file {
             self.clear();
-            self.file = download.file.to_owned();
+            self.file = transfer.file.to_owned();
             if io::stderr().is_terminal() {
                 let style = ProgressStyle::with_template(
                     "{msg} {bar:20.cyan/blue} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}",
                 );
-                let bar = ProgressBar::new(download.total).with_message(self.file.clone());
+                let bar = ProgressBar::new(transfer.total).with_message(self.file.clone());
                 self.bar = Some(BARS.add(style.map_or(bar.clone(), |style| bar.with_style(style))));
             } else {
-                let _ = writeln!(io::stderr(), "downloading {}, {}", download.file, bytes(download.total));
+                let _ = writeln!(io::stderr(), "{} {}, {}", self.doing, transfer.file, bytes(transfer.total));
             }
         }
         if let Some(bar) = &self.bar {
-            bar.set_position(download.done);
+            bar.set_position(transfer.done);
         }
     }
 
@@ -93,7 +98,7 @@ impl Downloads {
     }
 }
 
-impl Drop for Downloads {
+impl Drop for Transfers {
     fn drop(&mut self) {
         self.clear();
     }

@@ -1,4 +1,4 @@
-//! Models and datasets by name: a local path, or the id of a repository on the Hugging Face hub.
+//! Models and datasets by name: a local path, or the id of a repository on the Hugging Face hub. And folders out to it ([`Upload`]).
 //!
 //! Downloads lie in the hub's own cache layout, so that what Python has fetched is found here and the other way round:
 //! `models--org--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<file> -> ../../blobs/<etag>}`.
@@ -6,6 +6,7 @@
 mod cache;
 mod client;
 mod select;
+mod upload;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use cache::RepoCache;
 use client::{Client, ListingError};
+pub use upload::Upload;
 
 /// Where the hub is, who asks, and where downloads are kept.
 #[derive(Clone, Debug)]
@@ -30,31 +32,31 @@ pub struct HubOptions {
     pub revision: String,
 }
 
-/// How far the download of one file is.
+/// How far one file is, in or out.
 #[derive(Clone, Copy, Debug)]
-pub struct Download<'a> {
+pub struct Transfer<'a> {
     /// The file's path within the repository.
     pub file: &'a str,
-    /// Bytes on disk, those of an earlier, broken download included.
+    /// Bytes that are over, those of an earlier, broken download included.
     pub done: u64,
     /// Bytes of the whole file.
     pub total: u64,
 }
 
-/// Called at the start of each file that has to be downloaded, and as it comes in.
-pub type OnDownload<'a> = &'a mut dyn FnMut(Download);
+/// Called at the start of each file that has to be transferred, and as it comes in or goes out.
+pub type OnTransfer<'a> = &'a mut dyn FnMut(Transfer);
 
 /// The local folder of a model or an adapter: `name` itself if it is a folder, or else the snapshot of the hub
 /// repository `name` (`org/name` or `name`), downloaded as far as it is not in the cache: configuration, tokenizer,
 /// chat template, and the safetensors files.
 ///
 /// If the hub cannot be reached, a complete snapshot in the cache is used, with a warning.
-pub fn resolve_model(name: &str, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
+pub fn resolve_model(name: &str, options: &HubOptions, on_download: OnTransfer) -> Result<PathBuf> {
     resolve(name, Part::Whole, options, on_download)
 }
 
 /// As [`resolve_model`], without the weights: the local folder of a model's tokenizer, chat template and configuration.
-pub fn resolve_tokenizer(name: &str, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
+pub fn resolve_tokenizer(name: &str, options: &HubOptions, on_download: OnTransfer) -> Result<PathBuf> {
     resolve(name, Part::Tokenizer, options, on_download)
 }
 
@@ -65,7 +67,7 @@ enum Part {
     Tokenizer,
 }
 
-fn resolve(name: &str, part: Part, options: &HubOptions, on_download: OnDownload) -> Result<PathBuf> {
+fn resolve(name: &str, part: Part, options: &HubOptions, on_download: OnTransfer) -> Result<PathBuf> {
     let path = Path::new(name);
     if path.is_dir() {
         return Ok(path.to_owned());
@@ -125,7 +127,7 @@ pub fn resolve_dataset(
     name: &str,
     split: &str,
     options: &HubOptions,
-    on_download: OnDownload,
+    on_download: OnTransfer,
 ) -> Result<Vec<PathBuf>> {
     let path = Path::new(name);
     if path.is_file() || name.contains(['*', '?', '[']) {

@@ -148,6 +148,20 @@ fn the_embedded_model_in_several_types_at_once() {
     assert_eq!(answer(&out.join("model.Q8_0.gguf")), answer(&tiny()));
 }
 
+/// llama.cpp chooses the factors by its context, the model by the text.
+#[test]
+fn longrope_names_its_context() {
+    let place = tempfile::tempdir().unwrap();
+    let (model, out) = (root().join("phi3_longrope"), place.path().join("out"));
+    let output = export(
+        &["--format", "gguf", "--quantization-method", "f32"],
+        &[("--model", &model), ("--output-dir", &out)],
+    );
+    let warning = String::from_utf8_lossy(&output.stderr).into_owned();
+    done(output);
+    assert!(warning.contains("longrope: a context above 32 "), "{warning}");
+}
+
 #[test]
 fn modelfiles() {
     let place = tempfile::tempdir().unwrap();

@@ -4,22 +4,33 @@
 //! block; and the levels again, for what a reader will see of the scales.
 
 use super::blocks::push_half;
-use super::search::{Trials, affine, nearest, symmetric, symmetric_by_moves};
+use super::lanes::{LANES, Lanes, byte, clamp, nearest};
+use super::search::{Trials, affine, symmetric, symmetric_by_moves};
 
 const BLOCK: usize = 256;
 /// Below this a block counts as zeros.
 const TINY: f32 = 1e-15;
 
 /// Runs of a block as arrays.
+#[inline(always)]
 fn runs<const N: usize>(x: &[f32; BLOCK]) -> &[[f32; N]] {
     x.as_chunks::<N>().0
 }
 
+/// Eight runs from run `first` on, one in a lane.
+#[inline(always)]
+fn lanes<const N: usize>(x: &[f32; BLOCK], first: usize) -> [Lanes; N] {
+    let runs = &runs::<N>(x)[first..first + LANES];
+    std::array::from_fn(|i| Lanes(std::array::from_fn(|lane| runs[lane][i])))
+}
+
+#[inline(always)]
 fn level(x: f32, inverse: f32, low: f32, high: f32) -> u8 {
-    (nearest(x * inverse).max(low).min(high) - low) as u8
+    byte(clamp(nearest(x * inverse), low, high) - low)
 }
 
 /// Scales of runs as levels 0..=top below one factor: the factor, and the levels.
+#[inline(always)]
 fn below<const RUNS: usize>(scales: &[f32; RUNS], top: f32) -> (f32, [u8; RUNS]) {
     let largest = scales.iter().fold(0f32, |largest, &scale| largest.max(scale));
     if largest <= 0.0 {
@@ -30,6 +41,7 @@ fn below<const RUNS: usize>(scales: &[f32; RUNS], top: f32) -> (f32, [u8; RUNS])
 }
 
 /// The levels 0..=top of a block whose runs have `scale q - min`.
+#[inline(always)]
 fn affine_levels<const N: usize>(
     x: &[f32; BLOCK],
     top: f32,
@@ -50,22 +62,27 @@ fn affine_levels<const N: usize>(
 }
 
 /// The best scale and minimum of each run: weights `|x|`, or with `spread` `|x| + rms(run)`, so that small elements count as well.
+#[inline(always)]
 fn affine_runs<const N: usize, const RUNS: usize>(
     x: &[f32; BLOCK],
     spread: bool,
     trials: &Trials,
 ) -> ([f32; RUNS], [f32; RUNS]) {
     let (mut scales, mut mins) = ([0f32; RUNS], [0f32; RUNS]);
-    for (j, run) in runs::<N>(x).iter().enumerate() {
-        let mean = run.iter().map(|x| x * x).sum::<f32>() / N as f32;
-        let base = if spread { mean.sqrt() } else { 0.0 };
-        let weights = run.map(|x| base + x.abs());
-        (scales[j], mins[j]) = affine(run, &weights, trials);
+    for first in (0..RUNS).step_by(LANES) {
+        let x = lanes::<N>(x, first);
+        let mean = x.iter().fold(Lanes::all(0.0), |sum, &x| sum + x * x).map(|sum| sum / N as f32);
+        let base = if spread { mean.map(f32::sqrt) } else { Lanes::all(0.0) };
+        let weights = x.map(|x| base + x.map(f32::abs));
+        let (scale, min) = affine(&x, &weights, trials);
+        scales[first..first + LANES].copy_from_slice(&scale.0);
+        mins[first..first + LANES].copy_from_slice(&min.0);
     }
     (scales, mins)
 }
 
 /// Two bits of each level at `shift`: elements 32 apart share a byte.
+#[inline(always)]
 fn push_pairs(levels: &[u8; BLOCK], bytes: &mut Vec<u8>) {
     for part in levels.chunks(128) {
         bytes.extend((0..32).map(|i| (0..4).fold(0, |byte, j| byte | (part[32 * j + i] & 3) << (2 * j))));
@@ -73,12 +90,14 @@ fn push_pairs(levels: &[u8; BLOCK], bytes: &mut Vec<u8>) {
 }
 
 /// Low nibbles: of each 64 elements the first 32 and the last 32 share bytes.
+#[inline(always)]
 fn push_nibbles(levels: &[u8; BLOCK], bytes: &mut Vec<u8>) {
     for part in levels.chunks(64) {
         bytes.extend((0..32).map(|i| part[i] & 15 | (part[i + 32] & 15) << 4));
     }
 }
 
+#[inline(always)]
 pub(super) fn q2_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let trials = Trials { top: 3.0, first: -0.5, steps: 15, absolute: true };
     let (scales, mins) = affine_runs::<16, 16>(x, false, &trials);
@@ -94,6 +113,7 @@ pub(super) fn q2_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     bytes.extend(factors);
 }
 
+#[inline(always)]
 pub(super) fn q3_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let mut scales = [0f32; 16];
     for (scale, run) in scales.iter_mut().zip(runs::<16>(x)) {
@@ -121,6 +141,7 @@ pub(super) fn q3_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
 }
 
 /// Six bits of eight scales and eight minima in 12 bytes.
+#[inline(always)]
 fn push_scales_and_mins(scales: &[u8; 8], mins: &[u8; 8], bytes: &mut Vec<u8>) {
     bytes.extend((0..4).map(|j| scales[j] | scales[j + 4] >> 4 << 6));
     bytes.extend((0..4).map(|j| mins[j] | mins[j + 4] >> 4 << 6));
@@ -128,6 +149,7 @@ fn push_scales_and_mins(scales: &[u8; 8], mins: &[u8; 8], bytes: &mut Vec<u8>) {
 }
 
 /// The part that Q4_K and Q5_K share: factors and packed scales are appended, the levels returned.
+#[inline(always)]
 fn scales_of_eight(x: &[f32; BLOCK], trials: &Trials, bytes: &mut Vec<u8>) -> [u8; BLOCK] {
     let (scales, mins) = affine_runs::<32, 8>(x, true, trials);
     let ((d, scales), (dmin, mins)) = (below(&scales, 63.0), below(&mins, 63.0));
@@ -136,12 +158,14 @@ fn scales_of_eight(x: &[f32; BLOCK], trials: &Trials, bytes: &mut Vec<u8>) -> [u
     affine_levels::<32>(x, trials.top, |j| (d * f32::from(scales[j]), dmin * f32::from(mins[j])))
 }
 
+#[inline(always)]
 pub(super) fn q4_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let trials = Trials { top: 15.0, first: -1.0, steps: 20, absolute: false };
     let levels = scales_of_eight(x, &trials, bytes);
     push_nibbles(&levels, bytes);
 }
 
+#[inline(always)]
 pub(super) fn q5_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let trials = Trials { top: 31.0, first: -0.5, steps: 15, absolute: false };
     let levels = scales_of_eight(x, &trials, bytes);
@@ -149,10 +173,11 @@ pub(super) fn q5_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     push_nibbles(&levels, bytes);
 }
 
+#[inline(always)]
 pub(super) fn q6_k(x: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let mut scales = [0f32; 16];
-    for (scale, run) in scales.iter_mut().zip(runs::<16>(x)) {
-        *scale = symmetric(run, 32.0);
+    for first in (0..16).step_by(LANES) {
+        scales[first..first + LANES].copy_from_slice(&symmetric(&lanes::<16>(x, first), 32.0).0);
     }
     let largest = scales.iter().fold(0f32, |most, &s| if s.abs() > most.abs() { s } else { most });
     if largest.abs() < TINY {

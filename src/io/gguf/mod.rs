@@ -12,6 +12,7 @@
 mod blocks;
 mod dequantize;
 mod k_quants;
+mod lanes;
 mod reader;
 mod search;
 mod types;

@@ -1,69 +1,42 @@
-//! Scales of small runs of numbers that quantisation leaves nearest, weighted: the inner loops of the K-quants.
-//!
-//! Sums are kept in eight lanes, so that they become vector instructions without a reordering that the compiler may not make.
+//! Scales of small runs of numbers that quantisation leaves nearest, weighted: the inner loops of the K-quants. Eight runs are searched
+//! at once, each in a lane of its own.
 
-/// f32 numbers of a vector.
-const LANES: usize = 8;
+use super::lanes::{Lanes, clamp, nearest};
+
 /// Below this a run counts as zeros.
 const TINY: f32 = 1e-15;
-
-/// The nearest integer, halves to the even one, for |x| < 2^22: adding 1.5 x 2^23 leaves no bits behind the point. A plain
-/// `round` would be a call of the C library on the x86-64 baseline.
-#[inline(always)]
-pub(super) fn nearest(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
-    (x + SHIFT) - SHIFT
-}
-
-#[inline(always)]
-fn clamp(x: f32, low: f32, high: f32) -> f32 {
-    // Not f32::clamp: it asks for NaN.
-    let x = if x < low { low } else { x };
-    if x > high { high } else { x }
-}
-
-/// `sum_i f(i)` over the run in lanes.
-#[inline(always)]
-fn lanes<const N: usize, const K: usize>(mut terms: impl FnMut(usize) -> [f32; K]) -> [f32; K] {
-    let mut sums = [[0f32; LANES]; K];
-    for base in (0..N).step_by(LANES) {
-        for lane in 0..LANES {
-            let term = terms(base + lane);
-            for (sums, term) in sums.iter_mut().zip(term) {
-                sums[lane] += term;
-            }
-        }
-    }
-    sums.map(|lanes| lanes.iter().sum())
-}
 
 /// x ~ scale q with q in -top..top: the scale with the least `sum x^2 (x - scale q)^2`.
 ///
 /// For levels q of any trial scale the best scale is `<q, x>_w / <q, q>_w`, and the error is then `<x, x>_w` less
 /// `<q, x>_w^2 / <q, q>_w`: the trial with the largest such gain wins. Trials put the element of the largest magnitude on level
 /// `-(top + step / 10)`.
-pub(super) fn symmetric<const N: usize>(x: &[f32; N], top: f32) -> f32 {
-    let extreme = x.iter().fold(0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme });
-    if extreme.abs() < TINY {
-        return 0.0;
-    }
-    let (mut best, mut scale) = (-1f32, 0f32);
+#[inline(always)]
+pub(super) fn symmetric<const N: usize>(x: &[Lanes; N], top: f32) -> Lanes {
+    let size = |x: Lanes| x.map(f32::abs);
+    let zero = Lanes::all(0.0);
+    let extreme = x.iter().fold(zero, |extreme, &x| size(x).greater(size(extreme), x, extreme));
+    let (mut best, mut scale) = (Lanes::all(-1.0), zero);
     for step in -9..=9 {
-        let inverse = -(top + 0.1 * step as f32) / extreme;
-        let [qx, qq] = lanes::<N, 2>(|i| {
-            let q = clamp(nearest(inverse * x[i]), -top, top - 1.0);
-            let wq = x[i] * x[i] * q;
-            [wq * x[i], wq * q]
-        });
-        if qq > 0.0 && qx * qx > best * qq {
-            scale = qx / qq;
-            best = scale * qx;
+        let inverse = Lanes::all(-(top + 0.1 * step as f32)) / extreme;
+        let (mut qx, mut qq) = (zero, zero);
+        for &x in x {
+            let q = (inverse * x).map(|q| clamp(nearest(q), -top, top - 1.0));
+            let wq = x * x * q;
+            qx += wq * x;
+            qq += wq * q;
         }
+        let gain = qq.greater(zero, qx * qx, Lanes::all(-1.0));
+        let (least, trial) = (best * qq, qx / qq);
+        scale = gain.greater(least, trial, scale);
+        best = gain.greater(least, trial * qx, best);
     }
-    scale
+    Lanes::all(TINY).greater(size(extreme), zero, scale)
 }
 
-/// As [`symmetric`] for few levels: one trial, whose levels then move one at a time while that raises the gain.
+/// As [`symmetric`] for few levels, of one run: one trial, whose levels then move one at a time while that raises the gain.
+// Inlined it lacks registers: Q3_K took 1.5 times as long.
+#[inline(never)]
 pub(super) fn symmetric_by_moves<const N: usize>(x: &[f32; N], top: f32) -> f32 {
     let extreme = x.iter().fold(0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme });
     if extreme.abs() < TINY {
@@ -71,10 +44,14 @@ pub(super) fn symmetric_by_moves<const N: usize>(x: &[f32; N], top: f32) -> f32 
     }
     let inverse = -top / extreme;
     let mut levels: [f32; N] = std::array::from_fn(|i| clamp(nearest(inverse * x[i]), -top, top - 1.0));
-    let [mut qx, mut qq] = lanes::<N, 2>(|i| {
-        let wq = x[i] * x[i] * levels[i];
-        [wq * x[i], wq * levels[i]]
-    });
+    let (mut qx, mut qq) = (Lanes::all(0.0), Lanes::all(0.0));
+    for (x, level) in x.as_chunks().0.iter().zip(levels.as_chunks().0) {
+        let (x, level) = (Lanes(*x), Lanes(*level));
+        let wq = x * x * level;
+        qx += wq * x;
+        qq += wq * level;
+    }
+    let (mut qx, mut qq): (f32, f32) = (qx.0.iter().sum(), qq.0.iter().sum());
     for _ in 0..5 {
         let mut moved = false;
         for (x, level) in x.iter().zip(&mut levels) {
@@ -108,45 +85,56 @@ pub(super) struct Trials {
 /// x ~ scale q - min with q in 0..=top and min >= 0: scale and min with the least weighted error.
 ///
 /// For levels q of a trial, scale and offset are those of weighted least squares; an offset above zero becomes zero.
-pub(super) fn affine<const N: usize>(x: &[f32; N], weights: &[f32; N], trials: &Trials) -> (f32, f32) {
+#[inline(always)]
+pub(super) fn affine<const N: usize>(
+    x: &[Lanes; N],
+    weights: &[Lanes; N],
+    trials: &Trials,
+) -> (Lanes, Lanes) {
     let Trials { top, first, steps, absolute } = *trials;
-    let low = x.iter().fold(0f32, |low, &x| if x < low { x } else { low });
-    let high = x.iter().fold(x[0], |high, &x| if x > high { x } else { high });
-    if high <= low {
-        return (0.0, -low);
-    }
-    let error = |inverse: f32, origin: f32, scale: f32, offset: f32| {
-        let [sum] = lanes::<N, 1>(|i| {
-            let q = clamp(nearest(inverse * (x[i] - origin)), 0.0, top);
-            let difference = scale * q + offset - x[i];
-            [weights[i] * if absolute { difference.abs() } else { difference * difference }]
-        });
+    let zero = Lanes::all(0.0);
+    let low = x.iter().fold(zero, |low, &x| low.greater(x, x, low));
+    let high = x.iter().fold(x[0], |high, &x| x.greater(high, x, high));
+    let level = |inverse: Lanes, origin: Lanes, x: Lanes| {
+        (inverse * (x - origin)).map(|q| clamp(nearest(q), 0.0, top))
+    };
+    let error = |levels: &[Lanes; N], scale: Lanes, offset: Lanes| {
+        let mut sum = zero;
+        for ((&q, &x), &weight) in levels.iter().zip(x).zip(weights) {
+            let difference = scale * q + offset - x;
+            sum += weight * if absolute { difference.map(f32::abs) } else { difference * difference };
+        }
         sum
     };
-    let [w, wx] = lanes::<N, 2>(|i| [weights[i], weights[i] * x[i]]);
-    let mut best = ((high - low) / top, low);
-    let mut least = error(top / (high - low), low, best.0, best.1);
+    let (mut w, mut wx) = (zero, zero);
+    for (&x, &weight) in x.iter().zip(weights) {
+        w += weight;
+        wx += weight * x;
+    }
+    let (mut scale, mut offset) = ((high - low) / Lanes::all(top), low);
+    let inverse = Lanes::all(top) / (high - low);
+    let mut least = error(&x.map(|x| level(inverse, low, x)), scale, offset);
     for step in 0..=steps {
         // Levels count from the best offset so far, which gives half a percent less error than from the least element.
-        let origin = best.1;
-        let inverse = (top + first + 0.1 * step as f32) / (high - origin);
-        let [q, qq, qx] = lanes::<N, 3>(|i| {
-            let q = clamp(nearest(inverse * (x[i] - origin)), 0.0, top);
-            let wq = weights[i] * q;
-            [wq, wq * q, wq * x[i]]
+        let inverse = Lanes::all(top + first + 0.1 * step as f32) / (high - offset);
+        let (mut q, mut qq, mut qx) = (zero, zero, zero);
+        let levels = std::array::from_fn(|i| {
+            let (level, weight) = (level(inverse, offset, x[i]), weights[i]);
+            let wq = weight * level;
+            q += wq;
+            qq += wq * level;
+            qx += wq * x[i];
+            level
         });
         let determinant = w * qq - q * q;
-        if determinant <= 0.0 {
-            continue;
-        }
-        let (mut scale, mut offset) = ((w * qx - wx * q) / determinant, (qq * wx - q * qx) / determinant);
-        if offset > 0.0 {
-            (scale, offset) = (qx / qq, 0.0);
-        }
-        let found = error(inverse, origin, scale, offset);
-        if found < least {
-            (least, best) = (found, (scale, offset));
-        }
+        let free = (qq * wx - q * qx) / determinant;
+        let trial = free.greater(zero, qx / qq, (w * qx - wx * q) / determinant);
+        let trial_offset = free.greater(zero, zero, free);
+        let found = determinant.greater(zero, error(&levels, trial, trial_offset), Lanes::all(f32::INFINITY));
+        scale = least.greater(found, trial, scale);
+        offset = least.greater(found, trial_offset, offset);
+        least = least.greater(found, found, least);
     }
-    (best.0, -best.1)
+    // A run of one number has no range.
+    (high.greater(low, scale, zero), high.greater(low, -offset, -low))
 }

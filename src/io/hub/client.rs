@@ -14,17 +14,17 @@ use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::cache::{RepoCache, create_parent};
-use super::{Download, HubOptions, Kind, OnDownload, Repo};
+use super::{HubOptions, Kind, OnTransfer, Repo, Transfer};
 
-/// A server that says nothing for so long is taken for lost.
-const SILENCE: Duration = Duration::from_secs(30);
-/// Tries in a row without a new byte before a download is given up.
-const TRIES: u32 = 5;
+/// A server that says nothing, or takes nothing, for so long is taken for lost.
+pub(super) const SILENCE: Duration = Duration::from_secs(30);
+/// Tries in a row without a new byte before a transfer is given up.
+pub(super) const TRIES: u32 = 5;
 
 pub struct Client<'a> {
-    agent: Agent,
-    options: &'a HubOptions,
-    repo: &'a Repo,
+    pub(super) agent: Agent,
+    pub(super) options: &'a HubOptions,
+    pub(super) repo: &'a Repo,
 }
 
 /// A revision: its commit and the paths of its files.
@@ -55,6 +55,7 @@ impl<'a> Client<'a> {
             .timeout_connect(Some(Duration::from_secs(10)))
             .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
+            .timeout_per_write(Some(SILENCE))
             .user_agent(concat!("ferrotune/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
@@ -106,7 +107,7 @@ impl<'a> Client<'a> {
 
     /// Makes sure that the snapshot of `commit` has `file`: from the blobs, or by a download that goes on where an
     /// earlier one broke off.
-    pub fn fetch(&self, cache: &RepoCache, commit: &str, file: &str, on_download: OnDownload) -> Result<()> {
+    pub fn fetch(&self, cache: &RepoCache, commit: &str, file: &str, on_download: OnTransfer) -> Result<()> {
         // A snapshot is of one commit, so what it has is right.
         if cache.snapshot(commit).join(file).exists() {
             return Ok(());
@@ -168,7 +169,7 @@ impl<'a> Client<'a> {
         url: &str,
         file: &str,
         head: &FileHead,
-        on_download: OnDownload,
+        on_download: OnTransfer,
     ) -> Result<()> {
         let path = cache.incomplete_blob(&head.etag);
         create_parent(&path)?;
@@ -197,7 +198,7 @@ impl<'a> Client<'a> {
         path: &Path,
         file: &str,
         head: &FileHead,
-        on_download: OnDownload,
+        on_download: OnTransfer,
     ) -> Result<()> {
         let mut out = OpenOptions::new().create(true).append(true).read(true).open(path)?;
         let mut done = out.metadata()?.len();
@@ -210,7 +211,7 @@ impl<'a> Client<'a> {
         if resumed {
             std::io::copy(&mut File::open(path)?, &mut hash)?;
         }
-        on_download(Download { file, done, total: head.size });
+        on_download(Transfer { file, done, total: head.size });
         if done < head.size {
             let mut request = self.agent.get(url).header("accept-encoding", "identity");
             if resumed {
@@ -243,7 +244,7 @@ impl<'a> Client<'a> {
                 out.write_all(&buffer[..count]).with_context(|| path.display().to_string())?;
                 hash.update(&buffer[..count]);
                 done += count as u64;
-                on_download(Download { file, done, total: head.size });
+                on_download(Transfer { file, done, total: head.size });
             }
         }
         out.sync_all()?;
@@ -301,9 +302,9 @@ impl<'a> Client<'a> {
 /// A failure of the line, after which trying again makes sense.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct Broken(String);
+pub(super) struct Broken(pub String);
 
-fn header<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+pub(super) fn header<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name)?.to_str().ok()
 }
 
@@ -314,7 +315,7 @@ fn host_of(url: &str) -> &str {
 }
 
 /// Percent-encoded for a URL's path, but for the characters of `keep`.
-fn escaped(text: &str, keep: &str) -> String {
+pub(super) fn escaped(text: &str, keep: &str) -> String {
     let plain =
         |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) || keep.as_bytes().contains(&byte);
     text.bytes()
