@@ -7,6 +7,7 @@ mod bench_plan;
 mod budget;
 mod cards;
 pub mod chat;
+mod completions;
 pub mod config_file;
 pub mod data;
 pub mod doctor;
@@ -14,6 +15,7 @@ pub mod engine_args;
 pub mod export;
 pub mod format;
 pub mod generate;
+pub mod grpo;
 pub mod hub_env;
 pub mod model_args;
 pub mod plan;
@@ -28,6 +30,7 @@ mod shapes;
 pub mod signals;
 mod sources;
 pub mod train;
+mod train_banner;
 mod train_plan;
 pub mod train_serve;
 
@@ -38,6 +41,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::Error;
 use crate::train::TrainingArguments;
+use crate::train::grpo::GrpoArguments;
 use config_file::Configured;
 
 /// Fine-tune and run Hugging Face language models
@@ -52,6 +56,8 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// Let a model answer prompts and learn from the rewards of its answers (GRPO)
+    Grpo(Box<Configured<GrpoArguments>>),
     /// Answer one prompt, a file of prompts, or what is piped in
     Generate(generate::GenerateArgs),
     /// Talk to a model in the terminal
@@ -94,6 +100,7 @@ pub fn run() -> ExitCode {
     crate::device::keep_freed_memory();
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Grpo(arguments) => grpo::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),

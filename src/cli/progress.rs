@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::format::{bytes, rate, seconds};
+use super::format::{bytes, percent, rate, seconds};
 use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
 
 /// The terminal's bars. One process has one terminal: whoever writes to it must know of the bars.
@@ -29,6 +29,15 @@ pub fn log_writer() -> impl Write {
     BesideBars
 }
 
+/// A line on stdout that stays. A reader that went away is no reason to end a run.
+pub(super) fn line(text: &str) {
+    let print = || {
+        let mut stdout = io::stdout().lock();
+        let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    };
+    BARS.suspend(print);
+}
+
 /// Shows a training run on stdout.
 #[derive(Debug)]
 pub struct Progress {
@@ -45,15 +54,6 @@ impl Progress {
         Self { logging_steps, total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
     }
 
-    /// A line that stays. A reader that went away is no reason to end a run.
-    fn line(&self, text: &str) {
-        let print = || {
-            let mut stdout = io::stdout().lock();
-            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
-        };
-        BARS.suspend(print);
-    }
-
     /// From the mean time of the steps so far.
     fn eta(&self, step: u64) -> String {
         let done = step.saturating_sub(self.start_step).max(1);
@@ -67,7 +67,7 @@ impl TrainObserver for Progress {
         (self.total_steps, self.start_step) = (start.total_steps, start.start_step);
         self.started = Instant::now();
         if start.start_step > 0 {
-            self.line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
+            line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
         }
         if io::stdout().is_terminal() {
             let style = ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?;
@@ -80,14 +80,7 @@ impl TrainObserver for Progress {
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
-        let numbers = format!(
-            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
-            metrics.loss,
-            metrics.learning_rate,
-            metrics.grad_norm,
-            rate(metrics.tokens_per_second),
-            bytes(metrics.memory)
-        );
+        let numbers = numbers(metrics);
         match &self.bar {
             Some(bar) => {
                 bar.set_message(format!("ETA {eta} | {numbers}"));
@@ -95,7 +88,7 @@ impl TrainObserver for Progress {
             }
             None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
                 let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);
-                self.line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
+                line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
             }
             None => {}
         }
@@ -105,15 +98,12 @@ impl TrainObserver for Progress {
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
-        self.line(&format!(
-            "evaluation after step {}: loss {:.4}{best}, {took}",
-            metrics.step, metrics.eval_loss
-        ));
+        line(&format!("evaluation after step {}: loss {:.4}{best}, {took}", metrics.step, metrics.eval_loss));
         Ok(())
     }
 
     fn on_checkpoint(&mut self, _step: u64, folder: &Path) -> Result<()> {
-        self.line(&format!("saved {}", folder.display()));
+        line(&format!("saved {}", folder.display()));
         Ok(())
     }
 
@@ -139,6 +129,40 @@ impl Drop for Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Of a step, in the words of what was trained.
+fn numbers(metrics: &StepMetrics) -> String {
+    let more = |name: &str| metrics.more.get(name).copied();
+    let end = format!("{:.2e} | {}", metrics.learning_rate, bytes(metrics.memory));
+    let Some(training) = more("training_tokens_per_second") else {
+        return format!(
+            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
+            metrics.loss,
+            metrics.learning_rate,
+            metrics.grad_norm,
+            rate(metrics.tokens_per_second),
+            bytes(metrics.memory)
+        );
+    };
+    let mut parts = Vec::new();
+    if let Some(reward) = more("reward") {
+        let each = metrics.more.iter().filter_map(|(name, value)| {
+            Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
+        });
+        parts.push(format!("reward {reward:.3} ({})", each.collect::<Vec<_>>().join(", ")));
+    }
+    if let Some(length) = more("completions/mean_length") {
+        parts.push(format!("length {length:.1}"));
+    }
+    parts.push(format!("loss {:.4}", metrics.loss));
+    parts.extend(more("kl").map(|kl| format!("KL {kl:.4}")));
+    let clipped = more("clip_ratio/region_mean").or(more("cispo_clip_ratio"));
+    parts.extend(clipped.map(|share| format!("clipped {}", percent(share))));
+    let rollout = more("rollout_tokens_per_second").map(|speed| format!("{} + ", rate(speed)));
+    parts.push(format!("{}{} tokens/s", rollout.unwrap_or_default(), rate(training)));
+    parts.push(format!("lr {end}"));
+    parts.join(" | ")
 }
 
 /// Rows as they go by, on a terminal.

@@ -1,7 +1,7 @@
 //! A batch where the decoder is: all that a forward pass reads beside the weights.
 
 use anyhow::{Result, bail};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::decoder::{Decoder, Input, rope_angles, shift_labels};
 use crate::device;
@@ -24,6 +24,8 @@ pub struct DeviceBatch {
     pub(super) input: DeviceInput,
     /// The tokens that the rows predict.
     pub(super) targets: Targets,
+    /// f32 `[K, N]`: numbers that an objective reads beside each row.
+    columns: Tensor,
 }
 
 impl Decoder {
@@ -56,7 +58,8 @@ impl Decoder {
     /// predicts label n + 1.
     pub fn upload(&self, input: Input, labels: &[i64]) -> Result<DeviceBatch> {
         let targets = Targets::new(&shift_labels(labels, input.cu_seqlens), self.device)?;
-        Ok(DeviceBatch { input: self.upload_input(input)?, targets })
+        let columns = Tensor::f_zeros([0, input.input_ids.len() as i64], (Kind::Float, self.device))?;
+        Ok(DeviceBatch { input: self.upload_input(input)?, targets, columns })
     }
 }
 
@@ -74,6 +77,28 @@ impl BatchShape {
 }
 
 impl DeviceBatch {
+    /// The same with columns of numbers beside its rows, `[K][N]`.
+    pub fn with_columns(mut self, columns: &[Vec<f32>]) -> Result<DeviceBatch> {
+        let n = self.input.input_ids.size()[0];
+        if columns.iter().any(|column| column.len() as i64 != n) {
+            bail!("a column beside a batch of {n} tokens has another length");
+        }
+        if !columns.is_empty() {
+            let host = Tensor::f_from_slice(&columns.concat())?.f_view([columns.len() as i64, n])?;
+            self.columns = host.f_to_device(self.columns.device())?;
+        }
+        Ok(self)
+    }
+
+    pub fn samples(&self) -> i64 {
+        self.input.cu_seqlens.len() as i64 - 1
+    }
+
+    /// f32 `[K, N]`.
+    pub fn columns(&self) -> &Tensor {
+        &self.columns
+    }
+
     pub fn shape(&self) -> BatchShape {
         BatchShape::new(&self.input.cu_seqlens, self.targets.count())
     }
@@ -86,6 +111,7 @@ impl DeviceBatch {
             rows.f_copy_(new)?;
         }
         self.targets.assign(&other.targets)?;
+        self.columns.f_copy_(&other.columns)?;
         for ((cos, sin), (new_cos, new_sin)) in self.input.angles.iter_mut().zip(&other.input.angles) {
             cos.f_copy_(new_cos)?;
             sin.f_copy_(new_sin)?;

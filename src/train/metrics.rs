@@ -1,5 +1,6 @@
 //! What a run leaves to read: `metrics.jsonl`, TensorBoard events, the loss curve and `train_results.json`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::io::write_atomically;
-use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
+use crate::train::observer::{
+    CompletionRow, Completions, EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults,
+};
 use crate::train::plot;
 use crate::train::tensorboard::EventWriter;
 
@@ -19,6 +22,11 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const TRAIN_RESULTS: &str = "train_results.json";
 /// The picture of the losses.
 pub const LOSS_CURVE: &str = "loss.svg";
+/// One JSON object a completion, where the model writes what it trains on.
+pub const COMPLETIONS: &str = "completions.jsonl";
+/// Metrics beside the loss that are drawn: their name, the picture, and what stands beside its axis.
+pub const CURVES: [(&str, &str, &str); 2] =
+    [("reward", "reward.svg", "reward"), ("completions/mean_length", "length.svg", "tokens of a completion")];
 /// Folder of the TensorBoard event files.
 pub const TENSORBOARD: &str = "runs";
 
@@ -29,6 +37,8 @@ pub struct LossHistory {
     pub train: Vec<(u64, f64)>,
     /// (step, eval_loss) of the evaluations.
     pub eval: Vec<(u64, f64)>,
+    /// (step, value) of those [`CURVES`] that the run has, by name.
+    pub more: BTreeMap<String, Vec<(u64, f64)>>,
 }
 
 /// `metrics.jsonl`, open for appending.
@@ -75,10 +85,22 @@ fn keep(text: &str, last_step: u64) -> (String, LossHistory) {
         if let Some(loss) = record["eval_loss"].as_f64() {
             history.eval.push((step, loss));
         }
+        for (name, ..) in CURVES {
+            if let Some(value) = record[name].as_f64() {
+                history.more.entry(name.to_owned()).or_default().push((step, value));
+            }
+        }
         kept.push_str(line);
         kept.push('\n');
     }
     (kept, history)
+}
+
+#[derive(Serialize)]
+struct Numbered<'a> {
+    step: u64,
+    #[serde(flatten)]
+    row: &'a CompletionRow,
 }
 
 /// Writes the run's records into its output folder. A disk that is full in the middle of the run costs records, not
@@ -89,6 +111,9 @@ pub struct RunLog {
     title: String,
     logging_steps: u64,
     open: Option<(MetricsFile, EventWriter)>,
+    /// 0 for no file.
+    completions_steps: u64,
+    completions: Option<MetricsFile>,
     history: LossHistory,
     total_steps: u64,
     has_warned: bool,
@@ -102,19 +127,30 @@ impl RunLog {
             title: title.to_owned(),
             logging_steps,
             open: None,
+            completions_steps: 0,
+            completions: None,
             history: LossHistory::default(),
             total_steps: 0,
             has_warned: false,
         }
     }
 
+    /// Also the completions of every `steps`th step; 0 for none.
+    pub fn with_completions(self, steps: u64) -> Self {
+        Self { completions_steps: steps, ..self }
+    }
+
+    fn lost(&mut self, step: u64, error: anyhow::Error) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        }
+    }
+
     fn record(&mut self, step: u64, record: &impl Serialize, scalars: &[(&str, f64)]) {
         let Some((metrics, events)) = &mut self.open else { return };
         let written = metrics.append(record).and_then(|()| events.scalars(step, scalars));
-        if let Err(error) = written
-            && !std::mem::replace(&mut self.has_warned, true)
-        {
-            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        if let Err(error) = written {
+            self.lost(step, error);
         }
     }
 
@@ -123,7 +159,14 @@ impl RunLog {
             return Ok(());
         }
         let picture = plot::loss_curve(&self.title, &self.history)?;
-        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())
+        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())?;
+        for (name, file, axis) in CURVES {
+            if let Some(values) = self.history.more.get(name) {
+                let picture = plot::curve(&self.title, axis, values)?;
+                write_atomically(&self.output_dir.join(file), picture.as_bytes())?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -136,6 +179,10 @@ impl TrainObserver for RunLog {
         let first_step = if start.start_step > 0 { start.start_step + 1 } else { 0 };
         let events = EventWriter::create(&self.output_dir.join(TENSORBOARD), first_step)?;
         self.open = Some((metrics, events));
+        if self.completions_steps > 0 {
+            self.completions =
+                Some(MetricsFile::open(&self.output_dir.join(COMPLETIONS), start.start_step)?.0);
+        }
         self.history = history;
         Ok(())
     }
@@ -155,7 +202,27 @@ impl TrainObserver for RunLog {
             ("train/memory", metrics.memory as f64),
         ];
         scalars.extend(metrics.loss_scale.map(|scale| ("train/loss_scale", scale)));
+        let more: Vec<(String, f64)> =
+            metrics.more.iter().map(|(name, value)| (format!("train/{name}"), *value)).collect();
+        scalars.extend(more.iter().map(|(name, value)| (&name[..], *value)));
+        for (name, ..) in CURVES {
+            if let Some(value) = metrics.more.get(name) {
+                self.history.more.entry(name.to_owned()).or_default().push((metrics.step, *value));
+            }
+        }
         self.record(metrics.step, metrics, &scalars);
+        Ok(())
+    }
+
+    fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
+        if self.completions_steps == 0 || !step.is_multiple_of(self.completions_steps) {
+            return Ok(());
+        }
+        let Some(file) = &mut self.completions else { return Ok(()) };
+        let written = completions.rows.iter().try_for_each(|row| file.append(&Numbered { step, row }));
+        if let Err(error) = written {
+            self.lost(step, error);
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use tch::Tensor;
 
+use super::TrainingArguments;
 use crate::data::Batch;
 use crate::models::{Decoder, DeviceBatch, Input};
 use crate::ops::Pass;
@@ -14,9 +15,19 @@ pub trait Objective {
     /// recorded as a CUDA graph.
     fn loss_sum(&self, decoder: &Decoder, batch: &DeviceBatch, pass: Pass) -> Result<Tensor>;
 
-    /// What the sum is divided by.
+    /// What the sum is divided by; 0 where it is divided already.
     fn targets(&self, batch: &Batch) -> usize {
         batch.num_targets()
+    }
+
+    /// More numbers on the micro-batches since the last call: names and values. Waits for the device.
+    fn metrics(&self) -> Result<Vec<(String, f64)>> {
+        Ok(Vec::new())
+    }
+
+    /// What `run.yaml` says of a run with these arguments.
+    fn run_config(&self, arguments: TrainingArguments) -> Result<String> {
+        arguments.to_yaml()
     }
 }
 
@@ -31,7 +42,7 @@ impl Objective for Sft {
 
 /// The batch on the decoder's device.
 pub fn upload(decoder: &Decoder, batch: &Batch) -> Result<DeviceBatch> {
-    decoder.upload(input(batch), &batch.labels)
+    decoder.upload(input(batch), &batch.labels)?.with_columns(&batch.columns)
 }
 
 /// The decoder's view of a batch.
