@@ -91,10 +91,14 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
 // head is nf4 where weight is undefined.
 std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
                                              const Tensor& rows, const Tensor& labels, double softcap);
-std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
-                                         const Tensor& labels, double softcap);
 // hidden W^T of a head in 4 bits, in f32 (f64 for f64); not differentiable.
 std::unique_ptr<Tensor> nf4_scores(const Tensor& hidden, const Nf4View& nf4);
+
+// ---- log_probs.cpp
+// As linear_cross_entropy, but a number for every row of hidden, 0 where it has no label; entropy [N], unless undefined, is filled
+// where there is one. Every label is a word.
+std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows,
+                                        const Tensor& labels, double temperature, double softcap, const Tensor& entropy);
 
 // ---- nf4.cpp
 // The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.
