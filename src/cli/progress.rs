@@ -1,5 +1,6 @@
 //! The run as it goes: a bar on a terminal, plain lines on a pipe.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::LazyLock;
@@ -33,6 +34,8 @@ pub fn log_writer() -> impl Write {
 #[derive(Debug)]
 pub struct Progress {
     logging_steps: u64,
+    /// Metrics of the objective that are shown, with their labels.
+    shown: &'static [(&'static str, &'static str)],
     total_steps: u64,
     start_step: u64,
     started: Instant,
@@ -42,7 +45,21 @@ pub struct Progress {
 impl Progress {
     /// On a pipe, every `logging_steps`th step is a line.
     pub fn new(logging_steps: u64) -> Self {
-        Self { logging_steps, total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+        Self { logging_steps, shown: &[], total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+    }
+
+    /// The same, showing metrics of the objective: `(name, label)`.
+    pub fn showing(mut self, metrics: &'static [(&'static str, &'static str)]) -> Self {
+        self.shown = metrics;
+        self
+    }
+
+    /// ` | label number` for each metric that is shown.
+    fn objective(&self, metrics: &BTreeMap<String, f64>, prefix: &str) -> String {
+        let number = |&(name, label): &(&str, &str)| {
+            metrics.get(&format!("{prefix}{name}")).map(|value| format!(" | {label} {value:.3}"))
+        };
+        self.shown.iter().filter_map(number).collect()
     }
 
     /// A line that stays. A reader that went away is no reason to end a run.
@@ -81,8 +98,9 @@ impl TrainObserver for Progress {
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
         let numbers = format!(
-            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
+            "loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
             metrics.loss,
+            self.objective(&metrics.objective, ""),
             metrics.learning_rate,
             metrics.grad_norm,
             rate(metrics.tokens_per_second),
@@ -106,8 +124,10 @@ impl TrainObserver for Progress {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
         self.line(&format!(
-            "evaluation after step {}: loss {:.4}{best}, {took}",
-            metrics.step, metrics.eval_loss
+            "evaluation after step {}: loss {:.4}{}{best}, {took}",
+            metrics.step,
+            metrics.eval_loss,
+            self.objective(&metrics.objective, "eval_")
         ));
         Ok(())
     }

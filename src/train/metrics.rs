@@ -22,7 +22,7 @@ pub const LOSS_CURVE: &str = "loss.svg";
 /// Folder of the TensorBoard event files.
 pub const TENSORBOARD: &str = "runs";
 
-/// Losses by step.
+/// Losses, or another metric, by step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LossHistory {
     /// (step, loss) of the training steps.
@@ -81,6 +81,19 @@ fn keep(text: &str, last_step: u64) -> (String, LossHistory) {
     (kept, history)
 }
 
+/// The course of `metric` in a metrics file, and of `eval_` with its name.
+pub fn history_of(path: &Path, metric: &str) -> Result<LossHistory> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let mut history = LossHistory::default();
+    let eval = format!("eval_{metric}");
+    for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+        let Some(step) = record["step"].as_u64() else { continue };
+        history.train.extend(record[metric].as_f64().map(|value| (step, value)));
+        history.eval.extend(record[&eval].as_f64().map(|value| (step, value)));
+    }
+    Ok(history)
+}
+
 /// Writes the run's records into its output folder. A disk that is full in the middle of the run costs records, not
 /// the run.
 #[derive(Debug)]
@@ -88,6 +101,8 @@ pub struct RunLog {
     output_dir: PathBuf,
     title: String,
     logging_steps: u64,
+    /// Metrics of the objective that get a picture.
+    plots: &'static [&'static str],
     open: Option<(MetricsFile, EventWriter)>,
     history: LossHistory,
     total_steps: u64,
@@ -101,11 +116,17 @@ impl RunLog {
             output_dir: output_dir.to_owned(),
             title: title.to_owned(),
             logging_steps,
+            plots: &[],
             open: None,
             history: LossHistory::default(),
             total_steps: 0,
             has_warned: false,
         }
+    }
+
+    /// The same, also drawing `metrics` of the objective: `rewards/margins` into `rewards_margins.svg`.
+    pub fn plotting(self, metrics: &'static [&'static str]) -> Self {
+        Self { plots: metrics, ..self }
     }
 
     fn record(&mut self, step: u64, record: &impl Serialize, scalars: &[(&str, f64)]) {
@@ -123,7 +144,14 @@ impl RunLog {
             return Ok(());
         }
         let picture = plot::loss_curve(&self.title, &self.history)?;
-        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())
+        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())?;
+        for metric in self.plots {
+            let history = history_of(&self.output_dir.join(METRICS), metric)?;
+            let picture = plot::curve(&self.title, metric, &history)?;
+            let name = format!("{}.svg", metric.replace('/', "_"));
+            write_atomically(&self.output_dir.join(name), picture.as_bytes())?;
+        }
+        Ok(())
     }
 }
 
@@ -155,14 +183,21 @@ impl TrainObserver for RunLog {
             ("train/memory", metrics.memory as f64),
         ];
         scalars.extend(metrics.loss_scale.map(|scale| ("train/loss_scale", scale)));
+        let names: Vec<String> = metrics.objective.keys().map(|name| format!("train/{name}")).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }
 
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.history.eval.push((metrics.step, metrics.eval_loss));
-        let scalars =
-            [("eval/loss", metrics.eval_loss), ("eval/tokens_per_second", metrics.eval_tokens_per_second)];
+        let mut scalars = vec![
+            ("eval/loss", metrics.eval_loss),
+            ("eval/tokens_per_second", metrics.eval_tokens_per_second),
+        ];
+        let name = |key: &String| format!("eval/{}", key.strip_prefix("eval_").unwrap_or(key));
+        let names: Vec<String> = metrics.objective.keys().map(name).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }

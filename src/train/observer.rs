@@ -1,5 +1,6 @@
 //! What the training loop tells the outside: progress, metrics, checkpoints.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
@@ -39,6 +40,9 @@ pub struct StepMetrics {
     pub samples_per_second: f64,
     /// In use by tensors on the device (CPU: the process's resident memory), bytes.
     pub memory: u64,
+    /// What the objective measured, in TRL's words: `rewards/margins`, ..
+    #[serde(flatten)]
+    pub objective: BTreeMap<String, f64>,
 }
 
 /// One evaluation.
@@ -55,6 +59,9 @@ pub struct EvalMetrics {
     /// Whether it is the lowest loss so far.
     #[serde(default)]
     pub is_best: bool,
+    /// What the objective measured: `eval_rewards/margins`, ..
+    #[serde(flatten)]
+    pub objective: BTreeMap<String, f64>,
 }
 
 /// Why a run ended.

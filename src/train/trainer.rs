@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use super::checkpoint::{self, Checkpoint, Checkpoints, OPTIMIZER, RUN_CONFIG, TrainerState};
 use super::memory;
-use super::objective::{Objective, input, upload};
+use super::objective::{Objective, input, means};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
 use super::step::{RunPlan, Stepper};
@@ -152,6 +152,7 @@ impl Trainer<'_> {
                 tokens_per_second,
                 samples_per_second,
                 memory: memory::in_use(device),
+                objective: means(self.objective.measured()?),
             })?;
 
             let last = at.step == total_steps;
@@ -225,12 +226,15 @@ impl Trainer<'_> {
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
         let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
+        let mut measured = Vec::new();
         while let Some(batch) = eval.next_batch()? {
-            let on_device = upload(&self.model.decoder, &batch)?;
+            self.objective.start_step(&self.model.decoder, std::slice::from_ref(&batch))?;
+            let on_device = self.objective.upload(&self.model.decoder, &batch)?;
             loss += self
                 .objective
                 .loss_sum(&self.model.decoder, &on_device, Pass::INFERENCE)?
                 .f_double_value(&[])?;
+            measured.extend(self.objective.measured()?);
             targets += self.objective.targets(&batch);
             tokens += batch.tokens();
             samples += batch.samples();
@@ -246,6 +250,10 @@ impl Trainer<'_> {
             eval_samples_per_second: samples as f64 / eval_runtime,
             eval_tokens_per_second: tokens as f64 / eval_runtime,
             is_best,
+            objective: means(measured)
+                .into_iter()
+                .map(|(name, mean)| (format!("eval_{name}"), mean))
+                .collect(),
         })?;
         Ok(is_best)
     }
@@ -305,7 +313,8 @@ impl Trainer<'_> {
 
     /// The effective configuration.
     fn config(&self, optimizer: &AdamW) -> Result<String> {
-        TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()
+        let own = TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()?;
+        Ok(own + &self.objective.config()?)
     }
 
     /// Puts a checkpoint's weights, moments, data cursor and counters in place.
