@@ -369,6 +369,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     jobs = {name: make_checkpoint for name in CHECKPOINTS}
     jobs |= {name: make_gemma3_multimodal for name in ("gemma3_multimodal", "gemma3_multimodal_old")}
+    import golden_reward_model  # it uses this module
+    jobs |= {f"reward_models/{name}": golden_reward_model.make for name in golden_reward_model.CLASSIFIERS}
     jobs |= {f"adapters/{name}": lambda path: make_adapter(path.removeprefix("adapters/")) for name in ADAPTERS}
     for name, make in jobs.items():
         if not only or name in only:

@@ -28,6 +28,14 @@ use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
 
+/// Metrics of a step on screen, beside the rewards.
+const SHOWN: &[(&str, &str)] = &[
+    ("completions/mean_length", "length"),
+    ("kl", "KL"),
+    ("clip_ratio/region_mean", "clipped"),
+    ("cispo_clip_ratio", "clipped"),
+];
+
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: GrpoArguments) -> Result<()> {
     let mut args = arguments.resolved()?;
@@ -90,10 +98,11 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
     let title = format!("{} on {}", last_part(&args.training.model), datasets(&args));
     let mut observer: Vec<Box<dyn TrainObserver>> = vec![
-        Box::new(Progress::new(args.training.logging_steps)),
+        Box::new(Progress::new(args.training.logging_steps).showing(SHOWN)),
         Box::new(CompletionTable { steps: args.log_completions_steps, rows: args.num_completions_to_print }),
         Box::new(
             RunLog::new(&args.training.output_dir, &title, args.training.logging_steps)
+                .plotting(&["reward", "completions/mean_length"])
                 .with_completions(args.log_completions_steps),
         ),
     ];

@@ -1,5 +1,6 @@
 //! The run as it goes: a bar on a terminal, plain lines on a pipe.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::LazyLock;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::format::{bytes, percent, rate, seconds};
+use super::format::{bytes, rate, seconds};
 use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
 
 /// The terminal's bars. One process has one terminal: whoever writes to it must know of the bars.
@@ -42,6 +43,8 @@ pub(super) fn line(text: &str) {
 #[derive(Debug)]
 pub struct Progress {
     logging_steps: u64,
+    /// Metrics of the objective that are shown, with their labels.
+    shown: &'static [(&'static str, &'static str)],
     total_steps: u64,
     start_step: u64,
     started: Instant,
@@ -51,7 +54,21 @@ pub struct Progress {
 impl Progress {
     /// On a pipe, every `logging_steps`th step is a line.
     pub fn new(logging_steps: u64) -> Self {
-        Self { logging_steps, total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+        Self { logging_steps, shown: &[], total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+    }
+
+    /// The same, showing metrics of the objective: `(name, label)`.
+    pub fn showing(mut self, metrics: &'static [(&'static str, &'static str)]) -> Self {
+        self.shown = metrics;
+        self
+    }
+
+    /// ` | label number` for each metric that is shown.
+    fn objective(&self, metrics: &BTreeMap<String, f64>, prefix: &str) -> String {
+        let number = |&(name, label): &(&str, &str)| {
+            metrics.get(&format!("{prefix}{name}")).map(|value| format!(" | {label} {value:.3}"))
+        };
+        self.shown.iter().filter_map(number).collect()
     }
 
     /// From the mean time of the steps so far.
@@ -80,7 +97,16 @@ impl TrainObserver for Progress {
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
-        let numbers = numbers(metrics);
+        let speed = speed(metrics);
+        let numbers = format!(
+            "{}loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {speed} tokens/s | {}",
+            rewards(metrics),
+            metrics.loss,
+            self.objective(&metrics.objective, ""),
+            metrics.learning_rate,
+            metrics.grad_norm,
+            bytes(metrics.memory)
+        );
         match &self.bar {
             Some(bar) => {
                 bar.set_message(format!("ETA {eta} | {numbers}"));
@@ -98,7 +124,12 @@ impl TrainObserver for Progress {
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
-        line(&format!("evaluation after step {}: loss {:.4}{best}, {took}", metrics.step, metrics.eval_loss));
+        line(&format!(
+            "evaluation after step {}: loss {:.4}{}{best}, {took}",
+            metrics.step,
+            metrics.eval_loss,
+            self.objective(&metrics.objective, "eval_")
+        ));
         Ok(())
     }
 
@@ -131,38 +162,22 @@ impl Drop for Progress {
     }
 }
 
-/// Of a step, in the words of what was trained.
-fn numbers(metrics: &StepMetrics) -> String {
-    let more = |name: &str| metrics.more.get(name).copied();
-    let end = format!("{:.2e} | {}", metrics.learning_rate, bytes(metrics.memory));
-    let Some(training) = more("training_tokens_per_second") else {
-        return format!(
-            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
-            metrics.loss,
-            metrics.learning_rate,
-            metrics.grad_norm,
-            rate(metrics.tokens_per_second),
-            bytes(metrics.memory)
-        );
-    };
-    let mut parts = Vec::new();
-    if let Some(reward) = more("reward") {
-        let each = metrics.more.iter().filter_map(|(name, value)| {
-            Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
-        });
-        parts.push(format!("reward {reward:.3} ({})", each.collect::<Vec<_>>().join(", ")));
+/// The mean reward and each reward's, where the step has them.
+fn rewards(metrics: &StepMetrics) -> String {
+    let Some(reward) = metrics.objective.get("reward") else { return String::new() };
+    let each = metrics.objective.iter().filter_map(|(name, value)| {
+        Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
+    });
+    format!("reward {reward:.3} ({}) | ", each.collect::<Vec<_>>().join(", "))
+}
+
+/// Tokens/s; of the rollout and of training, where there is one.
+fn speed(metrics: &StepMetrics) -> String {
+    let known = |name: &str| metrics.objective.get(name).map(|speed| rate(*speed));
+    match (known("rollout_tokens_per_second"), known("training_tokens_per_second")) {
+        (Some(rollout), Some(training)) => format!("{rollout} + {training}"),
+        (_, training) => training.unwrap_or_else(|| rate(metrics.tokens_per_second)),
     }
-    if let Some(length) = more("completions/mean_length") {
-        parts.push(format!("length {length:.1}"));
-    }
-    parts.push(format!("loss {:.4}", metrics.loss));
-    parts.extend(more("kl").map(|kl| format!("KL {kl:.4}")));
-    let clipped = more("clip_ratio/region_mean").or(more("cispo_clip_ratio"));
-    parts.extend(clipped.map(|share| format!("clipped {}", percent(share))));
-    let rollout = more("rollout_tokens_per_second").map(|speed| format!("{} + ", rate(speed)));
-    parts.push(format!("{}{} tokens/s", rollout.unwrap_or_default(), rate(training)));
-    parts.push(format!("lr {end}"));
-    parts.join(" | ")
 }
 
 /// Rows as they go by, on a terminal.

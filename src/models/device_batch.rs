@@ -1,7 +1,7 @@
 //! A batch where the decoder is: all that a forward pass reads beside the weights.
 
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::decoder::{Decoder, Input, rope_angles, shift_labels};
 use crate::device;
@@ -24,8 +24,8 @@ pub struct DeviceBatch {
     pub(super) input: DeviceInput,
     /// The tokens that the rows predict.
     pub(super) targets: Targets,
-    /// f32 `[K, N]`: numbers that an objective reads beside each row.
-    columns: Tensor,
+    /// What the objective reads beside them, of shapes that follow from the batch's.
+    pub extra: Vec<Tensor>,
 }
 
 impl Decoder {
@@ -58,8 +58,7 @@ impl Decoder {
     /// predicts label n + 1.
     pub fn upload(&self, input: Input, labels: &[i64]) -> Result<DeviceBatch> {
         let targets = Targets::new(&shift_labels(labels, input.cu_seqlens), self.device)?;
-        let columns = Tensor::f_zeros([0, input.input_ids.len() as i64], (Kind::Float, self.device))?;
-        Ok(DeviceBatch { input: self.upload_input(input)?, targets, columns })
+        Ok(DeviceBatch { input: self.upload_input(input)?, targets, extra: Vec::new() })
     }
 }
 
@@ -77,26 +76,8 @@ impl BatchShape {
 }
 
 impl DeviceBatch {
-    /// The same with columns of numbers beside its rows, `[K][N]`.
-    pub fn with_columns(mut self, columns: &[Vec<f32>]) -> Result<DeviceBatch> {
-        let n = self.input.input_ids.size()[0];
-        if columns.iter().any(|column| column.len() as i64 != n) {
-            bail!("a column beside a batch of {n} tokens has another length");
-        }
-        if !columns.is_empty() {
-            let host = Tensor::f_from_slice(&columns.concat())?.f_view([columns.len() as i64, n])?;
-            self.columns = host.f_to_device(self.columns.device())?;
-        }
-        Ok(self)
-    }
-
     pub fn samples(&self) -> i64 {
         self.input.cu_seqlens.len() as i64 - 1
-    }
-
-    /// f32 `[K, N]`.
-    pub fn columns(&self) -> &Tensor {
-        &self.columns
     }
 
     pub fn shape(&self) -> BatchShape {
@@ -111,7 +92,9 @@ impl DeviceBatch {
             rows.f_copy_(new)?;
         }
         self.targets.assign(&other.targets)?;
-        self.columns.f_copy_(&other.columns)?;
+        for (tensor, new) in self.extra.iter_mut().zip(&other.extra) {
+            tensor.f_copy_(new)?;
+        }
         for ((cos, sin), (new_cos, new_sin)) in self.input.angles.iter_mut().zip(&other.input.angles) {
             cos.f_copy_(new_cos)?;
             sin.f_copy_(new_sin)?;

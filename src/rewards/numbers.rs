@@ -13,10 +13,10 @@ pub struct Number {
 }
 
 impl Number {
-    /// Whether both mean the same, to 9 digits. Where only one has a percent sign, it may be meant or left out: 50 % equals
+    /// Whether both mean the same, to 12 digits. Where only one has a percent sign, it may be meant or left out: 50 % equals
     /// 50 and 0.5.
     pub fn equals(self, other: Number) -> bool {
-        let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * a.abs().max(b.abs());
+        let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs().max(b.abs());
         match (self.percent, other.percent) {
             (true, false) => close(self.value, other.value) || close(self.value / 100.0, other.value),
             (false, true) => other.equals(self),

@@ -493,7 +493,8 @@ pub(super) fn differences(ours: &impl Serialize, theirs: &impl Serialize) -> Vec
         .collect()
 }
 
-fn fields(arguments: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
+/// The arguments by key.
+pub(super) fn fields(arguments: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
     match serde_json::to_value(arguments) {
         Ok(serde_json::Value::Object(fields)) => fields,
         _ => serde_json::Map::new(),

@@ -1,6 +1,5 @@
 //! What a run leaves to read: `metrics.jsonl`, TensorBoard events, the loss curve and `train_results.json`.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -24,21 +23,16 @@ pub const TRAIN_RESULTS: &str = "train_results.json";
 pub const LOSS_CURVE: &str = "loss.svg";
 /// One JSON object a completion, where the model writes what it trains on.
 pub const COMPLETIONS: &str = "completions.jsonl";
-/// Metrics beside the loss that are drawn: their name, the picture, and what stands beside its axis.
-pub const CURVES: [(&str, &str, &str); 2] =
-    [("reward", "reward.svg", "reward"), ("completions/mean_length", "length.svg", "tokens of a completion")];
 /// Folder of the TensorBoard event files.
 pub const TENSORBOARD: &str = "runs";
 
-/// Losses by step.
+/// Losses, or another metric, by step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LossHistory {
     /// (step, loss) of the training steps.
     pub train: Vec<(u64, f64)>,
     /// (step, eval_loss) of the evaluations.
     pub eval: Vec<(u64, f64)>,
-    /// (step, value) of those [`CURVES`] that the run has, by name.
-    pub more: BTreeMap<String, Vec<(u64, f64)>>,
 }
 
 /// `metrics.jsonl`, open for appending.
@@ -85,15 +79,23 @@ fn keep(text: &str, last_step: u64) -> (String, LossHistory) {
         if let Some(loss) = record["eval_loss"].as_f64() {
             history.eval.push((step, loss));
         }
-        for (name, ..) in CURVES {
-            if let Some(value) = record[name].as_f64() {
-                history.more.entry(name.to_owned()).or_default().push((step, value));
-            }
-        }
         kept.push_str(line);
         kept.push('\n');
     }
     (kept, history)
+}
+
+/// The course of `metric` in a metrics file, and of `eval_` with its name.
+pub fn history_of(path: &Path, metric: &str) -> Result<LossHistory> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let mut history = LossHistory::default();
+    let eval = format!("eval_{metric}");
+    for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+        let Some(step) = record["step"].as_u64() else { continue };
+        history.train.extend(record[metric].as_f64().map(|value| (step, value)));
+        history.eval.extend(record[&eval].as_f64().map(|value| (step, value)));
+    }
+    Ok(history)
 }
 
 #[derive(Serialize)]
@@ -110,6 +112,8 @@ pub struct RunLog {
     output_dir: PathBuf,
     title: String,
     logging_steps: u64,
+    /// Metrics of the objective that get a picture.
+    plots: &'static [&'static str],
     open: Option<(MetricsFile, EventWriter)>,
     /// 0 for no file.
     completions_steps: u64,
@@ -126,6 +130,7 @@ impl RunLog {
             output_dir: output_dir.to_owned(),
             title: title.to_owned(),
             logging_steps,
+            plots: &[],
             open: None,
             completions_steps: 0,
             completions: None,
@@ -135,7 +140,12 @@ impl RunLog {
         }
     }
 
-    /// Also the completions of every `steps`th step; 0 for none.
+    /// The same, also drawing `metrics` of the objective: `rewards/margins` into `rewards_margins.svg`.
+    pub fn plotting(self, metrics: &'static [&'static str]) -> Self {
+        Self { plots: metrics, ..self }
+    }
+
+    /// The same with a file of the completions of every `steps`th step; 0 for none.
     pub fn with_completions(self, steps: u64) -> Self {
         Self { completions_steps: steps, ..self }
     }
@@ -160,11 +170,11 @@ impl RunLog {
         }
         let picture = plot::loss_curve(&self.title, &self.history)?;
         write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())?;
-        for (name, file, axis) in CURVES {
-            if let Some(values) = self.history.more.get(name) {
-                let picture = plot::curve(&self.title, axis, values)?;
-                write_atomically(&self.output_dir.join(file), picture.as_bytes())?;
-            }
+        for metric in self.plots {
+            let history = history_of(&self.output_dir.join(METRICS), metric)?;
+            let picture = plot::curve(&self.title, metric, &history)?;
+            let name = format!("{}.svg", metric.replace('/', "_"));
+            write_atomically(&self.output_dir.join(name), picture.as_bytes())?;
         }
         Ok(())
     }
@@ -202,14 +212,8 @@ impl TrainObserver for RunLog {
             ("train/memory", metrics.memory as f64),
         ];
         scalars.extend(metrics.loss_scale.map(|scale| ("train/loss_scale", scale)));
-        let more: Vec<(String, f64)> =
-            metrics.more.iter().map(|(name, value)| (format!("train/{name}"), *value)).collect();
-        scalars.extend(more.iter().map(|(name, value)| (&name[..], *value)));
-        for (name, ..) in CURVES {
-            if let Some(value) = metrics.more.get(name) {
-                self.history.more.entry(name.to_owned()).or_default().push((metrics.step, *value));
-            }
-        }
+        let names: Vec<String> = metrics.objective.keys().map(|name| format!("train/{name}")).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }
@@ -228,8 +232,13 @@ impl TrainObserver for RunLog {
 
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.history.eval.push((metrics.step, metrics.eval_loss));
-        let scalars =
-            [("eval/loss", metrics.eval_loss), ("eval/tokens_per_second", metrics.eval_tokens_per_second)];
+        let mut scalars = vec![
+            ("eval/loss", metrics.eval_loss),
+            ("eval/tokens_per_second", metrics.eval_tokens_per_second),
+        ];
+        let name = |key: &String| format!("eval/{}", key.strip_prefix("eval_").unwrap_or(key));
+        let names: Vec<String> = metrics.objective.keys().map(name).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }

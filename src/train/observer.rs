@@ -40,9 +40,9 @@ pub struct StepMetrics {
     pub samples_per_second: f64,
     /// In use by tensors on the device (CPU: the process's resident memory), bytes.
     pub memory: u64,
-    /// What the objective and the source of the data add, by TRL's names: `reward`, `kl`, `completions/mean_length`, ..
+    /// What the objective and the source of the data measured, in TRL's words: `rewards/margins`, `reward`, ..
     #[serde(flatten)]
-    pub more: BTreeMap<String, f64>,
+    pub objective: BTreeMap<String, f64>,
 }
 
 /// Texts that the model wrote for a step, and what they are worth.
@@ -80,6 +80,9 @@ pub struct EvalMetrics {
     /// Whether it is the lowest loss so far.
     #[serde(default)]
     pub is_best: bool,
+    /// What the objective measured: `eval_rewards/margins`, ..
+    #[serde(flatten)]
+    pub objective: BTreeMap<String, f64>,
 }
 
 /// Why a run ended.

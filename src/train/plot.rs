@@ -1,4 +1,4 @@
-//! Curves as SVG pictures: the loss (or another number) of every step, its smoothed course, the evaluations.
+//! Curves as SVG pictures: the loss or another metric of every step, its smoothed course, the evaluations.
 
 use std::ops::Range;
 
@@ -18,31 +18,25 @@ const MOST_POINTS: usize = 1000;
 
 /// The SVG text of the losses over the steps.
 pub fn loss_curve(title: &str, history: &LossHistory) -> Result<String> {
-    picture(title, "loss", &history.train, &history.eval)
+    curve(title, "loss", history)
 }
 
-/// The SVG text of another number over the steps; `axis` says what it is.
-pub fn curve(title: &str, axis: &str, values: &[(u64, f64)]) -> Result<String> {
-    picture(title, axis, values, &[])
-}
-
-fn picture(title: &str, axis: &str, train: &[(u64, f64)], eval: &[(u64, f64)]) -> Result<String> {
+/// The SVG text of another metric over the steps; `what` it is stands at the axis.
+pub fn curve(title: &str, what: &str, history: &LossHistory) -> Result<String> {
     let mut picture = String::new();
-    draw(&mut picture, title, axis, train, eval)
-        .map_err(|error| anyhow!("drawing the curve of the {axis}: {error}"))?;
+    draw(&mut picture, title, what, history).map_err(|error| anyhow!("drawing the {what} curve: {error}"))?;
     Ok(picture)
 }
 
 fn draw(
     picture: &mut String,
     title: &str,
-    axis: &str,
-    train: &[(u64, f64)],
-    eval: &[(u64, f64)],
+    what: &str,
+    history: &LossHistory,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let train = thinned(train);
+    let train = thinned(&history.train);
     let smooth = smoothed(&train);
-    let eval: Vec<(f64, f64)> = finite(eval).collect();
+    let eval: Vec<(f64, f64)> = finite(&history.eval).collect();
     let (steps, losses) = (step_range(&train, &eval), loss_range(&train, &smooth, &eval));
     let clipped = |&(step, loss): &(f64, f64)| (step, loss.clamp(losses.start, losses.end));
 
@@ -59,7 +53,7 @@ fn draw(
     chart
         .configure_mesh()
         .x_desc("step")
-        .y_desc(axis)
+        .y_desc(what)
         .axis_desc_style(font(15))
         .label_style(font(13))
         .axis_style(TEXT)

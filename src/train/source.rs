@@ -1,5 +1,7 @@
 //! Where a run's micro-batches come from.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use serde_json::Value;
 
@@ -31,9 +33,9 @@ pub trait StepSource {
     /// Whether the last step was the last one of an epoch.
     fn is_epoch_end(&self) -> bool;
 
-    /// More numbers on the last step, whose forward and backward took `training_seconds`: names and values.
-    fn metrics(&mut self, _training_seconds: f64) -> Vec<(String, f64)> {
-        Vec::new()
+    /// More numbers on the last step, whose forward and backward took `training_seconds`: finite ones, by name.
+    fn metrics(&mut self, _training_seconds: f64) -> BTreeMap<String, f64> {
+        BTreeMap::new()
     }
 
     /// The texts that the last step was made of, where the model wrote them.

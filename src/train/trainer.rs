@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::checkpoint::{self, Checkpoint, Checkpoints, OPTIMIZER, RUN_CONFIG, TrainerState};
 use super::memory;
-use super::objective::{Objective, input, upload};
+use super::objective::{Objective, input, means};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
 use super::source::StepSource;
@@ -125,8 +125,8 @@ impl Trainer<'_> {
             let learning_rate = schedule.at(at.step);
             let began = Instant::now();
             let outcome = stepper.run(&self.model.decoder, &batches, at.step, learning_rate)?;
-            let mut more = self.train.metrics(began.elapsed().as_secs_f64());
-            more.extend(self.objective.metrics()?);
+            let mut more = means(self.objective.measured()?);
+            more.extend(self.train.metrics(began.elapsed().as_secs_f64()));
             if outcome.overflowed() {
                 self.observer.on_warning(&format!(
                     "step {}: the gradient overflowed in f16 and was not applied; the loss scale is {} now",
@@ -157,7 +157,7 @@ impl Trainer<'_> {
                 tokens_per_second,
                 samples_per_second,
                 memory: memory::in_use(device),
-                more: more.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+                objective: more,
             })?;
             if let Some(completions) = self.train.completions() {
                 self.observer.on_completions(at.step, &completions)?;
@@ -221,12 +221,15 @@ impl Trainer<'_> {
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
         let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
+        let mut measured = Vec::new();
         while let Some(batch) = eval.next_batch()? {
-            let on_device = upload(&self.model.decoder, &batch)?;
+            self.objective.start_step(&self.model.decoder, std::slice::from_ref(&batch))?;
+            let on_device = self.objective.upload(&self.model.decoder, &batch)?;
             loss += self
                 .objective
                 .loss_sum(&self.model.decoder, &on_device, Pass::INFERENCE)?
                 .f_double_value(&[])?;
+            measured.extend(self.objective.measured()?);
             targets += self.objective.targets(&batch);
             tokens += batch.tokens();
             samples += batch.samples();
@@ -242,6 +245,10 @@ impl Trainer<'_> {
             eval_samples_per_second: samples as f64 / eval_runtime,
             eval_tokens_per_second: tokens as f64 / eval_runtime,
             is_best,
+            objective: means(measured)
+                .into_iter()
+                .map(|(name, mean)| (format!("eval_{name}"), mean))
+                .collect(),
         })?;
         Ok(is_best)
     }
@@ -301,8 +308,8 @@ impl Trainer<'_> {
 
     /// The effective configuration.
     fn config(&self, optimizer: &AdamW) -> Result<String> {
-        let arguments = TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() };
-        self.objective.run_config(arguments)
+        let own = TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()?;
+        Ok(own + &self.objective.config()?)
     }
 
     /// Puts a checkpoint's weights, moments, data cursor and counters in place.

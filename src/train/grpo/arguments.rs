@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::rewards::RewardSpec;
-use crate::train::arguments::{differences, list};
+use crate::train::arguments::{differences, fields, list};
 use crate::train::{Size, TrainingArguments};
 
 const ROLLOUTS: &str = "Rollouts";
@@ -236,12 +236,14 @@ impl Default for GrpoArguments {
 }
 
 impl GrpoArguments {
-    /// The arguments as YAML, every key with its value: what `--config` reads.
-    pub fn to_yaml(&self) -> Result<String> {
-        serde_saphyr::to_string(self).context("writing the configuration as YAML")
+    /// The keys that are not those of every training run, as YAML: the rest of what `--config` reads.
+    pub(super) fn own_yaml(&self) -> Result<String> {
+        let mut own = fields(self);
+        own.retain(|key, _| !fields(&self.training).contains_key(key));
+        serde_saphyr::to_string(&own).context("writing the configuration as YAML")
     }
 
-    /// Reads what [`to_yaml`](Self::to_yaml) wrote; `file` is named in errors.
+    /// Reads a `run.yaml`; `file` is named in errors.
     pub fn from_yaml(text: &str, file: &Path) -> Result<Self> {
         let options = serde_saphyr::options! { strict_booleans: true };
         serde_saphyr::from_str_with_options(text, options)

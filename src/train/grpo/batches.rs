@@ -12,13 +12,11 @@ pub(super) mod column {
     pub const SAMPLER: usize = 2;
     /// Number of the sample in its micro-batch.
     pub const SEQUENCE: usize = 3;
-    /// 0 where the entropy is too low for the policy's loss, else 1.
-    pub const KEEP: usize = 4;
     /// Log-probability by the policy before the steps on these completions; unused where there is one step.
-    pub const OLD: usize = 5;
+    pub const OLD: usize = 4;
     /// Log-probability by the reference; unused where beta is 0.
-    pub const REFERENCE: usize = 6;
-    pub const COUNT: usize = 7;
+    pub const REFERENCE: usize = 5;
+    pub const COUNT: usize = 6;
 }
 
 /// One completion and what the loss needs to know of it.
@@ -79,7 +77,6 @@ fn batch(completions: &[Completion], weight: impl Fn(&Completion) -> f64) -> Bat
         .collect();
     let mut batch = Batch::from_samples(samples.iter().map(|(ids, labels)| (&ids[..], &labels[..])));
     batch.columns = vec![vec![0.0; batch.tokens()]; column::COUNT];
-    batch.columns[column::KEEP].fill(1.0);
     for (sequence, completion) in completions.iter().enumerate() {
         let rows = batch.cu_seqlens[sequence] as usize..batch.cu_seqlens[sequence + 1] as usize;
         batch.columns[column::SEQUENCE][rows.clone()].fill(sequence as f32);

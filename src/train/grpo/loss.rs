@@ -10,7 +10,8 @@ use super::{GrpoArguments, ImportanceSamplingLevel, ImportanceSamplingMode, Loss
 use crate::data::Batch;
 use crate::models::{Decoder, DeviceBatch};
 use crate::ops::Pass;
-use crate::train::{Objective, TrainingArguments};
+use crate::train::Objective;
+use crate::train::objective::{Measured, upload};
 
 /// With `log pi` the log-probability of a completion's token at the sampling temperature, `log pi_old` the same before the steps
 /// on these completions (where there is one step, itself without gradient) and A the advantage, a token's loss is
@@ -28,6 +29,8 @@ pub struct Grpo<'a> {
     sums: RefCell<Option<Tensor>>,
     /// The largest difference between sampler and trainer.
     largest: RefCell<Option<Tensor>>,
+    /// With top_entropy_quantile, of the present step.
+    least_entropy: RefCell<Option<Tensor>>,
 }
 
 /// Places in [`Grpo::sums`].
@@ -52,13 +55,18 @@ struct Terms {
 impl<'a> Grpo<'a> {
     /// The objective that `arguments`, resolved, describe.
     pub fn new(arguments: &'a GrpoArguments) -> Grpo<'a> {
-        Grpo { arguments, sums: RefCell::new(None), largest: RefCell::new(None) }
+        Grpo {
+            arguments,
+            sums: RefCell::new(None),
+            largest: RefCell::new(None),
+            least_entropy: RefCell::new(None),
+        }
     }
 
     /// From log-probabilities and entropies `[N]`.
     fn terms(&self, log_probs: &Tensor, entropy: &Tensor, batch: &DeviceBatch) -> Result<Terms> {
         let args = self.arguments;
-        let columns = batch.columns().f_to_kind(log_probs.kind())?;
+        let columns = batch.extra[0].f_to_kind(log_probs.kind())?;
         let column = |index: usize| columns.f_select(0, index as i64);
         let (advantage, counted) = (column(column::ADVANTAGE)?, counted(&columns)?);
         let sequences = Sequences::new(&columns, &counted, batch.samples())?;
@@ -92,7 +100,10 @@ impl<'a> Grpo<'a> {
                 bounded.f_mul(&advantage)?.f_minimum(&clipped)?
             }
         };
-        let mut loss = policy.f_neg()?.f_mul(&column(column::KEEP)?)?;
+        let mut loss = policy.f_neg()?;
+        if let Some(least) = &*self.least_entropy.borrow() {
+            loss = loss.f_mul(&entropy.f_ge_tensor(least)?)?;
+        }
         let difference = old.f_sub(&column(column::SAMPLER)?)?.f_mul(&counted)?;
         let correction = self.correction(&difference, &sequences)?;
         if args.importance_sampling_correction {
@@ -199,8 +210,8 @@ impl Objective for Grpo<'_> {
         let (log_probs, entropy) =
             decoder.batch_log_probs_and_entropy(batch, self.arguments.temperature, pass)?;
         let terms = self.terms(&log_probs, &entropy, batch)?;
-        self.note(&terms, &batch.columns().f_to_kind(log_probs.kind())?)?;
-        let weight = batch.columns().f_select(0, column::WEIGHT as i64)?;
+        self.note(&terms, &batch.extra[0].f_to_kind(log_probs.kind())?)?;
+        let weight = batch.extra[0].f_select(0, column::WEIGHT as i64)?;
         Ok(terms.loss.f_mul(&weight)?.f_sum(log_probs.kind())?)
     }
 
@@ -209,37 +220,77 @@ impl Objective for Grpo<'_> {
         0
     }
 
+    fn upload(&self, decoder: &Decoder, batch: &Batch) -> Result<DeviceBatch> {
+        let mut on_device = upload(decoder, batch)?;
+        let shape = [batch.columns.len() as i64, batch.tokens() as i64];
+        let columns = Tensor::f_from_slice(&batch.columns.concat())?.f_view(shape)?;
+        on_device.extra = vec![columns.f_to_device(decoder.device)?];
+        Ok(on_device)
+    }
+
+    /// With top_entropy_quantile, the entropy that a token must reach, of all micro-batches together, so that their split changes
+    /// nothing.
+    fn start_step(&self, decoder: &Decoder, batches: &[Batch]) -> Result<()> {
+        if self.arguments.top_entropy_quantile == 1.0 {
+            return Ok(());
+        }
+        let _no_grad = tch::no_grad_guard();
+        let mut entropies = Vec::with_capacity(batches.len());
+        for batch in batches {
+            let batch = self.upload(decoder, batch)?;
+            let (_, entropy) =
+                decoder.batch_log_probs_and_entropy(&batch, self.arguments.temperature, Pass::INFERENCE)?;
+            let counts = batch.extra[0].f_select(0, column::WEIGHT as i64)?.f_gt(0.0)?;
+            entropies.push(entropy.f_masked_select(&counts)?);
+        }
+        let all = Tensor::f_cat(&entropies, 0)?;
+        let least = match all.numel() {
+            0 => Tensor::f_zeros([0i64; 0], (all.kind(), all.device()))?,
+            _ => quantile(&all, 1.0 - self.arguments.top_entropy_quantile)?,
+        };
+        self.least_entropy.replace(Some(least));
+        Ok(())
+    }
+
     /// TRL's names. `clip_ratio/*` are shares of tokens, also where a ratio belongs to a whole completion.
-    fn metrics(&self) -> Result<Vec<(String, f64)>> {
+    fn measured(&self) -> Result<Vec<Measured>> {
         let (sums, largest) = (self.sums.borrow(), self.largest.borrow());
         let (Some(sums), Some(largest)) = (&*sums, &*largest) else { return Ok(Vec::new()) };
         let all = Tensor::f_cat(&[sums.shallow_clone(), largest.f_reshape([1])?], 0)?;
         let numbers: Vec<f64> = all.f_to_kind(Kind::Double)?.try_into()?;
         let _ = (sums.shallow_clone().f_zero_()?, largest.shallow_clone().f_zero_()?);
-        let mean = |of: Sums| numbers[of as usize] / numbers[Sums::Tokens as usize].max(1.0);
-        let (low, high) = (mean(Sums::LowClipped), mean(Sums::HighClipped));
-        let mut metrics = vec![("entropy", mean(Sums::Entropy))];
+        let count = numbers[Sums::Tokens as usize];
+        let mean = |name, of: Sums| Measured { name, sum: numbers[of as usize], count };
+        let mut measured = vec![mean("entropy", Sums::Entropy)];
         if self.arguments.beta != 0.0 {
-            metrics.push(("kl", mean(Sums::Kl)));
+            measured.push(mean("kl", Sums::Kl));
         }
         match self.arguments.loss_type {
             LossType::Sapo => {}
-            LossType::Cispo => metrics.push(("cispo_clip_ratio", high)),
-            _ => metrics.extend([
-                ("clip_ratio/low_mean", low),
-                ("clip_ratio/high_mean", high),
-                ("clip_ratio/region_mean", low + high),
-            ]),
+            LossType::Cispo => measured.push(mean("cispo_clip_ratio", Sums::HighClipped)),
+            _ => {
+                measured.push(mean("clip_ratio/low_mean", Sums::LowClipped));
+                measured.push(mean("clip_ratio/high_mean", Sums::HighClipped));
+                let sum = numbers[Sums::LowClipped as usize] + numbers[Sums::HighClipped as usize];
+                measured.push(Measured { name: "clip_ratio/region_mean", sum, count });
+            }
         }
-        metrics.extend([
-            ("sampling/sampling_logp_difference/mean", mean(Sums::Difference)),
-            ("sampling/sampling_logp_difference/max", numbers[numbers.len() - 1]),
-            ("sampling/importance_sampling_ratio/mean", mean(Sums::Ratio)),
-        ]);
-        Ok(metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+        measured.push(mean("sampling/sampling_logp_difference/mean", Sums::Difference));
+        measured.push(mean("sampling/importance_sampling_ratio/mean", Sums::Ratio));
+        let sum = numbers[numbers.len() - 1];
+        measured.push(Measured { name: "sampling/sampling_logp_difference/max", sum, count: 1.0 });
+        Ok(measured)
     }
 
-    fn run_config(&self, training: TrainingArguments) -> Result<String> {
-        GrpoArguments { training, ..self.arguments.clone() }.to_yaml()
+    fn config(&self) -> Result<String> {
+        self.arguments.own_yaml()
     }
+}
+
+/// By linear interpolation, as torch.quantile, which takes no more than 2^24 numbers.
+fn quantile(values: &Tensor, quantile: f64) -> Result<Tensor> {
+    let (sorted, _) = values.f_sort(0, false)?;
+    let place = quantile * (sorted.size()[0] - 1) as f64;
+    let (below, above) = (place.floor() as i64, place.ceil() as i64);
+    Ok(sorted.f_select(0, below)?.f_lerp(&sorted.f_select(0, above)?, place - below as f64)?)
 }

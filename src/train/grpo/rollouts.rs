@@ -1,5 +1,6 @@
 //! Completions by the model in training, judged and made ready for its steps.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -8,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use super::advantages::{mean, std};
 use super::batches::{Completion, column, step_batches};
@@ -270,34 +271,6 @@ impl<'a> Rollouts<'a> {
         let found = decoder.batch_log_probs(&upload(decoder, batch)?, self.arguments.temperature, pass)?;
         Ok(found.f_to_kind(Kind::Float)?.try_into()?)
     }
-
-    /// Keeps the tokens of the highest entropy of all micro-batches together, so that their split changes nothing.
-    fn keep_uncertain(&self, decoder: &Decoder, batches: &mut [Batch]) -> Result<()> {
-        let _no_grad = tch::no_grad_guard();
-        let temperature = self.arguments.temperature;
-        let mut entropies = Vec::with_capacity(batches.len());
-        for batch in &*batches {
-            let on_device = upload(decoder, batch)?;
-            let (_, entropy) =
-                decoder.batch_log_probs_and_entropy(&on_device, temperature, Pass::INFERENCE)?;
-            entropies.push(Vec::<f32>::try_from(entropy.f_to_kind(Kind::Float)?)?);
-        }
-        let counted = batches.iter().zip(&entropies).flat_map(|(batch, entropies)| {
-            batch.columns[column::WEIGHT].iter().zip(entropies).filter(|(weight, _)| **weight > 0.0)
-        });
-        let counted: Vec<f32> = counted.map(|(_, entropy)| *entropy).collect();
-        if counted.is_empty() {
-            return Ok(());
-        }
-        let quantile = 1.0 - self.arguments.top_entropy_quantile;
-        let least = Tensor::f_from_slice(&counted)?.f_quantile_scalar(quantile, None, false, "linear")?;
-        let least = least.f_double_value(&[])? as f32;
-        for (batch, entropies) in batches.iter_mut().zip(&entropies) {
-            let keep = entropies.iter().map(|entropy| f32::from(u8::from(*entropy >= least)));
-            batch.columns[column::KEEP] = keep.collect();
-        }
-        Ok(())
-    }
 }
 
 impl StepSource for Rollouts<'_> {
@@ -313,10 +286,7 @@ impl StepSource for Rollouts<'_> {
             self.generate(model)?;
         }
         let first = self.at.given % self.at.micro_batches.len();
-        let mut batches = self.at.micro_batches[first..first + accumulation as usize].to_vec();
-        if self.arguments.top_entropy_quantile < 1.0 {
-            self.keep_uncertain(&model.decoder, &mut batches)?;
-        }
+        let batches = self.at.micro_batches[first..first + accumulation as usize].to_vec();
         self.at.given += accumulation as usize;
         self.step_tokens = batches.iter().map(Batch::tokens).sum();
         Ok(batches)
@@ -353,11 +323,11 @@ impl StepSource for Rollouts<'_> {
         self.is_used_up() && self.at.generations.is_multiple_of(self.generations_per_epoch())
     }
 
-    fn metrics(&mut self, training_seconds: f64) -> Vec<(String, f64)> {
+    fn metrics(&mut self, training_seconds: f64) -> BTreeMap<String, f64> {
         let speed = self.step_tokens as f64 / training_seconds.max(1e-9);
-        let mut metrics = if self.is_new { std::mem::take(&mut self.metrics) } else { Vec::new() };
-        metrics.push(("training_tokens_per_second".to_owned(), speed));
-        metrics
+        let of_rollout = if self.is_new { std::mem::take(&mut self.metrics) } else { Vec::new() };
+        let of_training = ("training_tokens_per_second".to_owned(), speed);
+        of_rollout.into_iter().chain([of_training]).filter(|(_, value)| value.is_finite()).collect()
     }
 
     fn completions(&self) -> Option<Completions<'_>> {
