@@ -23,6 +23,7 @@ mod gpu_nf4;
 mod gpu_optim;
 mod gpu_plan;
 mod gpu_speed;
+mod grpo;
 mod hub;
 mod less_memory;
 mod nf4;
