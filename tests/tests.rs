@@ -8,6 +8,7 @@ mod bench;
 mod checkpoint_io;
 mod cli_config;
 mod cli_generate;
+mod cli_grpo;
 mod cli_train;
 mod cpu;
 mod data;
