@@ -10,6 +10,7 @@ pub mod chat;
 pub mod config_file;
 pub mod data;
 pub mod doctor;
+pub mod dpo;
 pub mod engine_args;
 pub mod export;
 pub mod format;
@@ -38,6 +39,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::Error;
 use crate::train::TrainingArguments;
+use crate::train::preference::PreferenceArguments;
 use config_file::Configured;
 
 /// Fine-tune and run Hugging Face language models
@@ -52,6 +54,8 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// Tune a checkpoint on preferences: DPO and its family on pairs, KTO on labelled completions
+    Dpo(Box<Configured<PreferenceArguments>>),
     /// Answer one prompt, a file of prompts, or what is piped in
     Generate(generate::GenerateArgs),
     /// Talk to a model in the terminal
@@ -94,6 +98,7 @@ pub fn run() -> ExitCode {
     crate::device::keep_freed_memory();
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Dpo(arguments) => dpo::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),

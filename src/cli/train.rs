@@ -116,7 +116,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
 }
 
 /// What `--resume-from-checkpoint` means; refuses to write over the model or another run.
-fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
+pub(super) fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
     if let (Ok(model), Ok(output)) = (fs::canonicalize(&args.model), fs::canonicalize(&args.output_dir))
         && model == output
     {
@@ -161,7 +161,7 @@ fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoin
 }
 
 /// The model's tokenizer with the chat template that was asked for.
-fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
+pub(super) fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
     let mut tokenizer = FastLanguageModel::tokenizer_of(dir)?;
     if let Some(template) = &args.chat_template {
         let path = Path::new(template);
@@ -173,7 +173,7 @@ fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-fn load_model(
+pub(super) fn load_model(
     args: &TrainingArguments,
     dir: &Path,
     options: LoadOptions,
@@ -192,14 +192,18 @@ fn load_model(
 }
 
 /// Modules that `--load-in-4bit` leaves as they are.
-fn dense_modules(args: &TrainingArguments, dir: &Path, options: LoadOptions) -> Result<BTreeSet<String>> {
+pub(super) fn dense_modules(
+    args: &TrainingArguments,
+    dir: &Path,
+    options: LoadOptions,
+) -> Result<BTreeSet<String>> {
     if args.from_scratch {
         return Ok(BTreeSet::new());
     }
     Ok(load_plan(args, dir, options)?.map(|plan| plan.kept()).unwrap_or_default())
 }
 
-fn missed(plan: &TrainPlan) -> String {
+pub(super) fn missed(plan: &TrainPlan) -> String {
     let memory = &plan.plan.memory;
     format!(
         "the plan of this run was wrong: it predicted {} of the GPU, and the {} of --max-memory were not enough. A larger \
@@ -299,7 +303,7 @@ fn load_data(
     Ok((BatchStream::new(Arc::new(train), batches)?, eval, reports))
 }
 
-fn banner(
+pub(super) fn banner(
     args: &TrainingArguments,
     model: &FastLanguageModel,
     train: &BatchStream,
@@ -321,8 +325,8 @@ fn banner(
     let device = decoder.device;
     let machine = device::describe(device);
     let data = train.data();
-    let rows = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
-    let samples_per_step = rows * args.gradient_accumulation_steps as f64;
+    let samples = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
+    let samples_per_step = samples * args.gradient_accumulation_steps as f64;
     let tokens_per_step = data.num_tokens() as f64 / data.len() as f64 * samples_per_step;
     let mut lines = vec![
         (
@@ -355,7 +359,11 @@ fn banner(
                 "{} x {} {}, about {} tokens",
                 args.per_device_train_batch_size,
                 args.gradient_accumulation_steps,
-                if args.packing { "packs" } else { "samples" },
+                match data.row_samples() {
+                    1 if args.packing => "packs",
+                    1 => "samples",
+                    _ => "pairs",
+                },
                 count(tokens_per_step.round() as u64)
             ),
         ),
@@ -375,22 +383,26 @@ fn banner(
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }
 
-/// `--dry-run`: one sample as the model will see it; what is trained stands out.
-fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
+/// `--dry-run`: the first sample, or pair, as the model will see it; what is trained stands out.
+pub(super) fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let colour = out.is_terminal();
     let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
-    writeln!(out, "{report}\n\nThe first sample; {on}what is trained{off} is marked:\n")?;
-    for span in preview(tokenizer, data, 0)? {
-        match span.trained {
-            true => write!(out, "{on}{}{off}", span.text)?,
-            false => write!(out, "{}", span.text)?,
+    let what = if data.row_samples() == 1 { "sample" } else { "pair" };
+    writeln!(out, "{report}\n\nThe first {what}; {on}what is trained{off} is marked:")?;
+    for sample in 0..data.row_samples() {
+        writeln!(out)?;
+        for span in preview(tokenizer, data, sample)? {
+            match span.trained {
+                true => write!(out, "{on}{}{off}", span.text)?,
+                false => write!(out, "{}", span.text)?,
+            }
         }
+        writeln!(out)?;
     }
-    writeln!(out)?;
     Ok(())
 }
 
-fn last_part(name: &str) -> &str {
+pub(super) fn last_part(name: &str) -> &str {
     name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)
 }

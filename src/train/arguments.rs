@@ -16,8 +16,9 @@ use crate::train::schedule::SchedulerType;
 
 mod values;
 
+pub(super) use values::list;
+use values::target_modules;
 pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size};
-use values::{list, target_modules};
 
 const MODEL: &str = "Model";
 const DATA: &str = "Data";

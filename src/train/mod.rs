@@ -13,6 +13,7 @@ pub mod observer;
 mod optim;
 pub mod plan;
 pub mod plot;
+pub mod preference;
 pub mod schedule;
 mod step;
 pub mod tensorboard;
