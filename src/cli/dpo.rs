@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::banner::summary;
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
 use super::train::{
-    banner, checkpoint_to_resume, dense_modules, last_part, load_model, load_tokenizer, missed, show_sample,
+    banner, checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, missed,
+    show_sample,
 };
-use super::train_plan::train_plan;
+use super::train_plan::{Sizes, train_plan};
 use super::train_serve::ServeBetweenSteps;
 use super::{signals, sources};
 use crate::data::{BatchOptions, BatchStream, DatasetReport, TokenDataset, Tokenizer, prepare_preferences};
@@ -20,7 +20,7 @@ use crate::models::Decoder;
 use crate::nn::LoadOptions;
 use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
-use crate::train::observer::{StopReason, TrainObserver};
+use crate::train::observer::TrainObserver;
 use crate::train::preference::{
     LossType, PreferenceArguments, PreferenceLoss, ReferenceCache, reference_log_probs,
 };
@@ -69,7 +69,9 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
     let dense = dense_modules(args, &dir, options)?;
     let plan = {
         let (train, eval) = streams(args, data.clone())?;
-        train_plan(args, &dir, options, &dense, &train, eval.as_ref())?
+        let sizes = Sizes { longest: train.data().max_len(), tokens: train.most_tokens() as u64 };
+        let eval_tokens = eval.as_ref().map(|eval| eval.most_tokens() as u64);
+        train_plan(args, &dir, options, &dense, sizes, eval_tokens)?
     };
     let mut model = load_model(args, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
@@ -100,7 +102,7 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
         model: &mut model,
         objective: &objective,
         arguments: args,
-        train,
+        train: Box::new(train),
         eval,
         observer: &mut observer,
         plan: plan.as_ref().map(|plan| plan.run.clone()),
@@ -111,21 +113,7 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
         _ => error,
     })?;
     drop(observer);
-    if results.stop_reason == StopReason::Interrupted {
-        print!("\n{}", summary(&results, &args.output_dir));
-        bail!(Error::Interrupted(format!(
-            "step {} is saved in {}",
-            results.global_step,
-            args.output_dir.display()
-        )));
-    }
-    match model.adapter {
-        Some(_) => model.save_trained(&args.output_dir)?,
-        None => model.save_pretrained(&args.output_dir, model.decoder.kind)?,
-    }
-    model.tokenizer()?.save(&args.output_dir)?;
-    print!("\n{}", summary(&results, &args.output_dir));
-    Ok(())
+    finish(args, &model, &results)
 }
 
 /// Says which words of the loss differ from those that the checkpoint was made with.

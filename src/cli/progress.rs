@@ -30,6 +30,15 @@ pub fn log_writer() -> impl Write {
     BesideBars
 }
 
+/// A line on stdout that stays. A reader that went away is no reason to end a run.
+pub(super) fn line(text: &str) {
+    let print = || {
+        let mut stdout = io::stdout().lock();
+        let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    };
+    BARS.suspend(print);
+}
+
 /// Shows a training run on stdout.
 #[derive(Debug)]
 pub struct Progress {
@@ -62,15 +71,6 @@ impl Progress {
         self.shown.iter().filter_map(number).collect()
     }
 
-    /// A line that stays. A reader that went away is no reason to end a run.
-    fn line(&self, text: &str) {
-        let print = || {
-            let mut stdout = io::stdout().lock();
-            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
-        };
-        BARS.suspend(print);
-    }
-
     /// From the mean time of the steps so far.
     fn eta(&self, step: u64) -> String {
         let done = step.saturating_sub(self.start_step).max(1);
@@ -84,7 +84,7 @@ impl TrainObserver for Progress {
         (self.total_steps, self.start_step) = (start.total_steps, start.start_step);
         self.started = Instant::now();
         if start.start_step > 0 {
-            self.line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
+            line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
         }
         if io::stdout().is_terminal() {
             let style = ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?;
@@ -97,13 +97,14 @@ impl TrainObserver for Progress {
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
+        let speed = speed(metrics);
         let numbers = format!(
-            "loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
+            "{}loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {speed} tokens/s | {}",
+            rewards(metrics),
             metrics.loss,
             self.objective(&metrics.objective, ""),
             metrics.learning_rate,
             metrics.grad_norm,
-            rate(metrics.tokens_per_second),
             bytes(metrics.memory)
         );
         match &self.bar {
@@ -113,7 +114,7 @@ impl TrainObserver for Progress {
             }
             None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
                 let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);
-                self.line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
+                line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
             }
             None => {}
         }
@@ -123,7 +124,7 @@ impl TrainObserver for Progress {
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
-        self.line(&format!(
+        line(&format!(
             "evaluation after step {}: loss {:.4}{}{best}, {took}",
             metrics.step,
             metrics.eval_loss,
@@ -133,7 +134,7 @@ impl TrainObserver for Progress {
     }
 
     fn on_checkpoint(&mut self, _step: u64, folder: &Path) -> Result<()> {
-        self.line(&format!("saved {}", folder.display()));
+        line(&format!("saved {}", folder.display()));
         Ok(())
     }
 
@@ -158,6 +159,24 @@ impl Drop for Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// The mean reward and each reward's, where the step has them.
+fn rewards(metrics: &StepMetrics) -> String {
+    let Some(reward) = metrics.objective.get("reward") else { return String::new() };
+    let each = metrics.objective.iter().filter_map(|(name, value)| {
+        Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
+    });
+    format!("reward {reward:.3} ({}) | ", each.collect::<Vec<_>>().join(", "))
+}
+
+/// Tokens/s; of the rollout and of training, where there is one.
+fn speed(metrics: &StepMetrics) -> String {
+    let known = |name: &str| metrics.objective.get(name).map(|speed| rate(*speed));
+    match (known("rollout_tokens_per_second"), known("training_tokens_per_second")) {
+        (Some(rollout), Some(training)) => format!("{rollout} + {training}"),
+        (_, training) => training.unwrap_or_else(|| rate(metrics.tokens_per_second)),
     }
 }
 

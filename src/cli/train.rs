@@ -8,27 +8,27 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::banner::{summary, table, trainable};
+use super::banner::{summary, table};
 use super::format::{bytes, count, percent};
-use super::model_args::{init_device, kind_of, name_of, overflows_f16};
+use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
 use super::quant_args::{self, QuantArgs};
-use super::train_plan::{TrainPlan, train_plan};
+use super::train_banner::{machine_lines, model_lines};
+use super::train_plan::{Sizes, TrainPlan, train_plan};
 use super::train_serve::ServeBetweenSteps;
 use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenCache,
     TokenDataset, Tokenizer, prepare_with, preview,
 };
-use crate::device;
 use crate::error::Error;
 use crate::export::{DYNAMIC_PLAN, DynamicPlan};
 use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
-use crate::train::observer::{StopReason, TrainObserver};
-use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments, memory};
+use crate::train::observer::{StopReason, TrainObserver, TrainResults};
+use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -59,7 +59,9 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         ..LoadOptions::new(kind, device)
     };
     let dense = dense_modules(&args, &dir, options)?;
-    let plan = train_plan(&args, &dir, options, &dense, &train, eval.as_ref())?;
+    let sizes = Sizes { longest: train.data().max_len(), tokens: train.most_tokens() as u64 };
+    let eval_tokens = eval.as_ref().map(|eval| eval.most_tokens() as u64);
+    let plan = train_plan(&args, &dir, options, &dense, sizes, eval_tokens)?;
     let mut model = load_model(&args, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
     args.optim = Some(args.optim_for(model.decoder.is_quantized()));
@@ -85,7 +87,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         model: &mut model,
         objective: &Sft,
         arguments: &args,
-        train,
+        train: Box::new(train),
         eval,
         observer: &mut observer,
         plan: plan.as_ref().map(|plan| plan.run.clone()),
@@ -97,21 +99,30 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         _ => error,
     })?;
     drop(observer);
+    finish(&args, &model, &results)
+}
+
+/// Writes the model of a run that is over, and says how it went.
+pub(super) fn finish(
+    args: &TrainingArguments,
+    model: &FastLanguageModel,
+    results: &TrainResults,
+) -> Result<()> {
     if results.stop_reason == StopReason::Interrupted {
-        print!("\n{}", summary(&results, &args.output_dir));
+        print!("\n{}", summary(results, &args.output_dir));
         bail!(Error::Interrupted(format!(
             "step {} is saved in {}",
             results.global_step,
             args.output_dir.display()
         )));
     }
-    match model.adapter {
+    match &model.adapter {
         // Adapters stay f32; a whole model is saved in the type it was run in.
         Some(_) => model.save_trained(&args.output_dir)?,
         None => model.save_pretrained(&args.output_dir, model.decoder.kind)?,
     }
     model.tokenizer()?.save(&args.output_dir)?;
-    print!("\n{}", summary(&results, &args.output_dir));
+    print!("\n{}", summary(results, &args.output_dir));
     Ok(())
 }
 
@@ -310,76 +321,32 @@ pub(super) fn banner(
     reports: &[DatasetReport],
     plan: Option<&TrainPlan>,
 ) -> String {
-    let decoder = &model.decoder;
-    let config = &decoder.config;
-    let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
-    let dtype = name_of(decoder.kind);
-    let method = match &model.adapter {
-        Some(adapter) => {
-            let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };
-            format!("LoRA r {}, lora_alpha {}{base}", adapter.r, adapter.lora_alpha)
-        }
-        None if args.from_scratch => "all weights, from random ones".to_owned(),
-        None => "all weights".to_owned(),
-    };
-    let device = decoder.device;
-    let machine = device::describe(device);
+    let mut lines = model_lines(args, model);
     let data = train.data();
     let samples = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
     let samples_per_step = samples * args.gradient_accumulation_steps as f64;
     let tokens_per_step = data.num_tokens() as f64 / data.len() as f64 * samples_per_step;
-    let mut lines = vec![
-        (
-            "model",
-            format!(
-                "{}: {}, {} layers, hidden size {}, {dtype}",
-                args.model,
-                config.model_type,
-                config.layers.len(),
-                config.hidden_size
-            ),
-        ),
-        ("trains", format!("{}, {method}", trainable(trained as u64, decoder.num_parameters() as u64))),
-    ];
-    let optimizer = match args.optim_for(decoder.is_quantized()) {
-        optim @ Optim::AdamwTorch => optim.to_string(),
-        optim @ Optim::Adamw8bit => format!("{optim}, moments in 8 bits"),
-    };
-    lines.push(("optimizer", optimizer));
     for (label, report) in ["data", "evaluation"].into_iter().zip(reports) {
         lines.push((label, report.to_string()));
     }
     if args.test_size > 0.0 {
         lines.push(("evaluation", format!("{} of them held out", percent(args.test_size))));
     }
-    lines.extend([
-        (
-            "step",
-            format!(
-                "{} x {} {}, about {} tokens",
-                args.per_device_train_batch_size,
-                args.gradient_accumulation_steps,
-                match data.row_samples() {
-                    1 if args.packing => "packs",
-                    1 => "samples",
-                    _ => "pairs",
-                },
-                count(tokens_per_step.round() as u64)
-            ),
+    lines.push((
+        "step",
+        format!(
+            "{} x {} {}, about {} tokens",
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            match data.row_samples() {
+                1 if args.packing => "packs",
+                1 => "samples",
+                _ => "pairs",
+            },
+            count(tokens_per_step.round() as u64)
         ),
-        (
-            "device",
-            format!(
-                "{machine}; {} in use of {}",
-                bytes(memory::in_use(device)),
-                bytes(memory::total(device))
-            ),
-        ),
-        ("output", args.output_dir.display().to_string()),
-    ]);
-    if let Some(TrainPlan { plan, budget, card, .. }) = plan {
-        lines.extend(super::budget::lines(plan, *budget, card));
-    }
+    ));
+    lines.extend(machine_lines(args, model, plan));
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }
 

@@ -10,7 +10,7 @@ use super::{Preference, TokenDataset};
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Samples side by side, without padding: N tokens in all, S samples.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
     /// Token ids, `[N]`.
     pub input_ids: Vec<i64>,
@@ -20,6 +20,8 @@ pub struct Batch {
     pub position_ids: Vec<i64>,
     /// Sample s is the tokens `cu_seqlens[s]..cu_seqlens[s + 1]`; `[S + 1]`, from 0 to N.
     pub cu_seqlens: Vec<i32>,
+    /// Numbers that an objective reads beside each row, `[K][N]`; which they are is its own matter.
+    pub columns: Vec<Vec<f32>>,
     /// In preference training what is known of each sample, `[S]`, else empty.
     pub preferences: Vec<Preference>,
 }

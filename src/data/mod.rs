@@ -54,6 +54,7 @@ pub use inspect::{Inspection, TokenCounts, inspect};
 pub use lint::{Finding, Lint, LintCounts, LintOptions, LintedRow, Rule};
 pub use minhash::{NearDuplicates, Signature};
 pub use named_templates::{NAMED_TEMPLATES, NamedTemplate};
+pub(crate) use order::shuffle;
 pub use preference::{Preference, PreferenceKind, PreferenceOptions, prepare_preferences};
 pub use prepare::{DatasetOptions, DatasetReport, prepare, prepare_with};
 pub use preview::{PreviewSpan, preview};

@@ -1,6 +1,7 @@
 //! Preference data: pairs of a better and a worse completion, or single ones with a label, as tokens.
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::format::{columns, kind, messages, tools, variables};
@@ -9,7 +10,7 @@ use super::records::{Record, Records, Row};
 use super::{DatasetReport, RenderOptions, TokenDataset, Tokenizer};
 
 /// What preference training knows of a sample beside its tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Preference {
     /// Tokens of the prompt; the completion stands behind them.
     pub prompt_len: u32,

@@ -19,6 +19,7 @@ pub struct Sampler {
     counts: HashMap<i64, u32>,
     /// The tokens left by the filters with their weights; kept between tokens for its memory.
     kept: Vec<Candidate>,
+    logprob: f64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -36,8 +37,14 @@ impl Sampler {
         let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
         rng.set_stream(stream);
         let seen = if params.repetition_penalty == 1.0 { Vec::new() } else { vec![false; vocab_size] };
-        let mut sampler =
-            Sampler { params: params.clone(), rng, seen, counts: HashMap::new(), kept: Vec::new() };
+        let mut sampler = Sampler {
+            params: params.clone(),
+            rng,
+            seen,
+            counts: HashMap::new(),
+            kept: Vec::new(),
+            logprob: 0.0,
+        };
         for &id in prompt {
             sampler.mark(id);
         }
@@ -59,6 +66,7 @@ impl Sampler {
         self.penalise(logits);
         let best = best(logits)?;
         let id = if self.params.temperature == 0.0 {
+            self.logprob = 0.0;
             best
         } else {
             self.filter(logits, best);
@@ -69,6 +77,11 @@ impl Sampler {
             *self.counts.entry(id as i64).or_default() += 1;
         }
         Ok(id as i64)
+    }
+
+    /// The log-probability of the last token in the distribution that it was drawn from: after penalties, temperature and filters.
+    pub fn logprob(&self) -> f64 {
+        self.logprob
     }
 
     /// The probabilities `[V]` that [`sample`](Sampler::sample) would draw from.
@@ -157,15 +170,16 @@ impl Sampler {
     fn draw(&mut self) -> usize {
         let total: f64 = self.kept.iter().map(|candidate| candidate.weight).sum();
         let mut left = self.rng.random::<f64>() * total;
-        let mut chosen = self.kept[0].id;
+        let mut chosen = self.kept[0];
         for candidate in self.kept.iter().filter(|candidate| candidate.weight > 0.0) {
-            chosen = candidate.id;
+            chosen = *candidate;
             left -= candidate.weight;
             if left < 0.0 {
                 break;
             }
         }
-        chosen
+        self.logprob = (chosen.weight / total).ln();
+        chosen.id
     }
 }
 

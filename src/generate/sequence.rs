@@ -154,7 +154,8 @@ impl Sequence {
             (.., true) => Some(FinishReason::Length),
             _ => None,
         };
-        Ok((Token { id, text, logprobs, weights: self.weights }, reason))
+        let sampling_logprob = self.sampler.logprob() as f32;
+        Ok((Token { id, text, logprobs, sampling_logprob, weights: self.weights }, reason))
     }
 
     pub(super) fn event(&self, kind: EventKind) -> super::Event {

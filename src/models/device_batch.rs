@@ -76,6 +76,10 @@ impl BatchShape {
 }
 
 impl DeviceBatch {
+    pub fn samples(&self) -> i64 {
+        self.input.cu_seqlens.len() as i64 - 1
+    }
+
     pub fn shape(&self) -> BatchShape {
         BatchShape::new(&self.input.cu_seqlens, self.targets.count())
     }

@@ -9,7 +9,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::io::write_atomically;
-use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
+use crate::train::observer::{
+    CompletionRow, Completions, EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults,
+};
 use crate::train::plot;
 use crate::train::tensorboard::EventWriter;
 
@@ -19,6 +21,8 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const TRAIN_RESULTS: &str = "train_results.json";
 /// The picture of the losses.
 pub const LOSS_CURVE: &str = "loss.svg";
+/// One JSON object a completion, where the model writes what it trains on.
+pub const COMPLETIONS: &str = "completions.jsonl";
 /// Folder of the TensorBoard event files.
 pub const TENSORBOARD: &str = "runs";
 
@@ -94,6 +98,13 @@ pub fn history_of(path: &Path, metric: &str) -> Result<LossHistory> {
     Ok(history)
 }
 
+#[derive(Serialize)]
+struct Numbered<'a> {
+    step: u64,
+    #[serde(flatten)]
+    row: &'a CompletionRow,
+}
+
 /// Writes the run's records into its output folder. A disk that is full in the middle of the run costs records, not
 /// the run.
 #[derive(Debug)]
@@ -104,6 +115,9 @@ pub struct RunLog {
     /// Metrics of the objective that get a picture.
     plots: &'static [&'static str],
     open: Option<(MetricsFile, EventWriter)>,
+    /// 0 for no file.
+    completions_steps: u64,
+    completions: Option<MetricsFile>,
     history: LossHistory,
     total_steps: u64,
     has_warned: bool,
@@ -118,6 +132,8 @@ impl RunLog {
             logging_steps,
             plots: &[],
             open: None,
+            completions_steps: 0,
+            completions: None,
             history: LossHistory::default(),
             total_steps: 0,
             has_warned: false,
@@ -129,13 +145,22 @@ impl RunLog {
         Self { plots: metrics, ..self }
     }
 
+    /// The same with a file of the completions of every `steps`th step; 0 for none.
+    pub fn with_completions(self, steps: u64) -> Self {
+        Self { completions_steps: steps, ..self }
+    }
+
+    fn lost(&mut self, step: u64, error: anyhow::Error) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        }
+    }
+
     fn record(&mut self, step: u64, record: &impl Serialize, scalars: &[(&str, f64)]) {
         let Some((metrics, events)) = &mut self.open else { return };
         let written = metrics.append(record).and_then(|()| events.scalars(step, scalars));
-        if let Err(error) = written
-            && !std::mem::replace(&mut self.has_warned, true)
-        {
-            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        if let Err(error) = written {
+            self.lost(step, error);
         }
     }
 
@@ -164,6 +189,10 @@ impl TrainObserver for RunLog {
         let first_step = if start.start_step > 0 { start.start_step + 1 } else { 0 };
         let events = EventWriter::create(&self.output_dir.join(TENSORBOARD), first_step)?;
         self.open = Some((metrics, events));
+        if self.completions_steps > 0 {
+            self.completions =
+                Some(MetricsFile::open(&self.output_dir.join(COMPLETIONS), start.start_step)?.0);
+        }
         self.history = history;
         Ok(())
     }
@@ -186,6 +215,18 @@ impl TrainObserver for RunLog {
         let names: Vec<String> = metrics.objective.keys().map(|name| format!("train/{name}")).collect();
         scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
+        Ok(())
+    }
+
+    fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
+        if self.completions_steps == 0 || !step.is_multiple_of(self.completions_steps) {
+            return Ok(());
+        }
+        let Some(file) = &mut self.completions else { return Ok(()) };
+        let written = completions.rows.iter().try_for_each(|row| file.append(&Numbered { step, row }));
+        if let Err(error) = written {
+            self.lost(step, error);
+        }
         Ok(())
     }
 
