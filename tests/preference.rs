@@ -391,7 +391,7 @@ fn a_run_shows_learns_and_resumes_to_the_bit() {
     let place = workplace();
     let stdout =
         succeeded(dpo(&place, "whole", &["--test-size", "0.25", "--eval-steps", "4"]).output().unwrap());
-    for expected in ["4 x 2 pairs", "step 12/12", "margin", "accuracy 1.000", "evaluation after step 4"] {
+    for expected in ["8 x 1 pairs", "step 12/12", "margin", "accuracy 1.000", "evaluation after step 4"] {
         assert!(stdout.contains(expected), "{expected}: {stdout}");
     }
     for file in ["rewards_margins.svg", "rewards_accuracies.svg", "loss.svg", "adapter_config.json"] {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::{Context, Result};
-use clap::{Args, Command, FromArgMatches, ValueEnum};
+use clap::{Arg, Args, Command, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -73,6 +73,7 @@ impl std::str::FromStr for LossType {
 
 /// One preference run: the words of [`TrainingArguments`] and these.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(mut_args(of_preferences))]
 #[serde(default)]
 pub struct PreferenceArguments {
     /// Loss, or several, comma-separated
@@ -124,6 +125,35 @@ impl Default for PreferenceArguments {
 
 /// TRL's, of DPO, CPO, ORPO and KTO alike.
 const LEARNING_RATE: f64 = 1e-6;
+
+/// Words of [`TrainingArguments`] that mean nothing here.
+const MEANINGLESS: [&str; 10] = [
+    "max_seq_length",
+    "packing",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_format",
+    "text_column",
+    "template",
+    "allow_missing_eot",
+    "dataset_cache",
+    "lora_dropout",
+];
+
+/// A flag of [`TrainingArguments`] as it is here, with TRL's default.
+fn of_preferences(arg: Arg) -> Arg {
+    match arg.get_id().as_str() {
+        "learning_rate" => arg.help("Peak learning rate [default: 1e-6]"),
+        "per_device_train_batch_size" => {
+            arg.default_value("8").help("Pairs (kto: examples) in one forward pass")
+        }
+        "per_device_eval_batch_size" => arg.default_value("8"),
+        "gradient_accumulation_steps" => arg.default_value("1"),
+        "weight_decay" | "warmup_ratio" => arg.default_value("0"),
+        id if MEANINGLESS.contains(&id) => arg.hide(true),
+        _ => arg,
+    }
+}
 
 impl PreferenceArguments {
     /// Each loss with its weight.
@@ -252,28 +282,22 @@ impl PreferenceArguments {
                 &format!("--{flag} {value}: must be a finite number, 0 or more"),
             )?;
         }
-        let (train, defaults) = (&self.train, TrainingArguments::default());
-        for (flag, given, instead) in [
-            ("max-seq-length", train.max_seq_length != defaults.max_seq_length, "use --max-length"),
-            ("packing", train.packing, "batches have no padding without it"),
-            ("assistant-only-loss", train.assistant_only_loss, "the completion is trained"),
-            ("completion-only-loss", train.completion_only_loss.is_some(), "the completion is trained"),
-            (
-                "dataset-format",
-                train.dataset_format.is_some(),
-                "rows have chosen and rejected, or completion and label",
-            ),
-            (
-                "text-column",
-                train.text_column.is_some(),
-                "rows have chosen and rejected, or completion and label",
-            ),
-            ("template", train.template.is_some(), "rows have chosen and rejected, or completion and label"),
-            ("allow-missing-eot", train.allow_missing_eot, "it is not checked"),
-            ("dataset-cache", train.dataset_cache.is_some(), "tokens stay in memory"),
-            ("lora-dropout", train.lora_dropout > 0.0, "log-probabilities are compared without dropout"),
-        ] {
-            refuse(given, &format!("--{flag} means nothing in preference training: {instead}"))?;
+        let fields = |arguments: &TrainingArguments| serde_json::to_value(arguments).unwrap_or_default();
+        let (given, defaults) = (fields(&self.train), fields(&TrainingArguments::default()));
+        for key in MEANINGLESS {
+            let instead = match key {
+                "max_seq_length" => "use --max-length",
+                "packing" => "batches have no padding without it",
+                "lora_dropout" => "log-probabilities are compared without dropout",
+                "dataset_cache" => "tokens stay in memory",
+                "allow_missing_eot" => "the end of turns is not checked",
+                _ => "the completion is trained, of the columns chosen and rejected, or completion and label",
+            };
+            let flag = key.replace('_', "-");
+            refuse(
+                given[key] != defaults[key],
+                &format!("--{flag} means nothing in preference training: {instead}"),
+            )?;
         }
         Ok(())
     }
