@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::rewards::RewardSpec;
 use crate::train::arguments::{differences, fields, list};
-use crate::train::{Size, TrainingArguments};
+use crate::train::{EvalStrategy, Size, TrainingArguments};
 
 const ROLLOUTS: &str = "Rollouts";
 const REWARDS: &str = "Rewards";
@@ -297,8 +297,12 @@ impl GrpoArguments {
             true => Err(Error::Usage(message)),
             false => Ok(()),
         };
-        let (default, given) =
-            (serde_json::to_value(TrainingArguments::default())?, serde_json::to_value(&self.training)?);
+        let default = fields(&TrainingArguments::default());
+        let mut given = fields(&self.training);
+        // As a resolved run says it.
+        if self.training.eval_strategy == Some(EvalStrategy::No) {
+            given.insert("eval_strategy".to_owned(), serde_json::Value::Null);
+        }
         for key in NOT_OURS {
             refuse(
                 given.get(key) != default.get(key),

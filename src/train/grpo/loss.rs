@@ -287,6 +287,26 @@ impl Objective for Grpo<'_> {
     }
 }
 
+/// Writes what the loss takes from before the steps on `batches` into their columns: the log-probabilities of the policy as it is
+/// now, where several steps follow, and of the reference, where beta is not 0.
+pub fn add_log_probs(decoder: &Decoder, arguments: &GrpoArguments, batches: &mut [Batch]) -> Result<()> {
+    let _no_grad = tch::no_grad_guard();
+    let log_probs = |batch: &Batch, pass| -> Result<Vec<f32>> {
+        let found = decoder.batch_log_probs(&upload(decoder, batch)?, arguments.temperature, pass)?;
+        Ok(found.f_to_kind(Kind::Float)?.try_into()?)
+    };
+    for batch in batches {
+        if arguments.is_off_policy() {
+            batch.columns[column::OLD] = log_probs(batch, Pass::INFERENCE)?;
+        }
+        if arguments.beta != 0.0 {
+            let reference = Pass { without_lora: true, ..Pass::INFERENCE };
+            batch.columns[column::REFERENCE] = log_probs(batch, reference)?;
+        }
+    }
+    Ok(())
+}
+
 /// By linear interpolation, as torch.quantile, which takes no more than 2^24 numbers.
 fn quantile(values: &Tensor, quantile: f64) -> Result<Tensor> {
     let (sorted, _) = values.f_sort(0, false)?;

@@ -15,6 +15,6 @@ mod rollouts;
 pub use advantages::{Advantages, advantages};
 pub use arguments::{GrpoArguments, ImportanceSamplingLevel, ImportanceSamplingMode, LossType, ScaleRewards};
 pub use batches::{Completion, step_batches};
-pub use loss::Grpo;
+pub use loss::{Grpo, add_log_probs};
 pub use prompts::{Prompt, PromptOptions, Prompts};
 pub use rollouts::Rollouts;

@@ -9,20 +9,18 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::Kind;
 
 use super::advantages::{mean, std};
-use super::batches::{Completion, column, step_batches};
+use super::batches::{Completion, step_batches};
+use super::loss::add_log_probs;
 use super::{GrpoArguments, Prompts, advantages};
 use crate::data::{Batch, shuffle};
 use crate::device;
 use crate::generate::{Engine, EngineOptions, FinishReason, Generation, KvBudget, Request, SamplingParams};
-use crate::models::{Decoder, FastLanguageModel};
+use crate::models::FastLanguageModel;
 use crate::nn::PAGE_SIZE;
-use crate::ops::Pass;
 use crate::rewards::{Rewards, Sample, Scores};
 use crate::train::StepSource;
-use crate::train::objective::upload;
 use crate::train::observer::{CompletionRow, Completions};
 
 /// Sequences that are decoded at once.
@@ -171,15 +169,7 @@ impl<'a> Rollouts<'a> {
             shuffle(&mut completions, &mut rng);
         }
         let mut batches = step_batches(&completions, args);
-        for batch in &mut batches {
-            if args.is_off_policy() {
-                batch.columns[column::OLD] = self.log_probs(&model.decoder, batch, Pass::INFERENCE)?;
-            }
-            if args.beta != 0.0 {
-                let reference = Pass { without_lora: true, ..Pass::INFERENCE };
-                batch.columns[column::REFERENCE] = self.log_probs(&model.decoder, batch, reference)?;
-            }
-        }
+        add_log_probs(&model.decoder, args, &mut batches)?;
         self.at.micro_batches = batches;
         self.at.given = 0;
         self.at.generations += 1;
@@ -263,13 +253,6 @@ impl<'a> Rollouts<'a> {
             ("rollout_tokens_per_second".to_owned(), tokens / seconds.max(1e-9)),
         ]);
         self.metrics = metrics;
-    }
-
-    /// Log-probabilities by row, without a gradient.
-    fn log_probs(&self, decoder: &Decoder, batch: &Batch, pass: Pass) -> Result<Vec<f32>> {
-        let _no_grad = tch::no_grad_guard();
-        let found = decoder.batch_log_probs(&upload(decoder, batch)?, self.arguments.temperature, pass)?;
-        Ok(found.f_to_kind(Kind::Float)?.try_into()?)
     }
 }
 
