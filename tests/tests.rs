@@ -32,6 +32,7 @@ mod ops;
 mod optim;
 mod parity;
 mod plan;
+mod preference;
 mod rewards;
 mod run_log;
 mod schedule;

@@ -11,6 +11,7 @@ mod completions;
 pub mod config_file;
 pub mod data;
 pub mod doctor;
+pub mod dpo;
 pub mod engine_args;
 pub mod export;
 pub mod format;
@@ -42,6 +43,7 @@ use tracing_subscriber::EnvFilter;
 use crate::error::Error;
 use crate::train::TrainingArguments;
 use crate::train::grpo::GrpoArguments;
+use crate::train::preference::PreferenceArguments;
 use config_file::Configured;
 
 /// Fine-tune and run Hugging Face language models
@@ -56,6 +58,8 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// Tune a checkpoint on preferences: DPO and its family on pairs, KTO on labelled completions
+    Dpo(Box<Configured<PreferenceArguments>>),
     /// Let a model answer prompts and learn from the rewards of its answers (GRPO)
     Grpo(Box<Configured<GrpoArguments>>),
     /// Answer one prompt, a file of prompts, or what is piped in
@@ -100,6 +104,7 @@ pub fn run() -> ExitCode {
     crate::device::keep_freed_memory();
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Dpo(arguments) => dpo::run(arguments.0),
         Command::Grpo(arguments) => grpo::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),

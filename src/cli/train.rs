@@ -314,7 +314,7 @@ fn load_data(
     Ok((BatchStream::new(Arc::new(train), batches)?, eval, reports))
 }
 
-fn banner(
+pub(super) fn banner(
     args: &TrainingArguments,
     model: &FastLanguageModel,
     train: &BatchStream,
@@ -323,8 +323,8 @@ fn banner(
 ) -> String {
     let mut lines = model_lines(args, model);
     let data = train.data();
-    let rows = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
-    let samples_per_step = rows * args.gradient_accumulation_steps as f64;
+    let samples = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
+    let samples_per_step = samples * args.gradient_accumulation_steps as f64;
     let tokens_per_step = data.num_tokens() as f64 / data.len() as f64 * samples_per_step;
     for (label, report) in ["data", "evaluation"].into_iter().zip(reports) {
         lines.push((label, report.to_string()));
@@ -338,7 +338,11 @@ fn banner(
             "{} x {} {}, about {} tokens",
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
-            if args.packing { "packs" } else { "samples" },
+            match data.row_samples() {
+                1 if args.packing => "packs",
+                1 => "samples",
+                _ => "pairs",
+            },
             count(tokens_per_step.round() as u64)
         ),
     ));
@@ -346,19 +350,23 @@ fn banner(
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }
 
-/// `--dry-run`: one sample as the model will see it; what is trained stands out.
-fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
+/// `--dry-run`: the first sample, or pair, as the model will see it; what is trained stands out.
+pub(super) fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let colour = out.is_terminal();
     let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
-    writeln!(out, "{report}\n\nThe first sample; {on}what is trained{off} is marked:\n")?;
-    for span in preview(tokenizer, data, 0)? {
-        match span.trained {
-            true => write!(out, "{on}{}{off}", span.text)?,
-            false => write!(out, "{}", span.text)?,
+    let what = if data.row_samples() == 1 { "sample" } else { "pair" };
+    writeln!(out, "{report}\n\nThe first {what}; {on}what is trained{off} is marked:")?;
+    for sample in 0..data.row_samples() {
+        writeln!(out)?;
+        for span in preview(tokenizer, data, sample)? {
+            match span.trained {
+                true => write!(out, "{on}{}{off}", span.text)?,
+                false => write!(out, "{}", span.text)?,
+            }
         }
+        writeln!(out)?;
     }
-    writeln!(out)?;
     Ok(())
 }
 

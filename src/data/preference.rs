@@ -115,6 +115,8 @@ pub fn prepare_preferences<S: AsRef<str>>(
 /// A prompt's tokens and those of its completions, with whether they are the better ones.
 struct Encoded {
     prompt: Vec<u32>,
+    /// The prompt as it is tokenised alone.
+    alone: Vec<u32>,
     completions: Vec<(Vec<u32>, bool)>,
 }
 
@@ -131,7 +133,7 @@ fn dropped(example: &Encoded, max_length: usize) -> Option<&'static str> {
 fn mismatched(all: &[Encoded], n: usize) -> &[u32] {
     let before = (1..all.len()).map(|back| &all[(n + all.len() - back) % all.len()]);
     let last = &all[(n + all.len() - 1) % all.len()];
-    &before.into_iter().find(|other| other.prompt != all[n].prompt).unwrap_or(last).completions[0].0
+    &before.into_iter().find(|other| other.alone != all[n].alone).unwrap_or(last).completions[0].0
 }
 
 /// A prompt or a completion.
@@ -162,8 +164,11 @@ fn encode(tokenizer: &Tokenizer, kind: PreferenceKind, row: &Row) -> Result<Vec<
         return Ok(match kind {
             PreferenceKind::Pairs => vec![encoded],
             PreferenceKind::Labelled => {
-                let single =
-                    |completion| Encoded { prompt: encoded.prompt.clone(), completions: vec![completion] };
+                let single = |completion| Encoded {
+                    prompt: encoded.prompt.clone(),
+                    alone: encoded.alone.clone(),
+                    completions: vec![completion],
+                };
                 encoded.completions.into_iter().map(single).collect()
             }
         });
@@ -252,7 +257,7 @@ impl RowEncoder<'_> {
             whole.push((ids, chosen));
         }
         let completions = whole.iter().map(|(ids, chosen)| (ids[start..].to_vec(), *chosen)).collect();
-        Ok(Encoded { prompt: alone[..start].to_vec(), completions })
+        Ok(Encoded { prompt: alone[..start].to_vec(), alone, completions })
     }
 
     fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Vec<u32>> {

@@ -14,6 +14,7 @@ pub mod observer;
 mod optim;
 pub mod plan;
 pub mod plot;
+pub mod preference;
 pub mod schedule;
 mod source;
 mod step;
