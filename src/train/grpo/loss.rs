@@ -166,9 +166,9 @@ impl<'a> Grpo<'a> {
         let difference = &terms.statistics[Sums::Difference as usize - 1];
         let largest = difference.f_max()?.f_to_kind(Kind::Float)?;
         let mut kept = self.sums.borrow_mut();
-        let _ = kept.get_or_insert(sums.f_zeros_like()?).f_add_(&sums)?;
+        let _ = kept.get_or_insert_with(|| sums.zeros_like()).f_add_(&sums)?;
         let mut kept = self.largest.borrow_mut();
-        let kept = kept.get_or_insert(largest.f_zeros_like()?);
+        let kept = kept.get_or_insert_with(|| largest.zeros_like());
         kept.f_copy_(&kept.f_maximum(&largest)?)?;
         Ok(())
     }
@@ -248,7 +248,8 @@ impl Objective for Grpo<'_> {
             0 => Tensor::f_zeros([0i64; 0], (all.kind(), all.device()))?,
             _ => quantile(&all, 1.0 - self.arguments.top_entropy_quantile)?,
         };
-        self.least_entropy.replace(Some(least));
+        // In place, as a recorded step reads it there.
+        self.least_entropy.borrow_mut().get_or_insert_with(|| least.copy()).f_copy_(&least)?;
         Ok(())
     }
 
