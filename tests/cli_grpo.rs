@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::golden::shared_data;
+
 fn example(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny").join(name)
 }
@@ -160,6 +162,33 @@ fn a_dry_run_shows_a_prompt() {
     assert!(shown.contains("516 prompts") && shown.contains("rewards: exact, format"), "{shown}");
     assert!(shown.contains("Think first.") && shown.contains("Calculate 0+0."), "{shown}");
     assert!(!output.exists());
+}
+
+/// Questions of GSM8K, whose answers end in `#### 18`, through system prompt, chat template, rewards and metrics.
+#[test]
+fn gsm8k_runs() {
+    let Some(data) = shared_data("datasets/gsm8k/test.jsonl") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command.args([
+        "grpo",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--max-completion-length",
+        "8",
+    ]);
+    command.args(["--prompt-column", "question", "--system-prompt", "Think."]);
+    command.args(["--reward-funcs", "numeric=2", "format:think-answer", "--num-generations", "4"]);
+    command.arg("--model").arg(example("model")).arg("--dataset").arg(data).arg("--output-dir").arg(&output);
+    succeeded(command.output().unwrap());
+    let metrics = &lines(&output.join("metrics.jsonl"))[0];
+    let numeric = metrics["rewards/numeric/mean"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&numeric) && metrics["reward_failures"] == 0.0, "{metrics}");
 }
 
 #[test]

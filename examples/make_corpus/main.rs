@@ -1,7 +1,8 @@
 //! Writes everything that the embedded default model is made of: `cargo run --example make_corpus -- FOLDER`.
 //!
 //! `pretrain.jsonl` and `sft.jsonl` (conversations), `tokenizer/` (a checkpoint without weights), `heldout.jsonl` (problems
-//! that no conversation contains), `problems.jsonl` (others, to practise on) and `train.jsonl` (a small dataset that gives the model a manner it does not have).
+//! that no conversation contains), `problems.jsonl` (others, to practise on) and `train.jsonl` (a small dataset that gives the
+//! model a manner it does not have).
 
 mod talk;
 mod tokenizer;

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use clap::{Args, Command, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::rewards::RewardSpec;
@@ -243,11 +244,16 @@ impl GrpoArguments {
         serde_saphyr::to_string(&own).context("writing the configuration as YAML")
     }
 
-    /// Reads a `run.yaml`; `file` is named in errors.
+    /// Reads a `run.yaml`, or some of its keys; `file` is named in errors.
     pub fn from_yaml(text: &str, file: &Path) -> Result<Self> {
         let options = serde_saphyr::options! { strict_booleans: true };
-        serde_saphyr::from_str_with_options(text, options)
-            .with_context(|| format!("{}: not a configuration", file.display()))
+        let wrong = || format!("{}: not a configuration", file.display());
+        let given: Map<String, Value> =
+            serde_saphyr::from_str_with_options(text, options).with_context(wrong)?;
+        // Not what serde takes for a missing key: that is the default of `ferrotune train`.
+        let mut all = fields(&Self::default());
+        all.extend(given);
+        serde_json::from_value(Value::Object(all)).with_context(wrong)
     }
 
     /// The keys whose values differ, as [`TrainingArguments::differences`] gives them.
@@ -301,7 +307,7 @@ impl GrpoArguments {
         let mut given = fields(&self.training);
         // As a resolved run says it.
         if self.training.eval_strategy == Some(EvalStrategy::No) {
-            given.insert("eval_strategy".to_owned(), serde_json::Value::Null);
+            given.insert("eval_strategy".to_owned(), Value::Null);
         }
         for key in NOT_OURS {
             refuse(

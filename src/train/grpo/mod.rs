@@ -17,4 +17,4 @@ pub use arguments::{GrpoArguments, ImportanceSamplingLevel, ImportanceSamplingMo
 pub use batches::{Completion, step_batches};
 pub use loss::{Grpo, add_log_probs};
 pub use prompts::{Prompt, PromptOptions, Prompts};
-pub use rollouts::Rollouts;
+pub use rollouts::{Rollouts, evaluate};

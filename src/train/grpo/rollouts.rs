@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::advantages::{mean, std};
 use super::batches::{Completion, step_batches};
 use super::loss::add_log_probs;
-use super::{GrpoArguments, Prompts, advantages};
+use super::{GrpoArguments, Prompt, Prompts, advantages};
 use crate::data::{Batch, shuffle};
 use crate::device;
 use crate::generate::{Engine, EngineOptions, FinishReason, Generation, KvBudget, Request, SamplingParams};
@@ -134,7 +134,7 @@ impl<'a> Rollouts<'a> {
                 Request::samples(&self.prompts.rows[row].ids, &params, args.num_generations)
             })
             .collect();
-        let groups = self.run(model, requests)?;
+        let groups = answers(model, requests, self.kv_bytes)?;
         let seconds = started.elapsed().as_secs_f64();
         let generations: Vec<(usize, Generation)> = chosen
             .iter()
@@ -176,33 +176,9 @@ impl<'a> Rollouts<'a> {
         Ok(())
     }
 
-    /// Answers by an engine that lives as long as they are written: training has the memory of its keys and values.
-    fn run(&self, model: &FastLanguageModel, requests: Vec<Request>) -> Result<Vec<Vec<Generation>>> {
-        let decoder = &model.decoder;
-        let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
-        let pages = (longest + self.arguments.max_completion_length).div_ceil(PAGE_SIZE);
-        let max_num_seqs = (requests.len() * self.arguments.num_generations)
-            .min(MOST_AT_ONCE.max(self.arguments.num_generations));
-        let wanted = (max_num_seqs * pages * PAGE_SIZE * decoder.kv_bytes_per_token()) as u64;
-        let options = EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(self.kv_bytes)), max_num_seqs };
-        let mut engine = Engine::new(decoder, options)?;
-        let answers = engine.run(model, requests, |_, _, _| ()).context("writing completions")?;
-        drop(engine);
-        device::empty_cache(decoder.device)?;
-        Ok(answers)
-    }
-
     fn judge(&mut self, generations: &[(usize, Generation)]) -> Scores {
-        let samples: Vec<Sample> = generations
-            .iter()
-            .map(|(row, generation)| Sample {
-                prompt: &self.prompts.rows[*row].value,
-                completion: &generation.text,
-                completion_ids: &generation.token_ids,
-                truncated: generation.finish_reason == FinishReason::Length,
-                columns: &self.prompts.rows[*row].columns,
-            })
-            .collect();
+        let samples =
+            samples(generations.iter().map(|(row, generation)| (&self.prompts.rows[*row], generation)));
         let scores = self.rewards.score(&samples);
         // One line a reward: a server that is away fails with every sample.
         for name in self.rewards.names() {
@@ -254,6 +230,47 @@ impl<'a> Rollouts<'a> {
         ]);
         self.metrics = metrics;
     }
+}
+
+/// What `rewards` say of one answer to each prompt.
+pub fn evaluate(
+    model: &FastLanguageModel,
+    prompts: &Prompts,
+    rewards: &mut Rewards,
+    params: &SamplingParams,
+    kv_bytes: u64,
+) -> Result<Scores> {
+    let requests = prompts.rows.iter().map(|prompt| Request::new(&prompt.ids, params)).collect();
+    let generations = answers(model, requests, kv_bytes)?.concat();
+    Ok(rewards.score(&samples(prompts.rows.iter().zip(&generations))))
+}
+
+/// Answers by an engine that lives as long as they are written: training has the memory of its keys and values.
+fn answers(model: &FastLanguageModel, requests: Vec<Request>, kv_bytes: u64) -> Result<Vec<Vec<Generation>>> {
+    let decoder = &model.decoder;
+    let longest = |request: &Request| request.prompt_ids.len() + request.params.max_new_tokens;
+    let pages = requests.iter().map(longest).max().unwrap_or(1).div_ceil(PAGE_SIZE);
+    let group = requests.iter().map(|request| request.n).max().unwrap_or(1);
+    let all: usize = requests.iter().map(|request| request.n).sum();
+    let max_num_seqs = all.min(MOST_AT_ONCE.max(group));
+    let wanted = (max_num_seqs * pages * PAGE_SIZE * decoder.kv_bytes_per_token()) as u64;
+    let options = EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(kv_bytes)), max_num_seqs };
+    let mut engine = Engine::new(decoder, options)?;
+    let answers = engine.run(model, requests, |_, _, _| ()).context("writing completions")?;
+    drop(engine);
+    device::empty_cache(decoder.device)?;
+    Ok(answers)
+}
+
+fn samples<'s>(answers: impl Iterator<Item = (&'s Prompt, &'s Generation)>) -> Vec<Sample<'s>> {
+    let sample = |(prompt, answer): (&'s Prompt, &'s Generation)| Sample {
+        prompt: &prompt.value,
+        completion: &answer.text,
+        completion_ids: &answer.token_ids,
+        truncated: answer.finish_reason == FinishReason::Length,
+        columns: &prompt.columns,
+    };
+    answers.map(sample).collect()
 }
 
 impl StepSource for Rollouts<'_> {
