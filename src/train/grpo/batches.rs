@@ -35,9 +35,11 @@ pub struct Completion {
 /// are an optimizer step. With `m` tokens that count in completion i (all of them, or none where truncated ones are masked), `B`
 /// completions in a step and `M` counted tokens in it, a token's loss is multiplied by
 ///
-///     grpo, sapo   1 / (m_i B)                                bnpo    1 / M
-///     dapo, cispo  1 / (mean of M over the generation's steps)     dr_grpo 1 / (B max_completion_length)
-///     luspo        1 / B
+/// ```text
+/// grpo, sapo   1 / (m_i B)                                bnpo    1 / M
+/// dapo, cispo  1 / (mean of M over the generation's steps)     dr_grpo 1 / (B max_completion_length)
+/// luspo        1 / B
+/// ```
 ///
 /// so that a step's loss is the sum of its tokens' and its split into micro-batches changes nothing.
 pub fn step_batches(completions: &[Completion], arguments: &GrpoArguments) -> Vec<Batch> {
