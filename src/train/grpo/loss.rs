@@ -16,10 +16,12 @@ use crate::train::objective::{Measured, upload};
 /// With `log pi` the log-probability of a completion's token at the sampling temperature, `log pi_old` the same before the steps
 /// on these completions (where there is one step, itself without gradient) and A the advantage, a token's loss is
 ///
-///     rho = exp(log pi - log pi_old), or with importance_sampling_level sequence exp(its mean over the completion)
-///     grpo, bnpo, dr_grpo, dapo, luspo   -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
-///     cispo    -min(rho, epsilon_high) A log pi, no gradient through rho                     (arXiv:2506.13585)
-///     sapo     -sigmoid(t (rho - 1)) 4 / t A, t by the sign of A                              (arXiv:2511.20347)
+/// ```text
+/// rho = exp(log pi - log pi_old), or with importance_sampling_level sequence exp(its mean over the completion)
+/// grpo, bnpo, dr_grpo, dapo, luspo   -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
+/// cispo    -min(rho, epsilon_high) A log pi, no gradient through rho                     (arXiv:2506.13585)
+/// sapo     -sigmoid(t (rho - 1)) 4 / t A, t by the sign of A                              (arXiv:2511.20347)
+/// ```
 ///
 /// times the importance ratio of the sampler where it is asked for, plus `beta (exp(d) - d - 1)`, `d = log pi_ref - log pi`
 /// (times rho with use_bias_correction_kl), all times the token's weight ([`step_batches`](super::step_batches)).
