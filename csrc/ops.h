@@ -95,11 +95,15 @@ std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
                                                                 const Tensor& labels, double softcap, bool need_dh,
                                                                 bool need_dw);
-std::unique_ptr<Tensor> linear_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
-                                         const Tensor& labels, double softcap);
 // hidden W^T; the head is nf4 where weight is undefined. Where it is dense, differentiable and in the dtype of hidden on the CPU
 // and with autograd; else in f32 (f64 for f64).
 std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4);
+
+// ---- log_probs.cpp
+// As linear_cross_entropy, but a number for every row of hidden, 0 where it has no label; entropy [N], unless undefined, is filled
+// where there is one. Every label is a word.
+std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows,
+                                        const Tensor& labels, double temperature, double softcap, const Tensor& entropy);
 
 // ---- nf4.cpp
 // The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.
@@ -114,7 +118,7 @@ double nf4_nest(const Tensor& absmax, const Tensor& index, const Tensor& nested_
 void nf4_dequantize(const Nf4View& weight, const Tensor& destination);
 
 // ---- sample.cpp
-// kernels/sample.cu: logits f32 [N, V], params f64 [N, 5] -> tokens int64 [N], logprobs f32 [N].
+// kernels/sample.cu: logits f32 [N, V], params f64 [N, 5] -> tokens int64 [N], logprobs f32 [2, N].
 void sample(const Tensor& logits, const Tensor& params, const Tensor& tokens, const Tensor& logprobs);
 
 // ---- optim.cpp

@@ -1,4 +1,4 @@
-//! Scores a checkpoint on held-out problems: `cargo run --release --example eval_tiny -- [MODEL [PROBLEMS]]`.
+//! Scores a checkpoint on held-out problems: `cargo run --release --example eval_tiny -- [MODEL [PROBLEMS [ADAPTER]]]`.
 //!
 //! For each family: the share that the greedy answer solves, the share that at least one of 8 answers at temperature 1
 //! solves (pass@8), and the share of those answers that show their working.
@@ -21,7 +21,10 @@ fn main() -> Result<()> {
     let model = args.next().unwrap_or_else(|| "examples/tiny/model".to_owned());
     let problems = args.next().unwrap_or_else(|| "examples/tiny/heldout.jsonl".to_owned());
     let device = device::init("auto".parse()?, None)?;
-    let model = FastLanguageModel::from_pretrained(Path::new(&model), Kind::Float, device)?;
+    let mut model = FastLanguageModel::from_pretrained(Path::new(&model), Kind::Float, device)?;
+    if let Some(adapter) = args.next() {
+        model.load_adapter(Path::new(&adapter))?;
+    }
     let greedy = SamplingParams { max_new_tokens: 96, ..model.generation_params()? };
 
     // By family and by difficulty: problems, solved greedily, solved by one of the samples, samples with working.

@@ -217,9 +217,10 @@ int64_t rows_linear_workspace(const struct KernelRows* rows);
 int paged_attention(const struct KernelPaged* paged, float* partial, int32_t* arrived, void* stream);
 int64_t paged_attention_workspace(const struct KernelPaged* paged);
 
-// tokens [N] and log-probabilities [N] from logits [N, V] f32, by params [N, 5] f64: temperature (0: the largest logit), top_k (0:
+// tokens [N], their log-probabilities [N] and those in the distribution that they are drawn from, [N], of logits [N, V] f32, by params [N, 5] f64: temperature (0: the largest logit), top_k (0:
 // all), top_p, min_p, and a number drawn from [0, 1). A row with NaN, infinity or only -infinity gives the token -1.
-int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, int64_t N, int64_t V, void* stream);
+int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, float* drawn, int64_t N, int64_t V,
+           void* stream);
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -111,7 +111,8 @@ __device__ inline unsigned select(Mass& rest, Shared& s, const Each& each) {
 }
 
 __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restrict__ logits, const double* __restrict__ params,
-                                                          int64_t* __restrict__ tokens, float* __restrict__ logprobs, int V) {
+                                                          int64_t* __restrict__ tokens, float* __restrict__ logprobs,
+                                                          float* __restrict__ drawn, int V) {
   __shared__ Shared s;
   const int64_t row = blockIdx.x;
   const float* const from = logits + row * V;
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
   const bool valid = best.valid && best.value > -INFINITY;
   int chosen = best.id;
+  float drawn_from = 0;
   if (valid && temperature > 0) {
     const float highest = best.value / temperature;
     const auto score_of = [&](int i) { return from[i] / temperature; };
@@ -238,10 +240,12 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
     }
     __syncthreads();
     chosen = s.chosen;
+    drawn_from = score_of(chosen) - highest - logf(static_cast<float>(total) * 0x1p-40f);
   }
   if (threadIdx.x == 0) {
     tokens[row] = valid ? chosen : -1;
     logprobs[row] = valid ? from[chosen] - best.value - logf(best.sum) : 0;
+    drawn[row] = drawn_from;
   }
 }
 
@@ -250,11 +254,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
 
 using namespace ferrotune;
 
-extern "C" int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, int64_t N, int64_t V,
-                      void* stream) {
+extern "C" int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, float* drawn,
+                      int64_t N, int64_t V, void* stream) {
   if (N == 0) return cudaSuccess;
   if (V < 1 || V > 1 << 28) return cudaErrorInvalidValue;
-  sample_kernel<<<static_cast<unsigned>(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, params, tokens, logprobs,
+  sample_kernel<<<static_cast<unsigned>(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, params, tokens, logprobs, drawn,
                                                                                              static_cast<int>(V));
   return cudaGetLastError();
 }

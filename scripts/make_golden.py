@@ -12,6 +12,7 @@ written, and every configured feature against the model without it, so that a go
 adapters/<name>/adapter_config.json, adapter_model.safetensors   as peft writes them
              golden.safetensors               input_ids [T], logits [T, V] with the adapter
              train.safetensors                30 padded batches and the AdamW steps that peft takes on them
+reward_models/<name>, preference              scripts/golden_reward_model.py, scripts/golden_dpo.py (trl)
 The metadata of each .safetensors file made here names the versions, the seed and the distance to float64.
 
 usage: scripts/make_golden.py [--only NAME ...]
@@ -369,7 +370,12 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     jobs = {name: make_checkpoint for name in CHECKPOINTS}
     jobs |= {name: make_gemma3_multimodal for name in ("gemma3_multimodal", "gemma3_multimodal_old")}
+    import golden_reward_model  # it uses this module
+    jobs |= {f"reward_models/{name}": golden_reward_model.make for name in golden_reward_model.CLASSIFIERS}
     jobs |= {f"adapters/{name}": lambda path: make_adapter(path.removeprefix("adapters/")) for name in ADAPTERS}
+    if not only or "preference" in only:  # trl takes seconds to load
+        import golden_dpo
+        jobs["preference"] = golden_dpo.make
     for name, make in jobs.items():
         if not only or name in only:
             make(name)

@@ -282,12 +282,15 @@ pub(crate) mod bridge {
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
-        fn linear_log_probs(
+        fn token_log_probs(
             hidden: &Tensor,
             weight: &Tensor,
             nf4: &Nf4View,
+            rows: &Tensor,
             labels: &Tensor,
+            temperature: f64,
             softcap: f64,
+            entropy: &Tensor,
         ) -> Result<UniquePtr<Tensor>>;
         fn head_scores(hidden: &Tensor, weight: &Tensor, nf4: &Nf4View) -> Result<UniquePtr<Tensor>>;
 

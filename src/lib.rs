@@ -17,7 +17,8 @@
 //! Tune it: [`train::Trainer`] shows how.
 //!
 //! The layers, each using only what stands to its left:
-//! `kernels <- csrc <- ffi <- ops <- nn <- models <- generate <- train <- cli`; [`export`] and [`serve`] stand on generate.
+//! `kernels <- csrc <- ffi <- ops <- nn <- models <- generate <- rewards <- train <- cli`; [`export`] and
+//! [`serve`] stand on generate.
 //! [`error`], [`io`] and [`data`] know nothing of models.
 
 pub mod cli;
@@ -31,5 +32,6 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod rewards;
 pub mod serve;
 pub mod train;

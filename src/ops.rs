@@ -11,6 +11,7 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, BlockPolicy, Place};
 use crate::ffi::{self, bridge};
 
+mod head;
 mod lora_casts;
 mod nf4;
 mod optim;
@@ -22,6 +23,9 @@ pub mod proof;
 mod sample;
 mod script;
 
+pub use head::{
+    Head, Targets, head_scores, linear_cross_entropy, token_log_probs, token_log_probs_and_entropy,
+};
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;
 pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
@@ -264,105 +268,6 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
         block.activation,
         pass.policy(block.layer).mlp,
     ))
-}
-
-/// The rows of a batch that have a label, and their labels, on the device.
-#[derive(Debug)]
-pub struct Targets {
-    /// int64 `[n]`; `None` where all rows have one.
-    rows: Option<Tensor>,
-    /// int64 `[n]`.
-    labels: Tensor,
-}
-
-impl Targets {
-    /// `labels[i]` is the label of row i, -100 for none. Chosen here and not on the device: how many there are sizes the
-    /// products, and to ask a GPU would wait for it.
-    pub fn new(labels: &[i64], device: tch::Device) -> Result<Targets> {
-        let upload = |values: &[i64]| crate::device::upload(values, device);
-        if !labels.contains(&-100) {
-            return Ok(Targets { rows: None, labels: upload(labels)? });
-        }
-        let (rows, kept): (Vec<i64>, Vec<i64>) =
-            (0..).zip(labels).filter(|&(_, &label)| label != -100).map(|(row, &label)| (row, label)).unzip();
-        Ok(Targets { rows: Some(upload(&rows)?), labels: upload(&kept)? })
-    }
-
-    /// Labels in all.
-    pub fn count(&self) -> i64 {
-        self.labels.size()[0]
-    }
-
-    /// Copies the rows and labels of `other`, as many, into these tensors.
-    pub fn assign(&mut self, other: &Targets) -> Result<()> {
-        if let (Some(rows), Some(new)) = (&mut self.rows, &other.rows) {
-            rows.f_copy_(new)?;
-        }
-        Ok(self.labels.f_copy_(&other.labels)?)
-    }
-}
-
-/// The matrix W of a head, `[V, C]`.
-#[derive(Debug, Clone, Copy)]
-pub enum Head<'a> {
-    Dense(&'a Tensor),
-    /// Frozen, and never dequantised as a whole.
-    Nf4(&'a Nf4),
-}
-
-impl<'a> From<&'a Tensor> for Head<'a> {
-    fn from(weight: &'a Tensor) -> Head<'a> {
-        Head::Dense(weight)
-    }
-}
-
-impl<'a> Head<'a> {
-    fn views(self, absent: &'a Tensor) -> (&'a bridge::Tensor, bridge::Nf4View<'a>) {
-        match self {
-            Head::Dense(weight) => (ffi::borrow(weight), nf4::view(None, absent)),
-            Head::Nf4(nf4) => (ffi::borrow(absent), nf4::view(Some(nf4), absent)),
-        }
-    }
-}
-
-/// `sum over targets of -log softmax(cap(hidden W^T))[label]` as a scalar in f32 (f64 for f64 inputs), without ever
-/// holding the logits `[N, V]`: hidden `[N, C]`. Its gradient can be taken once.
-pub fn linear_cross_entropy<'a>(
-    hidden: &Tensor,
-    head: impl Into<Head<'a>>,
-    targets: &Targets,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
-    let absent = Tensor::new();
-    let (weight, nf4) = head.into().views(&absent);
-    checked(bridge::linear_cross_entropy(
-        ffi::borrow(hidden),
-        weight,
-        &nf4,
-        ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
-        ffi::borrow(&targets.labels),
-        softcap.unwrap_or(0.0),
-    ))
-}
-
-/// `log softmax(cap(hidden W^T))[label]` of every row, in f32, not differentiable: -> `[N]`.
-pub fn linear_log_probs<'a>(
-    hidden: &Tensor,
-    head: impl Into<Head<'a>>,
-    labels: &Tensor,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
-    let (softcap, absent) = (softcap.unwrap_or(0.0), Tensor::new());
-    let (weight, nf4) = head.into().views(&absent);
-    checked(bridge::linear_log_probs(ffi::borrow(hidden), weight, &nf4, ffi::borrow(labels), softcap))
-}
-
-/// `hidden W^T`, `[N, V]`. Of a dense head differentiable and in the dtype of hidden, on a GPU without autograd in f32; of a head
-/// in 4 bits in f32 (f64 for f64) and not differentiable.
-pub fn head_scores(hidden: &Tensor, head: Head) -> Result<Tensor> {
-    let absent = Tensor::new();
-    let (weight, nf4) = head.views(&absent);
-    checked(bridge::head_scores(ffi::borrow(hidden), weight, &nf4))
 }
 
 /// Computes the gradients of `inputs` from `dy`, that of `y`, and drops them: a backward pass to measure.

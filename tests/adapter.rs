@@ -179,7 +179,7 @@ fn train(model: &mut FastLanguageModel, samples: &[(Vec<i64>, Vec<i64>)], steps:
         model,
         objective: &Sft,
         arguments: &arguments,
-        train: BatchStream::new(Arc::new(data), options).unwrap(),
+        train: Box::new(BatchStream::new(Arc::new(data), options).unwrap()),
         eval: None,
         observer: &mut losses,
         plan: None,

@@ -12,7 +12,7 @@ const WORDS: [&str; 12] =
     ["a", "red", "blue", "small", "cat", "dog", "bird", "sees", "likes", "the", "house", "tree"];
 
 /// A folder with a tokenizer of whole words, a dataset, and the config of a model that is made at random.
-struct Workplace(tempfile::TempDir);
+pub struct Workplace(tempfile::TempDir);
 
 impl Workplace {
     fn new() -> Self {
@@ -53,13 +53,13 @@ impl Workplace {
     }
 
     /// The base model of LoRA runs: trained from random weights for a few steps.
-    fn with_model() -> Self {
+    pub fn with_model() -> Self {
         let place = Self::new();
         place.train("seed", "model", &["--from-scratch", "--max-steps", "4", "--learning-rate", "1e-3"]);
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
@@ -76,12 +76,12 @@ impl Workplace {
         succeeded(self.command(model, output, flags).output().unwrap())
     }
 
-    fn adapter(&self, output: &str) -> Vec<u8> {
+    pub fn adapter(&self, output: &str) -> Vec<u8> {
         fs::read(self.path(output).join("adapter_model.safetensors")).unwrap()
     }
 
     /// (step, loss) of every step in metrics.jsonl.
-    fn losses(&self, output: &str) -> Vec<(u64, f64)> {
+    pub fn losses(&self, output: &str) -> Vec<(u64, f64)> {
         let text = fs::read_to_string(self.path(output).join("metrics.jsonl")).unwrap();
         let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
         let losses =
@@ -90,13 +90,13 @@ impl Workplace {
     }
 }
 
-fn succeeded(output: Output) -> String {
+pub fn succeeded(output: Output) -> String {
     let stdout = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
     stdout
 }
 
-fn failed(command: &mut Command, code: i32, expected: &str) {
+pub fn failed(command: &mut Command, code: i32, expected: &str) {
     let output = command.output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{stderr}");
@@ -104,7 +104,7 @@ fn failed(command: &mut Command, code: i32, expected: &str) {
 }
 
 /// Waits until the run has written a step after `step` into its metrics.
-fn wait_for_step(metrics: &Path, step: usize, child: &mut Child) {
+pub fn wait_for_step(metrics: &Path, step: usize, child: &mut Child) {
     let started = Instant::now();
     while fs::read_to_string(metrics).map_or(0, |text| text.lines().count()) <= step {
         assert!(started.elapsed() < Duration::from_secs(120), "no step {step} after two minutes");

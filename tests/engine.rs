@@ -401,7 +401,7 @@ fn no_token_comes_from_torn_weights() {
         model: &mut model,
         objective: &Sft,
         arguments: &arguments,
-        train: BatchStream::new(std::sync::Arc::new(data), options).unwrap(),
+        train: Box::new(BatchStream::new(std::sync::Arc::new(data), options).unwrap()),
         eval: None,
         observer: &mut observer,
         plan: None,

@@ -114,6 +114,24 @@ pub fn heads() -> Vec<Op> {
             let labels: Vec<i64> =
                 (0..n).map(|row| if n > 1 && row % 3 == 1 { -100 } else { (row * 7919) % v }).collect();
             let (values, plain_labels) = (head.dequantize(Kind::Double).unwrap(), labels.clone());
+            let (head_too, values_too, labels_too) = (on(&head, Device::Cpu), values.copy(), labels.clone());
+            all.push(Op {
+                label: format!("log_probs [{n}, {c}] -> {v} in 4 bits, softcap {softcap:?}"),
+                inputs: vec![random(&[n, c]) * 0.3],
+                trained: 1,
+                ours: Box::new({
+                    let labels = labels.clone();
+                    move |t| {
+                        let targets = Targets::new(&labels, t[0].device()).unwrap();
+                        let head = on(&head_too, t[0].device());
+                        ops::token_log_probs(&t[0], Head::Nf4(&head), &targets, 0.7, softcap).unwrap()
+                    }
+                }),
+                plain: Box::new(move |t| {
+                    let weight = values_too.to_device(t[0].device()).to_kind(t[0].kind());
+                    plain::token_log_probs(&t[0], &weight, &labels_too, 0.7, softcap).unwrap()
+                }),
+            });
             all.push(Op {
                 label: format!("loss [{n}, {c}] -> {v} in 4 bits, softcap {softcap:?}"),
                 inputs: vec![random(&[n, c]) * 0.3],
@@ -150,10 +168,10 @@ fn formulas_agree_with_autograd() {
 fn scores_of_a_4_bit_head() {
     let head = quantized(9000, 64);
     let (hidden, dense) = (random(&[5, 64]), head.dequantize(Kind::Double).unwrap());
-    let labels = Tensor::from_slice(&[3_i64, 8191, 8192, 8999, 0]);
+    let targets = Targets::new(&[3_i64, 8191, 8192, 8999, 0], Device::Cpu).unwrap();
     for softcap in [None, Some(20.0)] {
-        let ours = ops::linear_log_probs(&hidden, Head::Nf4(&head), &labels, softcap).unwrap();
-        let expected = ops::linear_log_probs(&hidden, &dense, &labels, softcap).unwrap();
+        let ours = ops::token_log_probs(&hidden, Head::Nf4(&head), &targets, 0.7, softcap).unwrap();
+        let expected = ops::token_log_probs(&hidden, &dense, &targets, 0.7, softcap).unwrap();
         assert!((ours - expected).abs().max().double_value(&[]) < 1e-12);
     }
     let ours = ops::head_scores(&hidden, Head::Nf4(&head)).unwrap();

@@ -96,6 +96,27 @@ fn losses() -> Vec<Op> {
                     _ => (row * 7919) % v,
                 })
                 .collect();
+            let temperature = if n % 2 == 0 { 1.0 } else { 0.7 };
+            for in_place in [false, true] {
+                // Over the memory of hidden states that nobody else holds, their gradient is the same.
+                let alone = move |h: &Tensor| if in_place { h * 1.0 } else { h.shallow_clone() };
+                let (labels, plain_labels) = (labels.clone(), labels.clone());
+                ops.push(Op {
+                    label: format!(
+                        "log_probs [{n}, {c}] -> {v}, softcap {softcap:?}, temperature {temperature}, one in {labelled} \
+                         labelled, in place: {in_place}"
+                    ),
+                    inputs: vec![hidden.shallow_clone(), weight.shallow_clone()],
+                    trained: 2,
+                    ours: Box::new(move |t| {
+                        let targets = Targets::new(&labels, t[0].device()).unwrap();
+                        ops::token_log_probs(&alone(&t[0]), &t[1], &targets, temperature, softcap).unwrap()
+                    }),
+                    plain: Box::new(move |t| {
+                        plain::token_log_probs(&t[0], &t[1], &plain_labels, temperature, softcap).unwrap()
+                    }),
+                });
+            }
             let plain_labels = labels.clone();
             ops.push(Op {
                 label: format!("loss [{n}, {c}] -> {v}, softcap {softcap:?}, one in {labelled} labelled"),
@@ -205,28 +226,57 @@ pub fn check_empty(device: Device) {
     assert_eq!(ops::swiglu(&x, Activation::Silu).unwrap().size(), [0, 32]);
 }
 
-/// Log-probabilities of rows that are nearly certain and of others, against log_softmax in f64.
-pub fn check_log_probs(kind: Kind, device: Device) {
-    for (n, c, v, scale) in [(70, 32, 1001, 0.3), (1100, 16, 64, 2.0), (1, 8, 40000, 1.0)] {
+/// Entropies against `-sum p log p` in f64, with rows past one chunk, and the log-probabilities beside them.
+pub fn check_entropy(kind: Kind, device: Device) {
+    for (n, c, v, scale, softcap) in
+        [(70, 32, 1001, 0.3, None), (1100, 16, 64, 2.0, Some(5.0)), (3, 8, 40000, 1.0, None)]
+    {
         let (hidden, weight) = ((random(&[n, c]) * scale).to_kind(kind), random(&[v, c]).to_kind(kind));
-        let labels = Tensor::from_slice(&(0..n).map(|row| (row * 7919) % v).collect::<Vec<_>>());
+        let labels: Vec<i64> = (0..n).map(|row| if row % 4 == 1 { -100 } else { (row * 7919) % v }).collect();
         let plain = |kind, device| {
             let [h, w] = [&hidden, &weight].map(|t| t.to_device(device).to_kind(kind));
+            let mut z = h.matmul(&w.transpose(0, 1));
+            if let Some(cap) = softcap {
+                z = (z / cap).tanh() * cap;
+            }
             let acc = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-            let log_p = h.matmul(&w.transpose(0, 1)).log_softmax(-1, acc);
-            log_p.gather(1, &labels.to_device(device).unsqueeze(1), false).squeeze_dim(1)
+            let log_p = (z.to_kind(acc) / 0.7).log_softmax(-1, acc);
+            let none = Tensor::from_slice(&labels).to_device(device).lt(0);
+            (log_p.exp() * log_p).sum_dim_intlist(-1, false, acc).neg().masked_fill(&none, 0.0)
         };
-        let [h, w, y] = [&hidden, &weight, &labels].map(|t| t.to_device(device));
-        let ours = ops::linear_log_probs(&h, &w, &y, None).unwrap();
-        let label = format!("log_probs [{n}, {c}] -> {v}");
+        let [h, w] = [&hidden, &weight].map(|t| t.to_device(device));
+        let targets = Targets::new(&labels, device).unwrap();
+        let (log_probs, ours) = ops::token_log_probs_and_entropy(&h, &w, &targets, 0.7, softcap).unwrap();
+        let label = format!("entropy [{n}, {c}] -> {v}, softcap {softcap:?}");
         assert_close(&label, What::Value, &ours, &plain(kind, device), &plain(Kind::Double, Device::Cpu));
+        assert_eq!(log_probs, ops::token_log_probs(&h, &w, &targets, 0.7, softcap).unwrap());
+    }
+}
+
+/// The gradient of hidden states lies in their own memory where only the op holds them, and else beside it.
+#[test]
+fn log_probs_write_their_gradient_over_the_hidden_states() {
+    let weight = random(&[40, 16]);
+    for labels in [vec![3; 8], vec![3, -100, 5, -100, -100, 0, 1, 2]] {
+        for held in [false, true] {
+            let leaf = random(&[8, 16]).set_requires_grad(true);
+            // The gradient of this sum is passed on as it is.
+            let hidden = &leaf + 0.0;
+            let memory = hidden.data_ptr();
+            let targets = Targets::new(&labels, Device::Cpu).unwrap();
+            let log_probs = ops::token_log_probs(&hidden, &weight, &targets, 1.0, None).unwrap();
+            let kept = held.then(|| hidden.shallow_clone());
+            drop(hidden);
+            log_probs.sum(Kind::Double).backward();
+            assert_eq!(leaf.grad().data_ptr() == memory, kept.is_none(), "{labels:?}");
+        }
     }
 }
 
 #[test]
-fn log_probs_agree_with_log_softmax() {
+fn entropies() {
     for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
-        check_log_probs(kind, Device::Cpu);
+        check_entropy(kind, Device::Cpu);
     }
 }
 

@@ -82,11 +82,13 @@ fn event_files_are_what_tensorboard_reads() {
 #[test]
 fn loss_curves_of_odd_histories_are_drawn() {
     let nothing = LossHistory::default();
-    let one = LossHistory { train: vec![(1, 2.0)], eval: vec![] };
+    let one = LossHistory { train: vec![(1, 2.0)], ..Default::default() };
     let broken =
         LossHistory { train: vec![(1, f64::NAN), (2, 1.0), (3, f64::INFINITY)], eval: vec![(3, f64::NAN)] };
-    let long =
-        LossHistory { train: (1..=50_000).map(|step| (step, 1.0 / step as f64)).collect(), eval: vec![] };
+    let long = LossHistory {
+        train: (1..=50_000).map(|step| (step, 1.0 / step as f64)).collect(),
+        ..Default::default()
+    };
     for history in [nothing, one, broken, long] {
         let picture = loss_curve("t", &history).unwrap();
         assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");

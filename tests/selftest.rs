@@ -14,7 +14,13 @@ fn every_op_passes() {
     assert_eq!(report["passed"], true, "{report:#}");
     for op in ["rms_norm", "rope", "swiglu, silu", "nf4_quantize", "nf4_dequantize", "linear, NF4 + LoRA"]
         .into_iter()
-        .chain(["attention, packed", "cross_entropy", "attention_block, keep", "mlp_block, NF4, recompute"])
+        .chain([
+            "attention, packed",
+            "cross_entropy",
+            "log_probs",
+            "attention_block, keep",
+            "mlp_block, NF4, recompute",
+        ])
     {
         let rows = report["rows"].as_array().unwrap();
         for dtype in ["f32", "bf16"] {

@@ -1,7 +1,8 @@
 //! Writes everything that the embedded default model is made of: `cargo run --example make_corpus -- FOLDER`.
 //!
 //! `pretrain.jsonl` and `sft.jsonl` (conversations), `tokenizer/` (a checkpoint without weights), `heldout.jsonl` (problems
-//! that no conversation contains) and `train.jsonl` (a small dataset that gives the model a manner it does not have).
+//! that no conversation contains), `problems.jsonl` (others, to practise on) and `train.jsonl` (a small dataset that gives the
+//! model a manner it does not have).
 
 mod talk;
 mod tokenizer;
@@ -35,6 +36,8 @@ fn main() -> Result<()> {
     }
     let mut held_out = rng(10);
     write_rows(&folder.join("heldout.jsonl"), held_out_problems(&mut held_out))?;
+    let mut practice = rng(13);
+    write_rows(&folder.join("problems.jsonl"), (0..1000).map(|_| row(problem(&mut practice, false))))?;
     let mut ferro = rng(11);
     write_rows(&folder.join("train.jsonl"), (0..300).map(|_| in_the_manner_of_ferro(&mut ferro)))?;
     let mut sample = rng(12);
@@ -111,19 +114,23 @@ fn matching(rng: &mut ChaCha8Rng, family: usize, difficulty: usize, held_out: bo
     }
 }
 
-/// Up to eight different problems of each family and difficulty: TRL's prompt column, and what judges the reply.
+/// Up to eight different problems of each family and difficulty.
 fn held_out_problems(rng: &mut ChaCha8Rng) -> impl Iterator<Item = Value> {
     let grid =
         (0..FAMILIES.len()).flat_map(|family| (1..=HARDEST).map(move |difficulty| (family, difficulty)));
     let mut asked = HashSet::new();
     grid.flat_map(|cell| [cell; 8]).filter_map(move |(family, difficulty)| {
-        let Problem { question, answer, .. } = matching(rng, family, difficulty, true);
-        asked.insert(question.clone()).then(|| {
-            json!({
-                "prompt": [{"role": "user", "content": question}],
-                "answer": answer, "family": FAMILIES[family], "difficulty": difficulty,
-            })
-        })
+        let problem = matching(rng, family, difficulty, true);
+        asked.insert(problem.question.clone()).then(|| row(problem))
+    })
+}
+
+/// TRL's prompt column, and what judges the reply.
+fn row(problem: Problem) -> Value {
+    let Problem { question, answer, family, difficulty, .. } = problem;
+    json!({
+        "prompt": [{"role": "user", "content": question}],
+        "answer": answer, "family": family, "difficulty": difficulty,
     })
 }
 

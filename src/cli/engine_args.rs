@@ -28,13 +28,13 @@ pub struct EngineArgs {
 impl EngineArgs {
     /// For a model that is loaded.
     pub fn options(&self, decoder: &Decoder) -> Result<EngineOptions> {
-        let bytes = match self.kv_cache_memory {
-            Some(size) => size.0,
-            None => {
-                let share = if decoder.device == Device::Cpu { SHARE_OF_HOST } else { SHARE_OF_DEVICE };
-                (device::memory(decoder.device)?.free as f64 * share) as u64
-            }
-        };
+        let bytes = kv_bytes(self.kv_cache_memory, decoder.device)?;
         Ok(EngineOptions { kv_budget: KvBudget::Bytes(bytes), max_num_seqs: self.max_num_seqs as usize })
     }
+}
+
+/// `--kv-cache-memory`, or its default once the model is loaded.
+pub(super) fn kv_bytes(given: Option<Size>, device: Device) -> Result<u64> {
+    let share = if device == Device::Cpu { SHARE_OF_HOST } else { SHARE_OF_DEVICE };
+    given.map_or_else(|| Ok((device::memory(device)?.free as f64 * share) as u64), |size| Ok(size.0))
 }

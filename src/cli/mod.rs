@@ -8,13 +8,16 @@ mod bench_plan;
 mod budget;
 mod cards;
 pub mod chat;
+mod completions;
 pub mod config_file;
 pub mod data;
 pub mod doctor;
+pub mod dpo;
 pub mod engine_args;
 pub mod export;
 pub mod format;
 pub mod generate;
+pub mod grpo;
 pub mod hub_env;
 pub mod model_args;
 pub mod plan;
@@ -30,6 +33,7 @@ mod shapes;
 pub mod signals;
 mod sources;
 pub mod train;
+mod train_banner;
 mod train_plan;
 pub mod train_serve;
 
@@ -40,6 +44,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::Error;
 use crate::train::TrainingArguments;
+use crate::train::grpo::GrpoArguments;
+use crate::train::preference::PreferenceArguments;
 use config_file::Configured;
 
 /// Fine-tune and run Hugging Face language models
@@ -54,6 +60,10 @@ struct Cli {
 enum Command {
     /// Tune a checkpoint on a dataset: LoRA, or all weights with --full-finetuning
     Train(Box<Configured<TrainingArguments>>),
+    /// Tune a checkpoint on preferences: DPO and its family on pairs, KTO on labelled completions
+    Dpo(Box<Configured<PreferenceArguments>>),
+    /// Let a model answer prompts and learn from the rewards of its answers (GRPO)
+    Grpo(Box<Configured<GrpoArguments>>),
     /// Answer one prompt, a file of prompts, or what is piped in
     Generate(generate::GenerateArgs),
     /// Talk to a model in the terminal
@@ -98,6 +108,8 @@ pub fn run() -> ExitCode {
     crate::device::keep_freed_memory();
     let result = match cli.command {
         Command::Train(arguments) => train::run(arguments.0),
+        Command::Dpo(arguments) => dpo::run(arguments.0),
+        Command::Grpo(arguments) => grpo::run(arguments.0),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),

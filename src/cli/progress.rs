@@ -1,5 +1,6 @@
 //! The run as it goes: a bar on a terminal, plain lines on a pipe.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::LazyLock;
@@ -29,10 +30,21 @@ pub fn log_writer() -> impl Write {
     BesideBars
 }
 
+/// A line on stdout that stays. A reader that went away is no reason to end a run.
+pub(super) fn line(text: &str) {
+    let print = || {
+        let mut stdout = io::stdout().lock();
+        let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    };
+    BARS.suspend(print);
+}
+
 /// Shows a training run on stdout.
 #[derive(Debug)]
 pub struct Progress {
     logging_steps: u64,
+    /// Metrics of the objective that are shown, with their labels.
+    shown: &'static [(&'static str, &'static str)],
     total_steps: u64,
     start_step: u64,
     started: Instant,
@@ -42,16 +54,21 @@ pub struct Progress {
 impl Progress {
     /// On a pipe, every `logging_steps`th step is a line.
     pub fn new(logging_steps: u64) -> Self {
-        Self { logging_steps, total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+        Self { logging_steps, shown: &[], total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
     }
 
-    /// A line that stays. A reader that went away is no reason to end a run.
-    fn line(&self, text: &str) {
-        let print = || {
-            let mut stdout = io::stdout().lock();
-            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    /// The same, showing metrics of the objective: `(name, label)`.
+    pub fn showing(mut self, metrics: &'static [(&'static str, &'static str)]) -> Self {
+        self.shown = metrics;
+        self
+    }
+
+    /// ` | label number` for each metric that is shown.
+    fn objective(&self, metrics: &BTreeMap<String, f64>, prefix: &str) -> String {
+        let number = |&(name, label): &(&str, &str)| {
+            metrics.get(&format!("{prefix}{name}")).map(|value| format!(" | {label} {value:.3}"))
         };
-        BARS.suspend(print);
+        self.shown.iter().filter_map(number).collect()
     }
 
     /// From the mean time of the steps so far.
@@ -67,7 +84,7 @@ impl TrainObserver for Progress {
         (self.total_steps, self.start_step) = (start.total_steps, start.start_step);
         self.started = Instant::now();
         if start.start_step > 0 {
-            self.line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
+            line(&format!("continues after step {} of {}", start.start_step, start.total_steps));
         }
         if io::stdout().is_terminal() {
             let style = ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?;
@@ -80,12 +97,14 @@ impl TrainObserver for Progress {
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
+        let speed = speed(metrics);
         let numbers = format!(
-            "loss {:.4} | lr {:.2e} | grad norm {:.3} | {} tokens/s | {}",
+            "{}loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {speed} tokens/s | {}",
+            rewards(metrics),
             metrics.loss,
+            self.objective(&metrics.objective, ""),
             metrics.learning_rate,
             metrics.grad_norm,
-            rate(metrics.tokens_per_second),
             bytes(metrics.memory)
         );
         match &self.bar {
@@ -95,7 +114,7 @@ impl TrainObserver for Progress {
             }
             None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
                 let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);
-                self.line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
+                line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
             }
             None => {}
         }
@@ -105,15 +124,17 @@ impl TrainObserver for Progress {
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
-        self.line(&format!(
-            "evaluation after step {}: loss {:.4}{best}, {took}",
-            metrics.step, metrics.eval_loss
+        line(&format!(
+            "evaluation after step {}: loss {:.4}{}{best}, {took}",
+            metrics.step,
+            metrics.eval_loss,
+            self.objective(&metrics.objective, "eval_")
         ));
         Ok(())
     }
 
     fn on_checkpoint(&mut self, _step: u64, folder: &Path) -> Result<()> {
-        self.line(&format!("saved {}", folder.display()));
+        line(&format!("saved {}", folder.display()));
         Ok(())
     }
 
@@ -138,6 +159,24 @@ impl Drop for Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// The mean reward and each reward's, where the step has them.
+fn rewards(metrics: &StepMetrics) -> String {
+    let Some(reward) = metrics.objective.get("reward") else { return String::new() };
+    let each = metrics.objective.iter().filter_map(|(name, value)| {
+        Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
+    });
+    format!("reward {reward:.3} ({}) | ", each.collect::<Vec<_>>().join(", "))
+}
+
+/// Tokens/s; of the rollout and of training, where there is one.
+fn speed(metrics: &StepMetrics) -> String {
+    let known = |name: &str| metrics.objective.get(name).map(|speed| rate(*speed));
+    match (known("rollout_tokens_per_second"), known("training_tokens_per_second")) {
+        (Some(rollout), Some(training)) => format!("{rollout} + {training}"),
+        (_, training) => training.unwrap_or_else(|| rate(metrics.tokens_per_second)),
     }
 }
 

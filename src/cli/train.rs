@@ -8,27 +8,27 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::banner::{summary, table, trainable};
+use super::banner::{summary, table};
 use super::format::{bytes, count, percent};
-use super::model_args::{init_device, kind_of, name_of, overflows_f16};
+use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
 use super::quant_args::{self, QuantArgs};
-use super::train_plan::{TrainPlan, train_plan};
+use super::train_banner::{machine_lines, model_lines};
+use super::train_plan::{Sizes, TrainPlan, train_plan};
 use super::train_serve::ServeBetweenSteps;
 use super::{signals, sources};
 use crate::data::{
     BatchOptions, BatchStream, ChatTemplate, DatasetOptions, DatasetReport, RowOptions, TokenCache,
     TokenDataset, Tokenizer, prepare_with, preview,
 };
-use crate::device;
 use crate::error::Error;
 use crate::export::{DYNAMIC_PLAN, DynamicPlan};
 use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
 use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
 use crate::train::metrics::RunLog;
-use crate::train::observer::{StopReason, TrainObserver};
-use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments, memory};
+use crate::train::observer::{StopReason, TrainObserver, TrainResults};
+use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -59,7 +59,9 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         ..LoadOptions::new(kind, device)
     };
     let dense = dense_modules(&args, &dir, options)?;
-    let plan = train_plan(&args, &dir, options, &dense, &train, eval.as_ref())?;
+    let sizes = Sizes { longest: train.data().max_len(), tokens: train.most_tokens() as u64 };
+    let eval_tokens = eval.as_ref().map(|eval| eval.most_tokens() as u64);
+    let plan = train_plan(&args, &dir, options, &dense, sizes, eval_tokens)?;
     let mut model = load_model(&args, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
     args.optim = Some(args.optim_for(model.decoder.is_quantized()));
@@ -85,7 +87,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         model: &mut model,
         objective: &Sft,
         arguments: &args,
-        train,
+        train: Box::new(train),
         eval,
         observer: &mut observer,
         plan: plan.as_ref().map(|plan| plan.run.clone()),
@@ -97,26 +99,35 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         _ => error,
     })?;
     drop(observer);
+    finish(&args, &model, &results)
+}
+
+/// Writes the model of a run that is over, and says how it went.
+pub(super) fn finish(
+    args: &TrainingArguments,
+    model: &FastLanguageModel,
+    results: &TrainResults,
+) -> Result<()> {
     if results.stop_reason == StopReason::Interrupted {
-        print!("\n{}", summary(&results, &args.output_dir));
+        print!("\n{}", summary(results, &args.output_dir));
         bail!(Error::Interrupted(format!(
             "step {} is saved in {}",
             results.global_step,
             args.output_dir.display()
         )));
     }
-    match model.adapter {
+    match &model.adapter {
         // Adapters stay f32; a whole model is saved in the type it was run in.
         Some(_) => model.save_trained(&args.output_dir)?,
         None => model.save_pretrained(&args.output_dir, model.decoder.kind)?,
     }
     model.tokenizer()?.save(&args.output_dir)?;
-    print!("\n{}", summary(&results, &args.output_dir));
+    print!("\n{}", summary(results, &args.output_dir));
     Ok(())
 }
 
 /// What `--resume-from-checkpoint` means; refuses to write over the model or another run.
-fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
+pub(super) fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
     if let (Ok(model), Ok(output)) = (fs::canonicalize(&args.model), fs::canonicalize(&args.output_dir))
         && model == output
     {
@@ -161,7 +172,7 @@ fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoin
 }
 
 /// The model's tokenizer with the chat template that was asked for.
-fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
+pub(super) fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
     let mut tokenizer = FastLanguageModel::tokenizer_of(dir)?;
     if let Some(template) = &args.chat_template {
         let path = Path::new(template);
@@ -173,7 +184,7 @@ fn load_tokenizer(args: &TrainingArguments, dir: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-fn load_model(
+pub(super) fn load_model(
     args: &TrainingArguments,
     dir: &Path,
     options: LoadOptions,
@@ -192,14 +203,18 @@ fn load_model(
 }
 
 /// Modules that `--load-in-4bit` leaves as they are.
-fn dense_modules(args: &TrainingArguments, dir: &Path, options: LoadOptions) -> Result<BTreeSet<String>> {
+pub(super) fn dense_modules(
+    args: &TrainingArguments,
+    dir: &Path,
+    options: LoadOptions,
+) -> Result<BTreeSet<String>> {
     if args.from_scratch {
         return Ok(BTreeSet::new());
     }
     Ok(load_plan(args, dir, options)?.map(|plan| plan.kept()).unwrap_or_default())
 }
 
-fn missed(plan: &TrainPlan) -> String {
+pub(super) fn missed(plan: &TrainPlan) -> String {
     let memory = &plan.plan.memory;
     format!(
         "the plan of this run was wrong: it predicted {} of the GPU, and the {} of --max-memory were not enough. A larger \
@@ -299,98 +314,62 @@ fn load_data(
     Ok((BatchStream::new(Arc::new(train), batches)?, eval, reports))
 }
 
-fn banner(
+pub(super) fn banner(
     args: &TrainingArguments,
     model: &FastLanguageModel,
     train: &BatchStream,
     reports: &[DatasetReport],
     plan: Option<&TrainPlan>,
 ) -> String {
-    let decoder = &model.decoder;
-    let config = &decoder.config;
-    let trained: usize = decoder.trainable().iter().map(|parameter| parameter.tensor.numel()).sum();
-    let dtype = name_of(decoder.kind);
-    let method = match &model.adapter {
-        Some(adapter) => {
-            let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };
-            format!("LoRA r {}, lora_alpha {}{base}", adapter.r, adapter.lora_alpha)
-        }
-        None if args.from_scratch => "all weights, from random ones".to_owned(),
-        None => "all weights".to_owned(),
-    };
-    let device = decoder.device;
-    let machine = device::describe(device);
+    let mut lines = model_lines(args, model);
     let data = train.data();
-    let rows = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
-    let samples_per_step = rows * args.gradient_accumulation_steps as f64;
+    let samples = (data.len() as f64 / train.batches_per_epoch() as f64).max(1.0);
+    let samples_per_step = samples * args.gradient_accumulation_steps as f64;
     let tokens_per_step = data.num_tokens() as f64 / data.len() as f64 * samples_per_step;
-    let mut lines = vec![
-        (
-            "model",
-            format!(
-                "{}: {}, {} layers, hidden size {}, {dtype}",
-                args.model,
-                config.model_type,
-                config.layers.len(),
-                config.hidden_size
-            ),
-        ),
-        ("trains", format!("{}, {method}", trainable(trained as u64, decoder.num_parameters() as u64))),
-    ];
-    let optimizer = match args.optim_for(decoder.is_quantized()) {
-        optim @ Optim::AdamwTorch => optim.to_string(),
-        optim @ Optim::Adamw8bit => format!("{optim}, moments in 8 bits"),
-    };
-    lines.push(("optimizer", optimizer));
     for (label, report) in ["data", "evaluation"].into_iter().zip(reports) {
         lines.push((label, report.to_string()));
     }
     if args.test_size > 0.0 {
         lines.push(("evaluation", format!("{} of them held out", percent(args.test_size))));
     }
-    lines.extend([
-        (
-            "step",
-            format!(
-                "{} x {} {}, about {} tokens",
-                args.per_device_train_batch_size,
-                args.gradient_accumulation_steps,
-                if args.packing { "packs" } else { "samples" },
-                count(tokens_per_step.round() as u64)
-            ),
+    lines.push((
+        "step",
+        format!(
+            "{} x {} {}, about {} tokens",
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            match data.row_samples() {
+                1 if args.packing => "packs",
+                1 => "samples",
+                _ => "pairs",
+            },
+            count(tokens_per_step.round() as u64)
         ),
-        (
-            "device",
-            format!(
-                "{machine}; {} in use of {}",
-                bytes(memory::in_use(device)),
-                bytes(memory::total(device))
-            ),
-        ),
-        ("output", args.output_dir.display().to_string()),
-    ]);
-    if let Some(TrainPlan { plan, budget, card, .. }) = plan {
-        lines.extend(super::budget::lines(plan, *budget, card));
-    }
+    ));
+    lines.extend(machine_lines(args, model, plan));
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }
 
-/// `--dry-run`: one sample as the model will see it; what is trained stands out.
-fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
+/// `--dry-run`: the first sample, or pair, as the model will see it; what is trained stands out.
+pub(super) fn show_sample(tokenizer: &Tokenizer, data: &TokenDataset, report: &DatasetReport) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let colour = out.is_terminal();
     let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
-    writeln!(out, "{report}\n\nThe first sample; {on}what is trained{off} is marked:\n")?;
-    for span in preview(tokenizer, data, 0)? {
-        match span.trained {
-            true => write!(out, "{on}{}{off}", span.text)?,
-            false => write!(out, "{}", span.text)?,
+    let what = if data.row_samples() == 1 { "sample" } else { "pair" };
+    writeln!(out, "{report}\n\nThe first {what}; {on}what is trained{off} is marked:")?;
+    for sample in 0..data.row_samples() {
+        writeln!(out)?;
+        for span in preview(tokenizer, data, sample)? {
+            match span.trained {
+                true => write!(out, "{on}{}{off}", span.text)?,
+                false => write!(out, "{}", span.text)?,
+            }
         }
+        writeln!(out)?;
     }
-    writeln!(out)?;
     Ok(())
 }
 
-fn last_part(name: &str) -> &str {
+pub(super) fn last_part(name: &str) -> &str {
     name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)
 }

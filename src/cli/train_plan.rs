@@ -7,7 +7,6 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
 use super::budget::{budget, check_evaluation, plan_for};
-use crate::data::BatchStream;
 use crate::device::limit_memory;
 use crate::io::Weights;
 use crate::io::adapter::text_module;
@@ -23,6 +22,15 @@ pub struct TrainPlan {
     pub run: RunPlan,
     pub budget: Budget,
     pub card: Card,
+}
+
+/// What a run's micro-batches are at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// Tokens of a sample.
+    pub longest: usize,
+    /// Tokens of a micro-batch.
+    pub tokens: u64,
 }
 
 /// Why no plan covers this run on a GPU: it then runs as --use-gradient-checkpointing says (auto: as off), and is not refused.
@@ -46,8 +54,8 @@ pub fn train_plan(
     dir: &Path,
     options: LoadOptions,
     dense: &BTreeSet<String>,
-    train: &BatchStream,
-    eval: Option<&BatchStream>,
+    sizes: Sizes,
+    eval_tokens: Option<u64>,
 ) -> Result<Option<TrainPlan>> {
     if !options.device.is_cuda() {
         if args.max_memory.is_some() || args.max_host_memory.is_some() {
@@ -61,20 +69,20 @@ pub fn train_plan(
     if let Some(what) = not_covered(args, options.kind) {
         tracing::info!("no plan covers {what}: whether the run fits is not checked");
         if args.max_memory.is_some() {
-            limit(options.device, budget, train)?;
+            limit(options.device, budget, sizes)?;
         }
         return Ok(None);
     }
-    let work = work(args, dir, options, dense, train)?;
+    let work = work(args, dir, options, dense, sizes)?;
     let (plan, run, card) = plan_for(&work, args.use_gradient_checkpointing, budget, options.device)?;
-    if let Some(eval) = eval {
-        check_evaluation(&work, eval.most_tokens() as u64, budget)?;
+    if let Some(tokens) = eval_tokens {
+        check_evaluation(&work, tokens, budget)?;
     }
     Ok(Some(TrainPlan { plan, run, budget, card }))
 }
 
-fn limit(device: Device, budget: Budget, train: &BatchStream) -> Result<()> {
-    limit_memory(device, Memory::allocator_limit(budget.device), budget.host, train.most_tokens() as u64)
+fn limit(device: Device, budget: Budget, sizes: Sizes) -> Result<()> {
+    limit_memory(device, Memory::allocator_limit(budget.device), budget.host, sizes.tokens)
 }
 
 fn work(
@@ -82,7 +90,7 @@ fn work(
     dir: &Path,
     options: LoadOptions,
     dense: &BTreeSet<String>,
-    train: &BatchStream,
+    sizes: Sizes,
 ) -> Result<Work> {
     let config = Config::from_dir(dir)?;
     let weights = Weights::open(dir)?;
@@ -118,11 +126,10 @@ fn work(
         r: ranks.get(name).copied().unwrap_or(0),
         nf4: stored.contains(name) || (quantises && !dense.contains(name)),
     };
-    let longest = train.data().max_len();
     let optim = args.optim_for(quantises || weights.is_quantized());
-    let mut work = Work::new(&config, (1, longest), optim, prefix, module)
+    let mut work = Work::new(&config, (1, sizes.longest), optim, prefix, module)
         .with_embeddings(options.offload_embedding, options.nf4_head)?;
-    work.tokens = train.most_tokens() as u64;
+    work.tokens = sizes.tokens;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     Ok(work)
 }

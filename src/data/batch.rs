@@ -3,14 +3,14 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::TokenDataset;
 use super::order::Order;
+use super::{Preference, TokenDataset};
 
 /// The label of a token that is not trained.
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Samples side by side, without padding: N tokens in all, S samples.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
     /// Token ids, `[N]`.
     pub input_ids: Vec<i64>,
@@ -20,6 +20,10 @@ pub struct Batch {
     pub position_ids: Vec<i64>,
     /// Sample s is the tokens `cu_seqlens[s]..cu_seqlens[s + 1]`; `[S + 1]`, from 0 to N.
     pub cu_seqlens: Vec<i32>,
+    /// Numbers that an objective reads beside each row, `[K][N]`; which they are is its own matter.
+    pub columns: Vec<Vec<f32>>,
+    /// In preference training what is known of each sample, `[S]`, else empty.
+    pub preferences: Vec<Preference>,
 }
 
 impl Batch {
@@ -61,7 +65,7 @@ impl Batch {
 /// How samples become batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchOptions {
-    /// Rows a batch: samples, or packs (TRL's `per_device_train_batch_size`).
+    /// Rows a batch: samples, pairs, or packs (TRL's `per_device_train_batch_size`).
     pub batch_size: usize,
     /// The most tokens in a pack.
     pub max_seq_length: usize,
@@ -113,6 +117,9 @@ impl BatchStream {
                 options.max_seq_length
             );
         }
+        if options.packing && data.row_samples() > 1 {
+            bail!("pairs of samples are not packed: a batch of them has no padding without that");
+        }
         let cursor = Cursor { fingerprint: data.fingerprint(), ..Default::default() };
         let mut stream = BatchStream { data, options, cursor, order: Order::default(), order_epoch: 0 };
         stream.order = stream.order(0);
@@ -142,6 +149,7 @@ impl BatchStream {
             let ids = self.data.ids(sample as usize).iter().map(|id| i64::from(*id));
             let tokens = ids.zip(self.data.trained(sample as usize));
             batch.push(tokens.map(|(id, trained)| (id, if trained { id } else { IGNORE_INDEX })));
+            batch.preferences.extend(self.data.preferences().get(sample as usize));
         }
         self.cursor.index = (row + self.options.batch_size).min(self.order.num_rows()) as u64;
         Ok(Some(batch))
@@ -181,8 +189,10 @@ impl BatchStream {
         if self.options.packing {
             return (rows * self.options.max_seq_length).min(self.data.num_tokens() as usize);
         }
-        let mut lengths: Vec<usize> =
-            (0..self.data.len()).map(|sample| self.data.sample_len(sample)).collect();
+        let together = self.data.row_samples();
+        let row =
+            |row: usize| (row * together..(row + 1) * together).map(|sample| self.data.sample_len(sample));
+        let mut lengths: Vec<usize> = (0..self.data.len() / together).map(|n| row(n).sum()).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         lengths.iter().take(rows).sum()
     }

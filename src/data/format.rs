@@ -168,11 +168,11 @@ impl RowOptions {
     }
 }
 
-fn columns(row: &Row) -> String {
+pub(super) fn columns(row: &Row) -> String {
     format!("the columns [{}]", row.keys().map(String::as_str).collect::<Vec<_>>().join(", "))
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -240,7 +240,7 @@ fn list(row: &Row, column: &str) -> Result<Vec<Value>> {
     }
 }
 
-fn messages(row: &Row, column: &str) -> Result<Vec<Value>> {
+pub(super) fn messages(row: &Row, column: &str) -> Result<Vec<Value>> {
     let mut messages = list(row, column)?;
     for (i, message) in messages.iter_mut().enumerate() {
         let place = || format!("column {column}, message {}", i + 1);
@@ -290,16 +290,20 @@ fn conversation(row: &Row, messages: Vec<Value>) -> Result<Conversation> {
     if messages.is_empty() {
         bail!("the conversation is empty");
     }
-    let variables = match row.get("chat_template_kwargs") {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(variables)) => variables.clone(),
+    Ok(Conversation { messages, variables: variables(row)?, ..Default::default() })
+}
+
+/// The `chat_template_kwargs` column.
+pub(super) fn variables(row: &Row) -> Result<Map<String, Value>> {
+    match row.get("chat_template_kwargs") {
+        None | Some(Value::Null) => Ok(Map::new()),
+        Some(Value::Object(variables)) => Ok(variables.clone()),
         Some(other) => bail!("column chat_template_kwargs: expected an object, found {}", kind(other)),
-    };
-    Ok(Conversation { messages, variables, ..Default::default() })
+    }
 }
 
 /// The `tools` column: a list, or its JSON text; an empty one is none.
-fn tools(row: &Row) -> Result<Option<Value>> {
+pub(super) fn tools(row: &Row) -> Result<Option<Value>> {
     match row.get("tools") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) if text.trim().is_empty() => Ok(None),

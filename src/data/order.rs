@@ -8,7 +8,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use super::TokenDataset;
 
 /// Fisher-Yates, written out because the order must not change with a version of `rand`.
-pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
+pub(crate) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for i in (1..items.len()).rev() {
         let j = ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize;
         items.swap(i, j);
@@ -26,7 +26,7 @@ pub(super) fn chosen(len: usize, count: usize, seed: u64) -> Vec<bool> {
     is_chosen
 }
 
-/// The rows of one epoch. A row is what counts as one of `batch_size`: a sample, or a pack of samples.
+/// The rows of one epoch. A row is what counts as one of `batch_size`: a sample, a pair, or a pack of samples.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Order {
     samples: Vec<u32>,
@@ -37,7 +37,8 @@ impl Order {
     /// The rows of `epoch`. With `pack_to`, samples are packed into rows of at most so many tokens; with `seed`, samples
     /// and rows are shuffled, differently in each epoch.
     pub(super) fn new(data: &TokenDataset, pack_to: Option<usize>, seed: Option<u64>, epoch: u64) -> Order {
-        let mut samples: Vec<u32> = (0..data.len() as u32).collect();
+        let together = data.row_samples() as u32;
+        let mut samples: Vec<u32> = (0..data.len() as u32 / together).collect();
         let mut rng = seed.map(|seed| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(epoch);
@@ -47,8 +48,9 @@ impl Order {
             shuffle(&mut samples, rng);
         }
         let Some(pack_to) = pack_to else {
-            let row_ends = (1..=samples.len() as u32).collect();
-            return Order { samples, row_ends };
+            let row_ends = (1..=samples.len() as u32).map(|row| row * together).collect();
+            let of_row = |row: u32| row * together..(row + 1) * together;
+            return Order { samples: samples.into_iter().flat_map(of_row).collect(), row_ends };
         };
         let mut packs = best_fit_decreasing(data, samples, pack_to);
         if let Some(rng) = &mut rng {

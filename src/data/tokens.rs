@@ -8,17 +8,20 @@ use bytemuck::Pod;
 
 use crate::io::Mmap;
 
+use super::Preference;
 use super::order::chosen;
 use super::select::held_out;
 
 /// Tokenised samples, compact: 4 bytes and 1 bit a token, 8 bytes a sample. In memory, or in the files of a
 /// [`TokenCache`](super::TokenCache), which the system reads as they are needed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenDataset {
     ids: Numbers<u32>,
     /// Bit n: token n is trained (its label is its id).
     trained: Numbers<u64>,
     ends: Numbers<u64>,
+    /// One a sample in preference data, else none.
+    preferences: Vec<Preference>,
 }
 
 /// Numbers in memory or in a mapped file.
@@ -102,6 +105,33 @@ impl TokenDataset {
         self.ends.owned().push(self.ids.len() as u64);
     }
 
+    /// Appends two samples that stay together in every order, each with what preference training knows of it.
+    pub fn push_pair(&mut self, pair: [(&[u32], &[bool], Preference); 2]) {
+        assert_eq!(self.preferences.len(), self.len(), "the other samples are no pairs");
+        for (ids, trained, preference) in pair {
+            self.push(ids, trained);
+            self.preferences.push(preference);
+        }
+    }
+
+    /// What preference training knows of each sample; empty in other data.
+    pub fn preferences(&self) -> &[Preference] {
+        &self.preferences
+    }
+
+    /// Notes the reference model's log-probability of each sample's completion.
+    pub fn set_references(&mut self, log_probs: &[f32]) {
+        assert_eq!(log_probs.len(), self.preferences.len(), "one number a sample");
+        for (preference, log_prob) in self.preferences.iter_mut().zip(log_probs) {
+            preference.reference = Some(*log_prob);
+        }
+    }
+
+    /// How many neighbouring samples stay together: 2 in preference data, else 1.
+    pub fn row_samples(&self) -> usize {
+        if self.preferences.is_empty() { 1 } else { 2 }
+    }
+
     /// The samples in the files `ids`, `trained` and `ends`, as a cache writes them.
     pub(super) fn map(files: [&Path; 3], samples: u64, tokens: u64) -> Result<TokenDataset> {
         let [ids, trained, ends] = files;
@@ -109,6 +139,7 @@ impl TokenDataset {
             ids: Numbers::map(ids, tokens)?,
             trained: Numbers::map(trained, tokens.div_ceil(64))?,
             ends: Numbers::map(ends, samples)?,
+            preferences: Vec::new(),
         };
         if data.ends.last().copied().unwrap_or(0) != tokens || !data.ends.is_sorted() {
             bail!("{}: not the ends of samples: remove its folder", ends.display());
@@ -163,13 +194,15 @@ impl TokenDataset {
         (0..self.len()).map(|sample| self.sample_len(sample)).max().unwrap_or(0)
     }
 
-    /// A checksum of samples and masks: two runs with one fingerprint see the same data.
+    /// A checksum of samples, masks and preferences, not of reference log-probabilities: two runs with one fingerprint see the same data.
     pub fn fingerprint(&self) -> u32 {
         let words =
             self.trained.iter().chain(self.ends.iter()).flat_map(|word| [*word as u32, (*word >> 32) as u32]);
+        let preferences =
+            self.preferences.iter().map(|known| known.prompt_len << 1 | u32::from(known.chosen));
         let mut sum = 0;
         let mut buffer = Vec::with_capacity(1 << 16);
-        for word in self.ids.iter().copied().chain(words) {
+        for word in self.ids.iter().copied().chain(words).chain(preferences) {
             buffer.extend_from_slice(&word.to_le_bytes());
             if buffer.len() == 1 << 16 {
                 sum = crc32c::crc32c_append(sum, &buffer);
@@ -179,16 +212,18 @@ impl TokenDataset {
         crc32c::crc32c_append(sum, &buffer)
     }
 
-    /// Splits off `share` (0 to 1) of the samples for evaluation, at least one, chosen by `seed`: (training, evaluation),
+    /// Splits off `share` (0 to 1) of the samples (pairs, in preference data) for evaluation, at least one, chosen by `seed`: (training, evaluation),
     /// both in the old order.
     pub fn split(&self, share: f64, seed: u64) -> (TokenDataset, TokenDataset) {
-        let held_out = held_out(self.len() as u64, share) as usize;
-        let is_held_out = chosen(self.len(), held_out, seed);
+        let rows = self.len() / self.row_samples();
+        let is_held_out = chosen(rows, held_out(rows as u64, share) as usize, seed);
         let (mut training, mut evaluation) = (TokenDataset::new(), TokenDataset::new());
-        for (sample, held_out) in is_held_out.into_iter().enumerate() {
+        for sample in 0..self.len() {
             let trained: Vec<bool> = self.trained(sample).collect();
+            let held_out = is_held_out[sample / self.row_samples()];
             let into = if held_out { &mut evaluation } else { &mut training };
             into.push(self.ids(sample), &trained);
+            into.preferences.extend(self.preferences.get(sample));
         }
         (training, evaluation)
     }

@@ -99,6 +99,8 @@ pub struct Token {
     pub text: String,
     /// Where the request asked for them.
     pub logprobs: Option<Logprobs>,
+    /// Its log-probability in the distribution that it was drawn from: after penalties, temperature and filters.
+    pub sampling_logprob: f32,
     /// Which weights it comes from: those after [`Engine::weights_changed`](super::Engine::weights_changed) have another
     /// number.
     pub weights: u64,
@@ -130,6 +132,8 @@ pub struct Generation {
     pub text: String,
     /// One for each token, where the parameters asked for them.
     pub logprobs: Vec<Logprobs>,
+    /// One for each token: [`Token::sampling_logprob`].
+    pub sampling_logprobs: Vec<f32>,
     pub finish_reason: FinishReason,
     pub prompt_tokens: usize,
 }
@@ -140,6 +144,7 @@ pub(super) struct Collected {
     token_ids: Vec<i64>,
     text: String,
     logprobs: Vec<Logprobs>,
+    sampling_logprobs: Vec<f32>,
 }
 
 impl Collected {
@@ -147,10 +152,11 @@ impl Collected {
         self.token_ids.push(token.id);
         self.text += &token.text;
         self.logprobs.extend(token.logprobs);
+        self.sampling_logprobs.push(token.sampling_logprob);
     }
 
     pub(super) fn finish(self, finish_reason: FinishReason, prompt_tokens: usize) -> Generation {
-        let Collected { token_ids, text, logprobs } = self;
-        Generation { token_ids, text, logprobs, finish_reason, prompt_tokens }
+        let Collected { token_ids, text, logprobs, sampling_logprobs } = self;
+        Generation { token_ids, text, logprobs, sampling_logprobs, finish_reason, prompt_tokens }
     }
 }

@@ -20,6 +20,7 @@ pub struct Sampler {
     counts: HashMap<i64, u32>,
     /// The tokens left by the filters with their weights; kept between tokens for its memory.
     kept: Vec<Candidate>,
+    logprob: f64,
 }
 
 pub(super) const NO_LOGITS: &str =
@@ -40,8 +41,14 @@ impl Sampler {
         let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
         rng.set_stream(stream);
         let seen = if params.repetition_penalty == 1.0 { Vec::new() } else { vec![false; vocab_size] };
-        let mut sampler =
-            Sampler { params: params.clone(), rng, seen, counts: HashMap::new(), kept: Vec::new() };
+        let mut sampler = Sampler {
+            params: params.clone(),
+            rng,
+            seen,
+            counts: HashMap::new(),
+            kept: Vec::new(),
+            logprob: 0.0,
+        };
         for &id in prompt {
             sampler.mark(id);
         }
@@ -63,6 +70,7 @@ impl Sampler {
         self.penalise(logits);
         let best = best(logits)?;
         let id = if self.params.temperature == 0.0 {
+            self.logprob = 0.0;
             best
         } else {
             self.filter(logits, best);
@@ -72,15 +80,26 @@ impl Sampler {
         Ok(id as i64)
     }
 
-    /// The next draw, for a device that applies the filters itself; [`note`](Sampler::note) then takes its token.
+    /// The log-probability of the last token in the distribution that it was drawn from: after penalties, temperature and filters.
+    pub fn logprob(&self) -> f64 {
+        self.logprob
+    }
+
+    /// The next draw, for a device that applies the filters itself; [`take`](Sampler::take) then gets its token.
     pub(super) fn draw_elsewhere(&mut self) -> Draw {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
         let uniform = if temperature == 0.0 { 0.0 } else { self.rng.random::<f64>() };
         Draw { temperature, top_k, top_p, min_p, uniform }
     }
 
+    /// The token that the device drew, with its log-probability in the distribution that it was drawn from.
+    pub(super) fn take(&mut self, id: i64, logprob: f32) {
+        self.logprob = f64::from(logprob);
+        self.note(id);
+    }
+
     /// A token of the answer, which counts for the penalties.
-    pub(super) fn note(&mut self, id: i64) {
+    fn note(&mut self, id: i64) {
         self.mark(id);
         if self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0 {
             *self.counts.entry(id).or_default() += 1;
@@ -189,15 +208,16 @@ impl Sampler {
     fn draw(&mut self) -> usize {
         let total: f64 = self.kept.iter().map(|candidate| candidate.weight).sum();
         let mut left = self.rng.random::<f64>() * total;
-        let mut chosen = self.kept[0].id;
+        let mut chosen = self.kept[0];
         for candidate in self.kept.iter().filter(|candidate| candidate.weight > 0.0) {
-            chosen = candidate.id;
+            chosen = *candidate;
             left -= candidate.weight;
             if left < 0.0 {
                 break;
             }
         }
-        chosen
+        self.logprob = (chosen.weight / total).ln();
+        chosen.id
     }
 }
 

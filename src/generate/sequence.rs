@@ -140,7 +140,7 @@ impl Sequence {
     /// Takes what the GPU drew.
     pub(super) fn chosen_on_device(&mut self, drawn: Drawn) -> Result<(i64, Option<Logprobs>)> {
         let id = drawn.id.context(NO_LOGITS)?;
-        self.sampler.note(id);
+        self.sampler.take(id, drawn.sampling_logprob);
         let logprobs = self.top_logprobs.map(|_| Logprobs { logprob: drawn.logprob, top: Vec::new() });
         Ok((id, logprobs))
     }
@@ -176,7 +176,8 @@ impl Sequence {
             (.., true) => Some(FinishReason::Length),
             _ => None,
         };
-        Ok((Token { id, text, logprobs, weights: self.weights }, reason))
+        let sampling_logprob = self.sampler.logprob() as f32;
+        Ok((Token { id, text, logprobs, sampling_logprob, weights: self.weights }, reason))
     }
 
     pub(super) fn event(&self, kind: EventKind) -> super::Event {

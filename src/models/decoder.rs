@@ -11,7 +11,7 @@ use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::error::Error;
 use crate::io::Weights;
 use crate::nn::{Init, LoadOptions, Loader, Rope};
-use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows};
+use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
@@ -313,6 +313,26 @@ impl Decoder {
         ops::linear_cross_entropy(&hidden, self.head(), &batch.targets, self.config.final_logit_softcapping)
     }
 
+    /// Log-probabilities of the batch's labels at `temperature`, differentiable: `[N]`, row n for the label of token n + 1, 0 where
+    /// that has none.
+    pub fn batch_log_probs(&self, batch: &DeviceBatch, temperature: f64, pass: Pass) -> Result<Tensor> {
+        let hidden = self.hidden_watched(&batch.input, pass, &mut |_, _, _| Ok(()))?;
+        let softcap = self.config.final_logit_softcapping;
+        ops::token_log_probs(&hidden, self.head(), &batch.targets, temperature, softcap)
+    }
+
+    /// As [`Decoder::batch_log_probs`], with the entropies of the same distributions, which are not differentiable.
+    pub fn batch_log_probs_and_entropy(
+        &self,
+        batch: &DeviceBatch,
+        temperature: f64,
+        pass: Pass,
+    ) -> Result<(Tensor, Tensor)> {
+        let hidden = self.hidden_watched(&batch.input, pass, &mut |_, _, _| Ok(()))?;
+        let softcap = self.config.final_logit_softcapping;
+        ops::token_log_probs_and_entropy(&hidden, self.head(), &batch.targets, temperature, softcap)
+    }
+
     /// Log-probability of each token after the first, given those before it: `[T - 1]` in f32.
     pub fn log_probs(&self, input_ids: &[i64]) -> Result<Tensor> {
         if input_ids.len() < 2 {
@@ -325,8 +345,8 @@ impl Decoder {
         let input =
             Input { input_ids: &input_ids[..n], position_ids: &positions, cu_seqlens: &[0, n as i32] };
         let hidden = self.hidden(input, Pass::INFERENCE)?;
-        let labels = Tensor::f_from_slice(&input_ids[1..])?.f_to_device(self.device)?;
-        ops::linear_log_probs(&hidden, self.head(), &labels, self.config.final_logit_softcapping)
+        let targets = Targets::new(&input_ids[1..], self.device)?;
+        ops::token_log_probs(&hidden, self.head(), &targets, 1.0, self.config.final_logit_softcapping)
     }
 }
 

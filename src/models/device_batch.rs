@@ -24,6 +24,8 @@ pub struct DeviceBatch {
     pub(super) input: DeviceInput,
     /// The tokens that the rows predict.
     pub(super) targets: Targets,
+    /// What the objective reads beside them, of shapes that follow from the batch's.
+    pub extra: Vec<Tensor>,
 }
 
 impl Decoder {
@@ -56,7 +58,7 @@ impl Decoder {
     /// predicts label n + 1.
     pub fn upload(&self, input: Input, labels: &[i64]) -> Result<DeviceBatch> {
         let targets = Targets::new(&shift_labels(labels, input.cu_seqlens), self.device)?;
-        Ok(DeviceBatch { input: self.upload_input(input)?, targets })
+        Ok(DeviceBatch { input: self.upload_input(input)?, targets, extra: Vec::new() })
     }
 }
 
@@ -74,6 +76,10 @@ impl BatchShape {
 }
 
 impl DeviceBatch {
+    pub fn samples(&self) -> i64 {
+        self.input.cu_seqlens.len() as i64 - 1
+    }
+
     pub fn shape(&self) -> BatchShape {
         BatchShape::new(&self.input.cu_seqlens, self.targets.count())
     }
@@ -86,6 +92,9 @@ impl DeviceBatch {
             rows.f_copy_(new)?;
         }
         self.targets.assign(&other.targets)?;
+        for (tensor, new) in self.extra.iter_mut().zip(&other.extra) {
+            tensor.f_copy_(new)?;
+        }
         for ((cos, sin), (new_cos, new_sin)) in self.input.angles.iter_mut().zip(&other.input.angles) {
             cos.f_copy_(new_cos)?;
             sin.f_copy_(new_sin)?;

@@ -15,6 +15,7 @@ mod parameters;
 mod phi3;
 mod qwen;
 mod sensitivity;
+mod sequence_classifier;
 
 use anyhow::Result;
 
@@ -29,6 +30,7 @@ pub use gguf::{
 };
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
+pub use sequence_classifier::SequenceClassifier;
 
 /// A row a `model_type`: how its config.json is read.
 pub struct Architecture {

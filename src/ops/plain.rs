@@ -88,3 +88,21 @@ pub fn linear_cross_entropy(
     let labels = Tensor::f_from_slice(labels)?.f_to_device(hidden.device())?;
     Ok(z.f_cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)?)
 }
+
+/// As [`super::token_log_probs`], in the same precisions; -100 is no label.
+pub fn token_log_probs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    labels: &[i64],
+    temperature: f64,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let mut z = hidden.f_matmul(&weight.f_tr()?)?.f_to_kind(accumulation(hidden.kind()))?;
+    if let Some(cap) = softcap {
+        z = z.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
+    }
+    let log_p = z.f_div_scalar(temperature)?.f_log_softmax(-1, None)?;
+    let labels = Tensor::f_from_slice(labels)?.f_to_device(hidden.device())?.f_unsqueeze(1)?;
+    let chosen = log_p.f_gather(1, &labels.f_clamp_min(0)?, false)?;
+    Ok(chosen.f_masked_fill(&labels.f_lt(0)?, 0.0)?.f_squeeze_dim(1)?)
+}

@@ -24,6 +24,8 @@ pub struct Draw {
 pub struct Drawn {
     pub id: Option<i64>,
     pub logprob: f32,
+    /// That of the token in the distribution that it was drawn from: after temperature and filters.
+    pub sampling_logprob: f32,
 }
 
 /// Draws a token of each row of `logits` (f32 `[N, V]` on a GPU) by a kernel, and waits for them.
@@ -36,16 +38,20 @@ pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Drawn>> {
         .collect();
     let params =
         crate::device::upload(&words, logits.device())?.f_view_dtype(Kind::Double)?.f_view([n, 5])?;
-    // Both results in one tensor: one copy back.
+    // All results in one tensor: one copy back.
     let out = Tensor::f_empty([2 * n], (Kind::Int64, logits.device()))?;
     let tokens = out.f_narrow(0, 0, n)?;
-    let logprobs = out.f_narrow(0, n, n)?.f_view_dtype(Kind::Float)?.f_narrow(0, 0, n)?;
+    let logprobs = out.f_narrow(0, n, n)?.f_view_dtype(Kind::Float)?.f_view([2, n])?;
     let [logits, params, tokens, logprobs] = [logits, &params, &tokens, &logprobs].map(ffi::borrow);
     bridge::sample(logits, params, tokens, logprobs).map_err(op_error)?;
     let mut values = vec![0_i64; 2 * draws.len()];
     out.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, 2 * draws.len())?;
     let (ids, packed) = values.split_at(draws.len());
     let logprob = |at: usize| f32::from_bits((packed[at / 2] as u64 >> (32 * (at % 2))) as u32);
-    let drawn = |(at, &id): (usize, &i64)| Drawn { id: (id >= 0).then_some(id), logprob: logprob(at) };
+    let drawn = |(at, &id): (usize, &i64)| Drawn {
+        id: (id >= 0).then_some(id),
+        logprob: logprob(at),
+        sampling_logprob: logprob(draws.len() + at),
+    };
     Ok(ids.iter().enumerate().map(drawn).collect())
 }

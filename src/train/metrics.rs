@@ -9,7 +9,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::io::write_atomically;
-use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
+use crate::train::observer::{
+    CompletionRow, Completions, EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults,
+};
 use crate::train::plot;
 use crate::train::tensorboard::EventWriter;
 
@@ -19,10 +21,12 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const TRAIN_RESULTS: &str = "train_results.json";
 /// The picture of the losses.
 pub const LOSS_CURVE: &str = "loss.svg";
+/// One JSON object a completion, where the model writes what it trains on.
+pub const COMPLETIONS: &str = "completions.jsonl";
 /// Folder of the TensorBoard event files.
 pub const TENSORBOARD: &str = "runs";
 
-/// Losses by step.
+/// Losses, or another metric, by step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LossHistory {
     /// (step, loss) of the training steps.
@@ -81,6 +85,26 @@ fn keep(text: &str, last_step: u64) -> (String, LossHistory) {
     (kept, history)
 }
 
+/// The course of `metric` in a metrics file, and of `eval_` with its name.
+pub fn history_of(path: &Path, metric: &str) -> Result<LossHistory> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let mut history = LossHistory::default();
+    let eval = format!("eval_{metric}");
+    for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+        let Some(step) = record["step"].as_u64() else { continue };
+        history.train.extend(record[metric].as_f64().map(|value| (step, value)));
+        history.eval.extend(record[&eval].as_f64().map(|value| (step, value)));
+    }
+    Ok(history)
+}
+
+#[derive(Serialize)]
+struct Numbered<'a> {
+    step: u64,
+    #[serde(flatten)]
+    row: &'a CompletionRow,
+}
+
 /// Writes the run's records into its output folder. A disk that is full in the middle of the run costs records, not
 /// the run.
 #[derive(Debug)]
@@ -88,7 +112,12 @@ pub struct RunLog {
     output_dir: PathBuf,
     title: String,
     logging_steps: u64,
+    /// Metrics of the objective that get a picture.
+    plots: &'static [&'static str],
     open: Option<(MetricsFile, EventWriter)>,
+    /// 0 for no file.
+    completions_steps: u64,
+    completions: Option<MetricsFile>,
     history: LossHistory,
     total_steps: u64,
     has_warned: bool,
@@ -101,20 +130,37 @@ impl RunLog {
             output_dir: output_dir.to_owned(),
             title: title.to_owned(),
             logging_steps,
+            plots: &[],
             open: None,
+            completions_steps: 0,
+            completions: None,
             history: LossHistory::default(),
             total_steps: 0,
             has_warned: false,
         }
     }
 
+    /// The same, also drawing `metrics` of the objective: `rewards/margins` into `rewards_margins.svg`.
+    pub fn plotting(self, metrics: &'static [&'static str]) -> Self {
+        Self { plots: metrics, ..self }
+    }
+
+    /// The same with a file of the completions of every `steps`th step; 0 for none.
+    pub fn with_completions(self, steps: u64) -> Self {
+        Self { completions_steps: steps, ..self }
+    }
+
+    fn lost(&mut self, step: u64, error: anyhow::Error) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        }
+    }
+
     fn record(&mut self, step: u64, record: &impl Serialize, scalars: &[(&str, f64)]) {
         let Some((metrics, events)) = &mut self.open else { return };
         let written = metrics.append(record).and_then(|()| events.scalars(step, scalars));
-        if let Err(error) = written
-            && !std::mem::replace(&mut self.has_warned, true)
-        {
-            tracing::warn!("metrics of step {step} are lost: {error:#}");
+        if let Err(error) = written {
+            self.lost(step, error);
         }
     }
 
@@ -123,7 +169,14 @@ impl RunLog {
             return Ok(());
         }
         let picture = plot::loss_curve(&self.title, &self.history)?;
-        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())
+        write_atomically(&self.output_dir.join(LOSS_CURVE), picture.as_bytes())?;
+        for metric in self.plots {
+            let history = history_of(&self.output_dir.join(METRICS), metric)?;
+            let picture = plot::curve(&self.title, metric, &history)?;
+            let name = format!("{}.svg", metric.replace('/', "_"));
+            write_atomically(&self.output_dir.join(name), picture.as_bytes())?;
+        }
+        Ok(())
     }
 }
 
@@ -136,6 +189,10 @@ impl TrainObserver for RunLog {
         let first_step = if start.start_step > 0 { start.start_step + 1 } else { 0 };
         let events = EventWriter::create(&self.output_dir.join(TENSORBOARD), first_step)?;
         self.open = Some((metrics, events));
+        if self.completions_steps > 0 {
+            self.completions =
+                Some(MetricsFile::open(&self.output_dir.join(COMPLETIONS), start.start_step)?.0);
+        }
         self.history = history;
         Ok(())
     }
@@ -155,14 +212,33 @@ impl TrainObserver for RunLog {
             ("train/memory", metrics.memory as f64),
         ];
         scalars.extend(metrics.loss_scale.map(|scale| ("train/loss_scale", scale)));
+        let names: Vec<String> = metrics.objective.keys().map(|name| format!("train/{name}")).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
+        Ok(())
+    }
+
+    fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
+        if self.completions_steps == 0 || !step.is_multiple_of(self.completions_steps) {
+            return Ok(());
+        }
+        let Some(file) = &mut self.completions else { return Ok(()) };
+        let written = completions.rows.iter().try_for_each(|row| file.append(&Numbered { step, row }));
+        if let Err(error) = written {
+            self.lost(step, error);
+        }
         Ok(())
     }
 
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.history.eval.push((metrics.step, metrics.eval_loss));
-        let scalars =
-            [("eval/loss", metrics.eval_loss), ("eval/tokens_per_second", metrics.eval_tokens_per_second)];
+        let mut scalars = vec![
+            ("eval/loss", metrics.eval_loss),
+            ("eval/tokens_per_second", metrics.eval_tokens_per_second),
+        ];
+        let name = |key: &String| format!("eval/{}", key.strip_prefix("eval_").unwrap_or(key));
+        let names: Vec<String> = metrics.objective.keys().map(name).collect();
+        scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));
         self.record(metrics.step, metrics, &scalars);
         Ok(())
     }

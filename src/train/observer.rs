@@ -1,5 +1,6 @@
 //! What the training loop tells the outside: progress, metrics, checkpoints.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
@@ -39,6 +40,30 @@ pub struct StepMetrics {
     pub samples_per_second: f64,
     /// In use by tensors on the device (CPU: the process's resident memory), bytes.
     pub memory: u64,
+    /// What the objective and the source of the data measured, in TRL's words: `rewards/margins`, `reward`, ..
+    #[serde(flatten)]
+    pub objective: BTreeMap<String, f64>,
+}
+
+/// Texts that the model wrote for a step, and what they are worth.
+#[derive(Debug, Clone, Copy)]
+pub struct Completions<'a> {
+    /// Names of the rewards.
+    pub rewards: &'a [String],
+    pub rows: &'a [CompletionRow],
+}
+
+/// One of them; a line of `completions.jsonl`, with the step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct CompletionRow {
+    /// The prompt as the model saw it.
+    pub prompt: String,
+    pub completion: String,
+    /// Each reward's number, None where it does not apply or failed.
+    pub rewards: Vec<Option<f64>>,
+    /// Their weighted sum.
+    pub reward: Option<f64>,
+    pub advantage: f64,
 }
 
 /// One evaluation.
@@ -55,6 +80,9 @@ pub struct EvalMetrics {
     /// Whether it is the lowest loss so far.
     #[serde(default)]
     pub is_best: bool,
+    /// What the objective measured: `eval_rewards/margins`, ..
+    #[serde(flatten)]
+    pub objective: BTreeMap<String, f64>,
 }
 
 /// Why a run ended.
@@ -120,6 +148,10 @@ pub trait TrainObserver {
     fn between_steps(&mut self, _model: &FastLanguageModel, _last: bool) -> Result<()> {
         Ok(())
     }
+    /// After [`on_step`](TrainObserver::on_step), where the model wrote the step's texts.
+    fn on_completions(&mut self, _step: u64, _completions: &Completions) -> Result<()> {
+        Ok(())
+    }
     fn on_eval(&mut self, _metrics: &EvalMetrics) -> Result<()> {
         Ok(())
     }
@@ -146,6 +178,9 @@ impl TrainObserver for Vec<Box<dyn TrainObserver>> {
     }
     fn between_steps(&mut self, model: &FastLanguageModel, last: bool) -> Result<()> {
         self.iter_mut().try_for_each(|observer| observer.between_steps(model, last))
+    }
+    fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
+        self.iter_mut().try_for_each(|observer| observer.on_completions(step, completions))
     }
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.iter_mut().try_for_each(|observer| observer.on_eval(metrics))

@@ -1,4 +1,4 @@
-//! The loss curve as an SVG picture: the loss of every step, its smoothed course, the evaluations.
+//! Curves as SVG pictures: the loss or another metric of every step, its smoothed course, the evaluations.
 
 use std::ops::Range;
 
@@ -18,12 +18,22 @@ const MOST_POINTS: usize = 1000;
 
 /// The SVG text of the losses over the steps.
 pub fn loss_curve(title: &str, history: &LossHistory) -> Result<String> {
+    curve(title, "loss", history)
+}
+
+/// The SVG text of another metric over the steps; `what` it is stands at the axis.
+pub fn curve(title: &str, what: &str, history: &LossHistory) -> Result<String> {
     let mut picture = String::new();
-    draw(&mut picture, title, history).map_err(|error| anyhow!("drawing the loss curve: {error}"))?;
+    draw(&mut picture, title, what, history).map_err(|error| anyhow!("drawing the {what} curve: {error}"))?;
     Ok(picture)
 }
 
-fn draw(picture: &mut String, title: &str, history: &LossHistory) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(
+    picture: &mut String,
+    title: &str,
+    what: &str,
+    history: &LossHistory,
+) -> Result<(), Box<dyn std::error::Error>> {
     let train = thinned(&history.train);
     let smooth = smoothed(&train);
     let eval: Vec<(f64, f64)> = finite(&history.eval).collect();
@@ -43,7 +53,7 @@ fn draw(picture: &mut String, title: &str, history: &LossHistory) -> Result<(), 
     chart
         .configure_mesh()
         .x_desc("step")
-        .y_desc("loss")
+        .y_desc(what)
         .axis_desc_style(font(15))
         .label_style(font(13))
         .axis_style(TEXT)

@@ -11,7 +11,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::TrainingArguments;
-use super::objective::{Objective, upload};
+use super::objective::Objective;
 use super::optim::AdamW;
 use crate::data::Batch;
 use crate::device::{self, Graph};
@@ -161,13 +161,14 @@ impl<'a> Stepper<'a> {
         let targets: usize = batches.iter().map(|batch| self.objective.targets(batch)).sum();
         // All uploads before the first forward pass: none stands between two of them. But rows of an embedding in the host's
         // memory, large and slow to gather, are uploaded while the device is busy with the micro-batch before.
-        let mut uploads = batches.iter().map(|batch| upload(decoder, batch));
+        let mut uploads = batches.iter().map(|batch| self.objective.upload(decoder, batch));
         let ahead: Vec<_> =
             if decoder.offloads_embedding() { Vec::new() } else { uploads.by_ref().collect() };
         self.optimizer.set_learning_rate(learning_rate)?;
         if let Some(casts) = &self.casts {
             casts.refresh()?;
         }
+        self.objective.start_step(decoder, batches)?;
         let _ = self.targets.f_fill_(targets.max(1) as f64)?;
         let _ = self.loss.f_zero_()?;
         let policies = Arc::clone(&self.policies);

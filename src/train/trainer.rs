@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use tch::Tensor;
 
 use super::checkpoint::{self, Checkpoint, Checkpoints, OPTIMIZER, RUN_CONFIG, TrainerState};
 use super::memory;
-use super::objective::{Objective, input, upload};
+use super::objective::{Objective, input, means};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
+use super::source::StepSource;
 use super::step::{RunPlan, Stepper};
 use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
-use crate::data::{Batch, BatchStream, Cursor};
+use crate::data::{Batch, BatchStream};
 use crate::io::{Weights, write_atomically};
 use crate::models::FastLanguageModel;
 use crate::ops::Pass;
@@ -47,7 +49,7 @@ use crate::ops::Pass;
 ///     model: &mut model,
 ///     objective: &Sft,
 ///     arguments: &arguments,
-///     train: BatchStream::new(Arc::new(data), options)?,
+///     train: Box::new(BatchStream::new(Arc::new(data), options)?),
 ///     eval: None,
 ///     observer: &mut observer,
 ///     plan: None,
@@ -65,7 +67,7 @@ pub struct Trainer<'a> {
     pub objective: &'a dyn Objective,
     /// Resolved: every choice made.
     pub arguments: &'a TrainingArguments,
-    pub train: BatchStream,
+    pub train: Box<dyn StepSource + 'a>,
     pub eval: Option<BatchStream>,
     pub observer: &'a mut dyn TrainObserver,
     /// What each layer keeps for the backward; without one, what `arguments.use_gradient_checkpointing` says.
@@ -91,7 +93,7 @@ impl Trainer<'_> {
             checkpoints.clear()?;
         }
         let accumulation = args.gradient_accumulation_steps as u64;
-        let steps_per_epoch = self.train.batches_per_epoch().div_ceil(accumulation);
+        let steps_per_epoch = self.train.steps_per_epoch(accumulation).max(1);
         let total_steps =
             args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
         let schedule = self.schedule(total_steps);
@@ -118,10 +120,13 @@ impl Trainer<'_> {
         let (mut samples, mut loss_sum, mut final_loss) = (0u64, 0.0, f64::NAN);
         let mut reason = StopReason::Done;
         while at.step < total_steps {
-            let before = self.train.cursor();
-            let batches = self.step_batches(accumulation)?;
+            let before = self.train.cursor()?;
+            let batches = self.train.next_step(self.model, accumulation)?;
             let learning_rate = schedule.at(at.step);
+            let began = Instant::now();
             let outcome = stepper.run(&self.model.decoder, &batches, at.step, learning_rate)?;
+            let mut more = means(self.objective.measured()?);
+            more.extend(self.train.metrics(began.elapsed().as_secs_f64()));
             if outcome.overflowed() {
                 self.observer.on_warning(&format!(
                     "step {}: the gradient overflowed in f16 and was not applied; the loss scale is {} now",
@@ -143,7 +148,7 @@ impl Trainer<'_> {
             let (tokens_per_second, samples_per_second) = clock.step(tokens, step_samples);
             self.observer.on_step(&StepMetrics {
                 step: at.step,
-                epoch: self.epoch(),
+                epoch: self.train.epoch(),
                 loss: outcome.loss,
                 grad_norm: outcome.grad_norm,
                 loss_scale: outcome.loss_scale,
@@ -152,7 +157,11 @@ impl Trainer<'_> {
                 tokens_per_second,
                 samples_per_second,
                 memory: memory::in_use(device),
+                objective: more,
             })?;
+            if let Some(completions) = self.train.completions() {
+                self.observer.on_completions(at.step, &completions)?;
+            }
 
             let last = at.step == total_steps;
             let mut save = last || (args.save_steps > 0 && at.step.is_multiple_of(args.save_steps));
@@ -169,7 +178,7 @@ impl Trainer<'_> {
             let ends = last || reason != StopReason::Done;
             clock.pausing(|| self.observer.between_steps(self.model, ends))?;
             if save || reason != StopReason::Done {
-                let cursor = self.train.cursor();
+                let cursor = self.train.cursor()?;
                 clock.pausing(|| self.save(&checkpoints, &stepper.optimizer, &at, cursor, total_steps))?;
             }
             if reason != StopReason::Done {
@@ -186,7 +195,7 @@ impl Trainer<'_> {
         let results = TrainResults {
             stop_reason: reason,
             global_step: at.step,
-            epoch: self.epoch(),
+            epoch: self.train.epoch(),
             train_runtime: runtime,
             train_samples_per_second: samples as f64 / runtime,
             train_steps_per_second: steps as f64 / runtime,
@@ -205,32 +214,22 @@ impl Trainer<'_> {
         Ok(results)
     }
 
-    /// The micro-batches of one optimizer step; fewer than asked for at the end of an epoch.
-    fn step_batches(&mut self, accumulation: u64) -> Result<Vec<Batch>> {
-        let mut batches = Vec::with_capacity(accumulation as usize);
-        while batches.len() < accumulation as usize {
-            match self.train.next_batch()? {
-                Some(batch) => batches.push(batch),
-                None if batches.is_empty() => continue,
-                None => break,
-            }
-        }
-        Ok(batches)
-    }
-
     /// Mean loss over the evaluation set; true if it is the best so far.
     fn evaluate(&mut self, at: &mut Progress) -> Result<bool> {
-        let epoch = self.epoch();
+        let epoch = self.train.epoch();
         let Some(eval) = &mut self.eval else { return Ok(false) };
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
         let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
+        let mut measured = Vec::new();
         while let Some(batch) = eval.next_batch()? {
-            let on_device = upload(&self.model.decoder, &batch)?;
+            self.objective.start_step(&self.model.decoder, std::slice::from_ref(&batch))?;
+            let on_device = self.objective.upload(&self.model.decoder, &batch)?;
             loss += self
                 .objective
                 .loss_sum(&self.model.decoder, &on_device, Pass::INFERENCE)?
                 .f_double_value(&[])?;
+            measured.extend(self.objective.measured()?);
             targets += self.objective.targets(&batch);
             tokens += batch.tokens();
             samples += batch.samples();
@@ -246,6 +245,10 @@ impl Trainer<'_> {
             eval_samples_per_second: samples as f64 / eval_runtime,
             eval_tokens_per_second: tokens as f64 / eval_runtime,
             is_best,
+            objective: means(measured)
+                .into_iter()
+                .map(|(name, mean)| (format!("eval_{name}"), mean))
+                .collect(),
         })?;
         Ok(is_best)
     }
@@ -269,15 +272,15 @@ impl Trainer<'_> {
         checkpoints: &Checkpoints,
         optimizer: &AdamW,
         at: &Progress,
-        cursor: Cursor,
+        cursor: Value,
         total_steps: u64,
     ) -> Result<()> {
         let args = self.arguments;
         let state = TrainerState {
             global_step: at.step,
             max_steps: total_steps,
-            epoch: self.epoch(),
-            cursor: serde_json::to_value(cursor)?,
+            epoch: self.train.epoch(),
+            cursor,
             seed: args.seed,
             threads: tch::get_num_threads() as usize,
             num_tokens: at.num_tokens,
@@ -305,7 +308,8 @@ impl Trainer<'_> {
 
     /// The effective configuration.
     fn config(&self, optimizer: &AdamW) -> Result<String> {
-        TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()
+        let own = TrainingArguments { optim: Some(optimizer.optim()), ..self.arguments.clone() }.to_yaml()?;
+        Ok(own + &self.objective.config()?)
     }
 
     /// Puts a checkpoint's weights, moments, data cursor and counters in place.
@@ -331,9 +335,9 @@ impl Trainer<'_> {
         let path = from.folder.join(OPTIMIZER);
         let moments = read_all(&path)?;
         optimizer.load_state(moments, &path.display().to_string())?;
-        let cursor: Cursor = serde_json::from_value(state.cursor.clone())
-            .with_context(|| format!("{folder}: the data cursor in trainer_state.json"))?;
-        self.train.seek(&cursor).with_context(|| format!("resuming from {folder}"))?;
+        self.train
+            .seek(&state.cursor)
+            .with_context(|| format!("resuming from {folder}: the data cursor in trainer_state.json"))?;
         Ok(Progress { step: state.global_step, num_tokens: state.num_tokens, best: state.best.clone() })
     }
 
@@ -343,7 +347,7 @@ impl Trainer<'_> {
         checkpoints: &Checkpoints,
         optimizer: &mut AdamW,
         at: &Progress,
-        before: Cursor,
+        before: Value,
         batches: &[Batch],
         total_steps: u64,
     ) -> anyhow::Error {
@@ -407,12 +411,6 @@ impl Trainer<'_> {
         let learning_rate = args.learning_rate.unwrap_or(2e-4);
         let warmup = (args.warmup_steps, args.warmup_ratio);
         Schedule::new(args.lr_scheduler_type, learning_rate, total_steps, warmup, args.lr_decay_ratio)
-    }
-
-    /// Passes over the data so far, with the part of the present one.
-    fn epoch(&self) -> f64 {
-        let cursor = self.train.cursor();
-        cursor.epoch as f64 + self.train.epoch_share()
     }
 }
 

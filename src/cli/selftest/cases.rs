@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         attention("attention, softcap, window", 256, &[0.0, 0.55], Some(50.0), Some(0.125)),
     ]);
     cases.extend([cross_entropy("cross_entropy", None), cross_entropy("cross_entropy, softcap", Some(30.0))]);
+    cases.extend([log_probs("log_probs", None), log_probs("log_probs, softcap", Some(30.0))]);
     cases.extend(blocks::blocks());
     cases.extend([adamw(), super::adamw_8bit::adamw_8bit()]);
     cases
@@ -143,7 +144,12 @@ pub(super) fn attention_flops(cu_seqlens: &[i32], spec: &AttentionSpec) -> f64 {
     4.0 * pairs * (spec.num_heads * spec.head_dim) as f64
 }
 
-fn cross_entropy(op: &'static str, softcap: Option<f64>) -> Case {
+/// An op of the head, ours and plain: of hidden states, the head, labels and softcap.
+type Ours = fn(&Tensor, &Tensor, &Targets, Option<f64>) -> Result<Tensor>;
+type Plain = fn(&Tensor, &Tensor, &[i64], Option<f64>) -> Result<Tensor>;
+
+/// `flops` are those of the forward, in products of the whole.
+fn of_head(op: &'static str, softcap: Option<f64>, flops: f64, ours: Ours, plain: Plain) -> Case {
     const C: i64 = 1024;
     const V: i64 = 8016;
     proved(op, Rows { compared: 64, timed: 4096 }, move |n, mut operands| {
@@ -154,16 +160,30 @@ fn cross_entropy(op: &'static str, softcap: Option<f64>) -> Case {
         let targets = labels.clone();
         Ok(Subject {
             shape: format!("[{n}, {C}] -> {V}"),
-            // The forward takes the gradient of hidden as well.
-            work: Work::Flops(4.0 * (n * C * V) as f64 * 0.75),
+            work: Work::Flops(flops * 2.0 * (n * C * V) as f64 * 0.75),
             operands,
             ours: Box::new(move |t| {
                 let targets = Targets::new(&targets, t[0].device())?;
-                ops::linear_cross_entropy(&t[0], &t[1], &targets, softcap)
+                ours(&t[0], &t[1], &targets, softcap)
             }),
-            plain: Box::new(move |t| plain::linear_cross_entropy(&t[0], &t[1], &labels, softcap)),
+            plain: Box::new(move |t| plain(&t[0], &t[1], &labels, softcap)),
         })
     })
+}
+
+/// Its forward takes the gradient of hidden as well.
+fn cross_entropy(op: &'static str, softcap: Option<f64>) -> Case {
+    let ours: Ours =
+        |hidden, head, targets, softcap| ops::linear_cross_entropy(hidden, head, targets, softcap);
+    of_head(op, softcap, 2.0, ours, plain::linear_cross_entropy)
+}
+
+fn log_probs(op: &'static str, softcap: Option<f64>) -> Case {
+    let ours: Ours =
+        |hidden, head, targets, softcap| ops::token_log_probs(hidden, head, targets, 0.7, softcap);
+    let plain: Plain =
+        |hidden, head, labels, softcap| plain::token_log_probs(hidden, head, labels, 0.7, softcap);
+    of_head(op, softcap, 1.0, ours, plain)
 }
 
 /// Quantised on the device, and a copy on the CPU of what it was made from.

@@ -164,7 +164,7 @@ pub enum EvalStrategy {
 }
 
 /// A list, one value, or one string of values between commas as on the command line.
-pub(super) fn list<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub(in crate::train) fn list<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     T: Deserialize<'de> + std::str::FromStr<Err: std::fmt::Display>,
 {

@@ -1,0 +1,226 @@
+//! `ferrotune grpo`: reinforcement learning from rewards.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::banner::table;
+use super::completions::CompletionTable;
+use super::engine_args::kv_bytes;
+use super::format::count;
+use super::model_args::{init_device, kind_of, overflows_f16};
+use super::progress::Progress;
+use super::train::{
+    checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, missed,
+};
+use super::train_banner::{machine_lines, model_lines};
+use super::train_plan::{Sizes, TrainPlan, train_plan};
+use super::{signals, sources};
+use crate::data::Tokenizer;
+use crate::models::{Config, FastLanguageModel};
+use crate::nn::LoadOptions;
+use crate::rewards::{self, RewardOptions};
+use crate::train::Trainer;
+use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
+use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
+use crate::train::metrics::RunLog;
+use crate::train::observer::TrainObserver;
+
+/// Metrics of a step on screen, beside the rewards.
+const SHOWN: &[(&str, &str)] = &[
+    ("completions/mean_length", "length"),
+    ("kl", "KL"),
+    ("clip_ratio/region_mean", "clipped"),
+    ("cispo_clip_ratio", "clipped"),
+];
+
+/// Runs what the flags ask for, start to end.
+pub fn run(arguments: GrpoArguments) -> Result<()> {
+    let mut args = arguments.resolved()?;
+    for warning in args.training.warnings() {
+        tracing::warn!("{warning}");
+    }
+    let resume = if args.training.dry_run { None } else { checkpoint_to_resume(&mut args.training)? };
+    if let Some(checkpoint) = &resume {
+        warn_of_changes(&args, checkpoint)?;
+    }
+    let threads = args.training.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
+    let device = init_device(&args.training.device)?;
+    if let Some(threads) = threads {
+        tch::set_num_threads(threads as i32);
+    }
+    args.training.threads = Some(tch::get_num_threads() as usize);
+
+    let dir =
+        sources::model_dir(&args.training.model, args.training.revision.as_deref()).context("--model")?;
+    let mut tokenizer = load_tokenizer(&args.training, &dir)?;
+    if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now) {
+        tokenizer.set_template_now(now);
+    }
+    let prompts = load_prompts(&args, &tokenizer, &dir)?;
+    let kind = kind_of(args.training.dtype, device, overflows_f16(&dir).context("--model")?);
+    let options = LoadOptions {
+        load_in_4bit: args.training.load_in_4bit,
+        offload_embedding: args.training.offload_embedding,
+        nf4_head: args.training.nf4_head,
+        ..LoadOptions::new(kind, device)
+    };
+    let reward_options = RewardOptions {
+        timeout: Duration::from_secs_f64(args.reward_timeout),
+        device,
+        kind,
+        tokenizer: &tokenizer,
+    };
+    let judges =
+        rewards::build(&args.rewards(), &args.reward_weights, reward_options).context("--reward-funcs")?;
+    if args.training.dry_run {
+        show_prompts(&prompts, judges.names());
+        return Ok(());
+    }
+    let dense = dense_modules(&args.training, &dir, options)?;
+    let longest = prompts.longest() + args.max_completion_length;
+    let sizes = Sizes { longest, tokens: (longest * args.training.per_device_train_batch_size) as u64 };
+    let plan = train_plan(&args.training, &dir, options, &dense, sizes, None)?;
+    let mut model = load_model(&args.training, &dir, options, &dense)?;
+    model.set_tokenizer(tokenizer);
+    args.training.optim = Some(args.training.optim_for(model.decoder.is_quantized()));
+    print!("{}", banner(&args, &model, &prompts, judges.names(), plan.as_ref()));
+
+    let stop_token_ids = model.generation_params()?.stop_token_ids;
+    let mut kv = kv_bytes(args.kv_cache_memory, device)?;
+    if let Some(plan) = &plan {
+        // What the run may take of the GPU holds for the rollouts too, where the model is all that lies there.
+        let taken = crate::train::memory::in_use(device);
+        kv = kv.min(plan.budget.device.saturating_sub(taken) / 10 * 9);
+    }
+    let source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
+    let title = format!("{} on {}", last_part(&args.training.model), datasets(&args));
+    let mut observer: Vec<Box<dyn TrainObserver>> = vec![
+        Box::new(Progress::new(args.training.logging_steps).showing(SHOWN)),
+        Box::new(CompletionTable { steps: args.log_completions_steps, rows: args.num_completions_to_print }),
+        Box::new(
+            RunLog::new(&args.training.output_dir, &title, args.training.logging_steps)
+                .plotting(&["reward", "completions/mean_length"])
+                .with_completions(args.log_completions_steps),
+        ),
+    ];
+    let stop = signals::stop_flag()?;
+    let trainer = Trainer {
+        model: &mut model,
+        objective: &Grpo::new(&args),
+        arguments: &args.training,
+        train: Box::new(source),
+        eval: None,
+        observer: &mut observer,
+        plan: plan.as_ref().map(|plan| plan.run.clone()),
+        stop: &stop,
+    };
+    let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
+        Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
+        _ => error,
+    })?;
+    drop(observer);
+    finish(&args.training, &model, &results)
+}
+
+/// What of the run's own words differs from the checkpoint's; the words of every training run were compared before.
+fn warn_of_changes(args: &GrpoArguments, checkpoint: &Checkpoint) -> Result<()> {
+    let file = checkpoint.folder.join(RUN_CONFIG);
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    let mut before = GrpoArguments::from_yaml(&text, &file)?;
+    ensure!(
+        !before.rewards().is_empty(),
+        "--resume-from-checkpoint: {} is not a checkpoint of ferrotune grpo",
+        checkpoint.folder.display()
+    );
+    before.training = args.training.clone();
+    for change in before.differences(args) {
+        tracing::warn!("{}: the run was started with other settings: {change}", checkpoint.folder.display());
+    }
+    Ok(())
+}
+
+fn load_prompts(args: &GrpoArguments, tokenizer: &Tokenizer, dir: &Path) -> Result<Prompts> {
+    let context = Config::from_dir(dir)?.max_position_embeddings.max(1) as usize;
+    let room = context.min(args.training.max_seq_length);
+    ensure!(
+        args.max_completion_length < room,
+        "--max-completion-length {}: the model's context and --max-seq-length leave room for {room} tokens, prompt included",
+        args.max_completion_length
+    );
+    let files = sources::dataset_files(&args.training.dataset, &args.training.dataset_split)?;
+    let options = PromptOptions {
+        prompt_column: &args.prompt_column,
+        system_prompt: args.system_prompt.as_deref(),
+        longest: room - args.max_completion_length,
+    };
+    let prompts = Prompts::read(&files, tokenizer, options).context("--dataset")?;
+    if prompts.left_out > 0 {
+        tracing::warn!(
+            "{} prompts of more than {} tokens are left out: with {} of the completion they are longer than --max-seq-length or the \
+             model's context",
+            count(prompts.left_out as u64),
+            options.longest,
+            args.max_completion_length
+        );
+    }
+    Ok(prompts)
+}
+
+fn datasets(args: &GrpoArguments) -> String {
+    args.training.dataset.iter().map(|name| last_part(name)).collect::<Vec<_>>().join(", ")
+}
+
+fn banner(
+    args: &GrpoArguments,
+    model: &FastLanguageModel,
+    prompts: &Prompts,
+    rewards: &[String],
+    plan: Option<&TrainPlan>,
+) -> String {
+    let mut lines = model_lines(&args.training, model);
+    let groups = args.generation_batch_size() / args.num_generations;
+    lines.extend([
+        (
+            "prompts",
+            format!(
+                "{} of up to {} tokens from {}",
+                count(prompts.rows.len() as u64),
+                count(prompts.longest() as u64),
+                datasets(args)
+            ),
+        ),
+        ("rewards", rewards.join(", ")),
+        (
+            "rollout",
+            format!(
+                "{groups} prompts x {} completions of up to {} tokens",
+                args.num_generations, args.max_completion_length
+            ),
+        ),
+        (
+            "step",
+            format!(
+                "{} x {} completions",
+                args.training.per_device_train_batch_size, args.training.gradient_accumulation_steps
+            ),
+        ),
+    ]);
+    lines.extend(machine_lines(&args.training, model, plan));
+    table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
+}
+
+/// `--dry-run`: the first prompt as the model will see it.
+fn show_prompts(prompts: &Prompts, rewards: &[String]) {
+    println!(
+        "{} prompts, the longest of {} tokens; rewards: {}",
+        count(prompts.rows.len() as u64),
+        count(prompts.longest() as u64),
+        rewards.join(", ")
+    );
+    let first = &prompts.rows[0];
+    println!("\nThe first prompt, of {} tokens:\n\n{}", first.ids.len(), first.text);
+    println!("\nWhat rewards see beside it: {}", serde_json::Value::Object(first.columns.clone()));
+}

@@ -1,0 +1,55 @@
+//! What commands and servers are told of a sample, and how they answer.
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::Sample;
+
+/// `{"id", "prompt", "completion", "truncated", "columns"}`.
+pub fn question(id: u64, sample: &Sample) -> Value {
+    json!({
+        "id": id,
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "truncated": sample.truncated,
+        "columns": sample.columns,
+    })
+}
+
+/// A number, null, or an object with `reward` (a number or null) or `error` (text), perhaps with the question's `id`.
+pub fn answer(id: u64, text: &[u8]) -> Result<Option<f64>> {
+    let text = std::str::from_utf8(text).context("the answer is not UTF-8")?;
+    // Python writes these words, which are no JSON.
+    if let word @ ("NaN" | "Infinity" | "-Infinity") = text.trim() {
+        bail!("the answer is {word}, expected a finite number");
+    }
+    let value: Value =
+        serde_json::from_str(text).with_context(|| format!("the answer {} is not JSON", shortened(text)))?;
+    let Value::Object(object) = &value else { return number(&value) };
+    if let Some(other) = object.get("id").filter(|other| **other != json!(id)) {
+        bail!("the answer has the id {other}, the question {id}");
+    }
+    if let Some(error) = object.get("error").filter(|error| !error.is_null()) {
+        bail!("it answers with the error {error}");
+    }
+    number(object.get("reward").with_context(|| format!("the answer {} has no reward", shortened(text)))?)
+}
+
+fn number(value: &Value) -> Result<Option<f64>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Bool(right) => Ok(Some(f64::from(*right))),
+        other => {
+            other.as_f64().map(Some).with_context(|| format!("the answer is {other}, expected a number"))
+        }
+    }
+}
+
+/// The beginning of `text`, quoted.
+pub fn shortened(text: &str) -> String {
+    let mut start: String = text.trim().chars().take(100).collect();
+    if start.len() < text.trim().len() {
+        start.push_str("..");
+    }
+    format!("{start:?}")
+}

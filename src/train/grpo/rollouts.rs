@@ -1,0 +1,336 @@
+//! Completions by the model in training, judged and made ready for its steps.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::RngCore;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::advantages::{mean, std};
+use super::batches::{Completion, step_batches};
+use super::loss::add_log_probs;
+use super::{GrpoArguments, Prompt, Prompts, advantages};
+use crate::data::{Batch, shuffle};
+use crate::device;
+use crate::generate::{Engine, EngineOptions, FinishReason, Generation, KvBudget, Request, SamplingParams};
+use crate::models::FastLanguageModel;
+use crate::nn::PAGE_SIZE;
+use crate::rewards::{Rewards, Sample, Scores};
+use crate::train::StepSource;
+use crate::train::observer::{CompletionRow, Completions};
+
+/// Sequences that are decoded at once.
+const MOST_AT_ONCE: usize = 512;
+
+/// Lets the model answer prompts, judges the answers, and gives them out as micro-batches: `num_iterations` times those of a
+/// generation batch of `steps_per_generation` micro-batches. Prompts are read in a new order in each epoch; those that fill no
+/// generation batch at its end are left out.
+///
+/// A completion is a function of the weights, the seed, and the numbers of its generation batch, prompt and sample, so that a
+/// resumed run writes the same ones.
+pub struct Rollouts<'a> {
+    arguments: &'a GrpoArguments,
+    prompts: Prompts,
+    rewards: Rewards,
+    params: SamplingParams,
+    kv_bytes: u64,
+    at: Place,
+    /// Of the last generation.
+    rows: Vec<CompletionRow>,
+    metrics: Vec<(String, f64)>,
+    /// Tokens of the last step; whether its completions were written for it.
+    step_tokens: usize,
+    is_new: bool,
+}
+
+/// Where the source stands: what a checkpoint keeps.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Place {
+    /// Generation batches so far.
+    generations: u64,
+    /// Micro-batches of the last one that were given out, all iterations together.
+    given: usize,
+    /// The micro-batches, where not all of them were given out.
+    micro_batches: Vec<Batch>,
+    /// Of the prompts.
+    fingerprint: u32,
+}
+
+impl<'a> Rollouts<'a> {
+    /// `stop_token_ids` end a completion; keys and values take at most `kv_bytes` while completions are written.
+    ///
+    /// # Errors
+    /// Fewer prompts than a generation batch has.
+    pub fn new(
+        arguments: &'a GrpoArguments,
+        prompts: Prompts,
+        rewards: Rewards,
+        stop_token_ids: Vec<i64>,
+        kv_bytes: u64,
+    ) -> Result<Rollouts<'a>> {
+        let of_generation = arguments.generation_batch_size() / arguments.num_generations;
+        ensure!(
+            prompts.rows.len() >= of_generation,
+            "the dataset has {} prompts, and a generation batch takes {of_generation}: lower --per-device-train-batch-size or \
+             --gradient-accumulation-steps",
+            prompts.rows.len()
+        );
+        let params = SamplingParams {
+            temperature: arguments.temperature,
+            top_k: arguments.top_k,
+            top_p: arguments.top_p,
+            min_p: arguments.min_p,
+            repetition_penalty: arguments.repetition_penalty,
+            max_new_tokens: arguments.max_completion_length,
+            stop_token_ids,
+            ..SamplingParams::default()
+        };
+        params.check()?;
+        let at = Place { fingerprint: prompts.fingerprint(), ..Place::default() };
+        Ok(Rollouts {
+            arguments,
+            prompts,
+            rewards,
+            params,
+            kv_bytes,
+            at,
+            rows: Vec::new(),
+            metrics: Vec::new(),
+            step_tokens: 0,
+            is_new: false,
+        })
+    }
+
+    fn generations_per_epoch(&self) -> u64 {
+        let of_generation = self.arguments.generation_batch_size() / self.arguments.num_generations;
+        (self.prompts.rows.len() / of_generation) as u64
+    }
+
+    fn is_used_up(&self) -> bool {
+        self.at.given >= self.at.micro_batches.len() * self.arguments.num_iterations
+    }
+
+    fn generate(&mut self, model: &FastLanguageModel) -> Result<()> {
+        let args = self.arguments;
+        let count = args.generation_batch_size() / args.num_generations;
+        let (epoch, place) = (
+            self.at.generations / self.generations_per_epoch(),
+            self.at.generations % self.generations_per_epoch(),
+        );
+        let order = self.prompts.order(args.training.seed, epoch);
+        let chosen = &order[place as usize * count..][..count];
+        let mut rng = ChaCha8Rng::seed_from_u64(args.training.seed);
+        rng.set_stream(u64::MAX - self.at.generations);
+
+        let started = Instant::now();
+        let requests: Vec<Request> = chosen
+            .iter()
+            .map(|&row| {
+                let params = SamplingParams { seed: rng.next_u64(), ..self.params.clone() };
+                Request::samples(&self.prompts.rows[row].ids, &params, args.num_generations)
+            })
+            .collect();
+        let groups = answers(model, requests, self.kv_bytes)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let generations: Vec<(usize, Generation)> = chosen
+            .iter()
+            .zip(groups)
+            .flat_map(|(&row, group)| group.into_iter().map(move |generation| (row, generation)))
+            .collect();
+
+        let scores = self.judge(&generations);
+        let found = advantages(&scores.total, args.num_generations, args.scale_rewards);
+        self.note(&generations, &scores, found.zero_std, seconds);
+        let mut completions = Vec::with_capacity(generations.len());
+        self.rows.clear();
+        for (sample, (row, generation)) in generations.into_iter().enumerate() {
+            let prompt = &self.prompts.rows[row];
+            self.rows.push(CompletionRow {
+                prompt: prompt.text.clone(),
+                completion: generation.text,
+                rewards: scores.values[sample].clone(),
+                reward: scores.total[sample],
+                advantage: found.values[sample],
+            });
+            completions.push(Completion {
+                prompt_ids: prompt.ids.clone(),
+                completion_ids: generation.token_ids,
+                sampler_log_probs: generation.sampling_logprobs,
+                truncated: generation.finish_reason == FinishReason::Length,
+                advantage: found.values[sample],
+            });
+        }
+        // Where several steps share a generation, each gets its part of every group.
+        if args.steps_per_generation() != args.training.gradient_accumulation_steps {
+            shuffle(&mut completions, &mut rng);
+        }
+        let mut batches = step_batches(&completions, args);
+        add_log_probs(&model.decoder, args, &mut batches)?;
+        self.at.micro_batches = batches;
+        self.at.given = 0;
+        self.at.generations += 1;
+        Ok(())
+    }
+
+    fn judge(&mut self, generations: &[(usize, Generation)]) -> Scores {
+        let samples =
+            samples(generations.iter().map(|(row, generation)| (&self.prompts.rows[*row], generation)));
+        let scores = self.rewards.score(&samples);
+        // One line a reward: a server that is away fails with every sample.
+        for name in self.rewards.names() {
+            let mut failures = scores.failures.iter().filter(|failure| failure.reward == *name);
+            if let Some(first) = failures.next() {
+                tracing::warn!(
+                    "reward {name} gave nothing for {} of {} completions, which go without it; the first, {:?}: {:#}",
+                    failures.count() + 1,
+                    samples.len(),
+                    samples[first.sample].completion,
+                    first.error
+                );
+            }
+        }
+        scores
+    }
+
+    /// TRL's names, but for the last three.
+    fn note(&mut self, generations: &[(usize, Generation)], scores: &Scores, zero_std: usize, seconds: f64) {
+        let lengths = |ended: bool| {
+            generations
+                .iter()
+                .filter(move |(_, generation)| !ended || generation.finish_reason != FinishReason::Length)
+                .map(|(_, generation)| generation.token_ids.len() as f64)
+        };
+        let average = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let (all, ended): (Vec<f64>, Vec<f64>) = (lengths(false).collect(), lengths(true).collect());
+        let share = |count: usize| count as f64 / generations.len() as f64;
+        let tokens: f64 = all.iter().sum();
+        let mut metrics = vec![
+            ("reward".to_owned(), mean(&scores.total)),
+            ("reward_std".to_owned(), std(&scores.total)),
+            ("frac_reward_zero_std".to_owned(), share(zero_std)),
+            ("completions/mean_length".to_owned(), average(&all)),
+            ("completions/min_length".to_owned(), all.iter().copied().fold(f64::INFINITY, f64::min)),
+            ("completions/max_length".to_owned(), all.iter().copied().fold(0.0, f64::max)),
+            ("completions/clipped_ratio".to_owned(), share(all.len() - ended.len())),
+            ("completions/mean_terminated_length".to_owned(), average(&ended)),
+        ];
+        for (index, name) in self.rewards.names().iter().enumerate() {
+            let values: Vec<Option<f64>> = scores.values.iter().map(|values| values[index]).collect();
+            metrics.push((format!("rewards/{name}/mean"), mean(&values)));
+            metrics.push((format!("rewards/{name}/std"), std(&values)));
+        }
+        metrics.extend([
+            ("reward_failures".to_owned(), scores.failures.len() as f64),
+            ("reward_restarts".to_owned(), self.rewards.restarts() as f64),
+            ("rollout_tokens_per_second".to_owned(), tokens / seconds.max(1e-9)),
+        ]);
+        self.metrics = metrics;
+    }
+}
+
+/// What `rewards` say of one answer to each prompt.
+pub fn evaluate(
+    model: &FastLanguageModel,
+    prompts: &Prompts,
+    rewards: &mut Rewards,
+    params: &SamplingParams,
+    kv_bytes: u64,
+) -> Result<Scores> {
+    let requests = prompts.rows.iter().map(|prompt| Request::new(&prompt.ids, params)).collect();
+    let generations = answers(model, requests, kv_bytes)?.concat();
+    Ok(rewards.score(&samples(prompts.rows.iter().zip(&generations))))
+}
+
+/// Answers by an engine that lives as long as they are written: training has the memory of its keys and values.
+fn answers(model: &FastLanguageModel, requests: Vec<Request>, kv_bytes: u64) -> Result<Vec<Vec<Generation>>> {
+    let decoder = &model.decoder;
+    let longest = |request: &Request| request.prompt_ids.len() + request.params.max_new_tokens;
+    let pages = requests.iter().map(longest).max().unwrap_or(1).div_ceil(PAGE_SIZE);
+    let group = requests.iter().map(|request| request.n).max().unwrap_or(1);
+    let all: usize = requests.iter().map(|request| request.n).sum();
+    let max_num_seqs = all.min(MOST_AT_ONCE.max(group));
+    let wanted = (max_num_seqs * pages * PAGE_SIZE * decoder.kv_bytes_per_token()) as u64;
+    let options = EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(kv_bytes)), max_num_seqs };
+    let mut engine = Engine::new(decoder, options)?;
+    let answers = engine.run(model, requests, |_, _, _| ()).context("writing completions")?;
+    drop(engine);
+    device::empty_cache(decoder.device)?;
+    Ok(answers)
+}
+
+fn samples<'s>(answers: impl Iterator<Item = (&'s Prompt, &'s Generation)>) -> Vec<Sample<'s>> {
+    let sample = |(prompt, answer): (&'s Prompt, &'s Generation)| Sample {
+        prompt: &prompt.value,
+        completion: &answer.text,
+        completion_ids: &answer.token_ids,
+        truncated: answer.finish_reason == FinishReason::Length,
+        columns: &prompt.columns,
+    };
+    answers.map(sample).collect()
+}
+
+impl StepSource for Rollouts<'_> {
+    fn steps_per_epoch(&self, accumulation: u64) -> u64 {
+        let steps =
+            (self.arguments.steps_per_generation() * self.arguments.num_iterations) as u64 / accumulation;
+        self.generations_per_epoch() * steps
+    }
+
+    fn next_step(&mut self, model: &FastLanguageModel, accumulation: u64) -> Result<Vec<Batch>> {
+        self.is_new = self.is_used_up();
+        if self.is_new {
+            self.generate(model)?;
+        }
+        let first = self.at.given % self.at.micro_batches.len();
+        let batches = self.at.micro_batches[first..first + accumulation as usize].to_vec();
+        self.at.given += accumulation as usize;
+        self.step_tokens = batches.iter().map(Batch::tokens).sum();
+        Ok(batches)
+    }
+
+    fn cursor(&self) -> Result<Value> {
+        let at = match self.is_used_up() {
+            true => Place { given: 0, micro_batches: Vec::new(), ..self.at.clone() },
+            false => self.at.clone(),
+        };
+        Ok(serde_json::to_value(at)?)
+    }
+
+    fn seek(&mut self, cursor: &Value) -> Result<()> {
+        let at: Place = serde_json::from_value(cursor.clone()).context("not a place in a GRPO run")?;
+        ensure!(
+            at.fingerprint == self.at.fingerprint,
+            "the prompts are not those that the checkpoint was made with (checksum {:08x}, then {:08x}): resume with the same \
+             files, chat template and system prompt",
+            self.at.fingerprint,
+            at.fingerprint
+        );
+        self.at = at;
+        Ok(())
+    }
+
+    fn epoch(&self) -> f64 {
+        let all = self.at.micro_batches.len() * self.arguments.num_iterations;
+        let left = if all == 0 { 0.0 } else { 1.0 - self.at.given as f64 / all as f64 };
+        (self.at.generations as f64 - left) / self.generations_per_epoch() as f64
+    }
+
+    fn is_epoch_end(&self) -> bool {
+        self.is_used_up() && self.at.generations.is_multiple_of(self.generations_per_epoch())
+    }
+
+    fn metrics(&mut self, training_seconds: f64) -> BTreeMap<String, f64> {
+        let speed = self.step_tokens as f64 / training_seconds.max(1e-9);
+        let of_rollout = if self.is_new { std::mem::take(&mut self.metrics) } else { Vec::new() };
+        let of_training = ("training_tokens_per_second".to_owned(), speed);
+        of_rollout.into_iter().chain([of_training]).filter(|(_, value)| value.is_finite()).collect()
+    }
+
+    fn completions(&self) -> Option<Completions<'_>> {
+        self.is_new.then(|| Completions { rewards: self.rewards.names(), rows: &self.rows })
+    }
+}

@@ -1,0 +1,208 @@
+//! `ferrotune grpo`, end to end on the embedded model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::golden::shared_data;
+
+fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny").join(name)
+}
+
+/// Two steps on each generation batch, and each of its completions used twice.
+const OFF_POLICY: [&str; 8] = [
+    "--per-device-train-batch-size",
+    "4",
+    "--steps-per-generation",
+    "2",
+    "--num-iterations",
+    "2",
+    "--num-generations",
+    "4",
+];
+
+fn command(output: &Path, flags: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command.args(["grpo", "--threads", "1", "--device", "cpu", "--r", "4"]);
+    command.args(["--reward-funcs", "exact", "format:think-answer", "--learning-rate", "1e-3"]);
+    command.arg("--model").arg(example("model")).arg("--dataset").arg(example("heldout.jsonl"));
+    if !flags.contains(&"--max-completion-length") {
+        command.args(["--max-completion-length", "8"]);
+    }
+    command.arg("--output-dir").arg(output).args(flags);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn succeeded(output: Output) -> String {
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+    stdout
+}
+
+fn run(output: &Path, flags: &[&str]) -> String {
+    succeeded(command(output, flags).output().unwrap())
+}
+
+fn refused(flags: &[&str], expected: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let output = command(&folder.path().join("out"), flags).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && stderr.contains(expected), "{stderr}");
+    assert!(!folder.path().join("out").exists(), "{flags:?}");
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn adapter(output: &Path) -> Vec<u8> {
+    fs::read(output.join("adapter_model.safetensors")).unwrap()
+}
+
+/// What a run shows and leaves.
+#[test]
+fn a_run_shows_rewards_and_leaves_its_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let flags = ["--max-steps", "3", "--log-completions-steps", "2", "--num-completions-to-print", "1"];
+    let flags = [&flags[..], &["--beta", "0.01", "--num-generations", "4"]].concat();
+    let shown = run(&output, &flags);
+    for part in
+        ["rewards    exact, format", "2 prompts x 4 completions", "reward ", "(exact ", "| KL ", "length "]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert_eq!(shown.matches("completions of step").count(), 1, "{shown}");
+    let metrics = lines(&output.join("metrics.jsonl"));
+    assert_eq!(metrics.len(), 3);
+    for key in [
+        "reward",
+        "reward_std",
+        "rewards/exact/mean",
+        "rewards/format/mean",
+        "kl",
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "rollout_tokens_per_second",
+        "training_tokens_per_second",
+    ] {
+        assert!(metrics.iter().all(|step| step[key].is_number()), "{key}: {metrics:?}");
+    }
+    // The engine that writes and the model that trains are one.
+    for step in &metrics {
+        let difference = step["sampling/sampling_logp_difference/max"].as_f64().unwrap();
+        assert!(difference < 1e-3, "{difference}");
+    }
+    let completions = lines(&output.join("completions.jsonl"));
+    assert_eq!(completions.len(), 8, "all of step 2");
+    assert!(completions.iter().all(|row| row["step"] == 2 && row["rewards"].as_array().unwrap().len() == 2));
+    for picture in ["loss.svg", "reward.svg", "completions_mean_length.svg"] {
+        assert!(fs::read_to_string(output.join(picture)).unwrap().contains("<svg"), "{picture}");
+    }
+    // The same run from what it wrote.
+    let again = folder.path().join("again");
+    let config = output.join("run.yaml");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command.args(["grpo", "--config"]).arg(config).arg("--output-dir").arg(&again);
+    succeeded(command.output().unwrap());
+    assert_eq!(adapter(&again), adapter(&output));
+}
+
+/// Stopped in the middle of a generation batch, with completions of older weights to come.
+#[test]
+fn a_run_that_goes_on_ends_with_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    let flags =
+        [&OFF_POLICY[..], &["--max-steps", "6", "--save-steps", "1", "--temperature", "0.9"]].concat();
+    run(&whole, &flags);
+    fs::create_dir(&parts).unwrap();
+    for step in [1, 3] {
+        // As if it had been killed after this step.
+        let from = whole.join(format!("checkpoint-{step}"));
+        let resumed = [&flags[..], &["--resume-from-checkpoint", from.to_str().unwrap()]].concat();
+        let shown = run(&parts, &resumed);
+        assert!(shown.contains(&format!("continues after step {step} of 6")), "{shown}");
+        assert_eq!(adapter(&parts), adapter(&whole), "from step {step}");
+        fs::remove_dir_all(&parts).unwrap();
+    }
+}
+
+#[test]
+fn ctrl_c_saves() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let mut child = command(&output, &["--max-steps", "500"]).spawn().unwrap();
+    let started = Instant::now();
+    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
+        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
+    assert!(checkpoint.state.global_step >= 1);
+}
+
+#[test]
+fn a_dry_run_shows_a_prompt() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let shown = run(&output, &["--dry-run", "--system-prompt", "Think first."]);
+    assert!(shown.contains("516 prompts") && shown.contains("rewards: exact, format"), "{shown}");
+    assert!(shown.contains("Think first.") && shown.contains("Calculate 0+0."), "{shown}");
+    assert!(!output.exists());
+}
+
+/// Questions of GSM8K, whose answers end in `#### 18`, through system prompt, chat template, rewards and metrics.
+#[test]
+fn gsm8k_runs() {
+    let Some(data) = shared_data("datasets/gsm8k/test.jsonl") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command.args([
+        "grpo",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--max-completion-length",
+        "8",
+    ]);
+    command.args(["--prompt-column", "question", "--system-prompt", "Think."]);
+    command.args(["--reward-funcs", "numeric=2", "format:think-answer", "--num-generations", "4"]);
+    command.arg("--model").arg(example("model")).arg("--dataset").arg(data).arg("--output-dir").arg(&output);
+    succeeded(command.output().unwrap());
+    let metrics = &lines(&output.join("metrics.jsonl"))[0];
+    let numeric = metrics["rewards/numeric/mean"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&numeric) && metrics["reward_failures"] == 0.0, "{metrics}");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_by_name() {
+    refused(&["--num-generations", "3"], "--num-generations 3: the 8 completions");
+    refused(&["--num-generations", "1"], "--num-generations 1: a group needs at least 2");
+    refused(
+        &["--gradient-accumulation-steps", "2", "--steps-per-generation", "3"],
+        "--steps-per-generation 3",
+    );
+    refused(&["--temperature", "0"], "--temperature 0: must be a finite number above 0");
+    refused(&["--beta", "0.1", "--full-finetuning"], "--beta: the reference is the model without its LoRA");
+    refused(&["--packing"], "--packing: has no meaning in grpo");
+    refused(&["--prompt-column", "question"], "heldout.jsonl, line 1: no column \"question\"");
+    refused(&["--max-completion-length", "600"], "--max-completion-length 600");
+    refused(&["--reward-weights", "1,2,3"], "3 reward weights for 2 rewards");
+}

@@ -1,0 +1,155 @@
+//! GRPO: losses and gradients of TRL's trainer, splits into micro-batches, and whole runs.
+
+use std::collections::HashMap;
+
+use ferrotune::data::Batch;
+use ferrotune::models::FastLanguageModel;
+use ferrotune::ops::{Pass, Policy};
+use ferrotune::train::Objective;
+use ferrotune::train::grpo::{Completion, Grpo, GrpoArguments, add_log_probs, advantages, step_batches};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use crate::golden::{ids, rel, root, tensors};
+
+/// What scripts/golden_grpo.py wrote.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    defaults: Map<String, Value>,
+    cases: Map<String, Value>,
+}
+
+const GENERATIONS: usize = 4;
+
+impl Golden {
+    fn load() -> Golden {
+        let path = root().join("grpo.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let about = header.metadata().clone().unwrap();
+        let map = |key: &str| serde_json::from_str(&about[key]).unwrap();
+        Golden { tensors: tensors(&path), defaults: map("defaults"), cases: map("cases") }
+    }
+
+    /// The arguments of a case; a step has `rows` times `accumulation` completions.
+    fn arguments(&self, case: &str, accumulation: usize) -> GrpoArguments {
+        let mut keys = self.defaults.clone();
+        keys.extend(self.cases[case].as_object().unwrap().clone());
+        let steps = keys["steps_per_generation"].as_u64().unwrap() as usize;
+        let mut given = serde_json::to_value(GrpoArguments::default()).unwrap();
+        let of_step = self.count() / steps;
+        keys.insert("per_device_train_batch_size".into(), (of_step / accumulation).into());
+        keys.insert("gradient_accumulation_steps".into(), accumulation.into());
+        keys.insert("steps_per_generation".into(), (steps * accumulation).into());
+        keys.insert("num_generations".into(), GENERATIONS.into());
+        keys.insert("max_completion_length".into(), 12.into());
+        given.as_object_mut().unwrap().extend(keys);
+        serde_json::from_value(given).unwrap()
+    }
+
+    fn count(&self) -> usize {
+        self.tensors["rewards"].size()[0] as usize
+    }
+
+    /// Weighted sums of what is a number.
+    fn rewards(&self) -> Vec<Option<f64>> {
+        let weights = Vec::<f64>::try_from(self.tensors["reward_weights"].to_kind(Kind::Double)).unwrap();
+        let rows = Vec::<Vec<f64>>::try_from(self.tensors["rewards"].to_kind(Kind::Double)).unwrap();
+        let total = |row: &Vec<f64>| {
+            let known = row.iter().zip(&weights).filter(|(reward, _)| !reward.is_nan());
+            known.map(|(reward, weight)| reward * weight).reduce(|a, b| a + b)
+        };
+        rows.iter().map(total).collect()
+    }
+
+    fn completions(&self, arguments: &GrpoArguments) -> Vec<Completion> {
+        let found = advantages(&self.rewards(), GENERATIONS, arguments.scale_rewards);
+        let completion = |n: usize| {
+            let completion_ids = ids(&self.tensors[&format!("completion_ids.{n}")]);
+            Completion {
+                prompt_ids: ids(&self.tensors[&format!("prompt_ids.{n}")]),
+                truncated: completion_ids.last() != Some(&2),
+                completion_ids,
+                sampler_log_probs: Vec::try_from(&self.tensors[&format!("sampler.{n}")]).unwrap(),
+                advantage: found.values[n],
+            }
+        };
+        (0..self.count()).map(completion).collect()
+    }
+}
+
+fn model() -> FastLanguageModel {
+    let mut model =
+        FastLanguageModel::from_pretrained(&root().join("llama"), Kind::Float, Device::Cpu).unwrap();
+    model.load_adapter(&root().join("adapters/llama_layers")).unwrap();
+    model
+}
+
+/// Loss and gradient of the first step on a case's completions, in `accumulation` micro-batches.
+fn first_step(golden: &Golden, case: &str, accumulation: usize, policy: Policy) -> (f64, Tensor) {
+    let model = model();
+    let arguments = golden.arguments(case, accumulation);
+    let mut batches = step_batches(&golden.completions(&arguments), &arguments);
+    add_log_probs(&model.decoder, &arguments, &mut batches).unwrap();
+    let step = &batches[..accumulation];
+    if arguments.num_iterations > 1 {
+        let _no_grad = tch::no_grad_guard();
+        for (name, mut weight) in model.decoder.adapter_state() {
+            weight.copy_(&golden.tensors[&format!("moved.{name}")]);
+        }
+    }
+    let objective = Grpo::new(&arguments);
+    objective.start_step(&model.decoder, step).unwrap();
+    let pass = Pass { policies: &[policy], ..Pass::INFERENCE };
+    let loss = |batch: &Batch| {
+        let batch = objective.upload(&model.decoder, batch).unwrap();
+        let loss = objective.loss_sum(&model.decoder, &batch, pass).unwrap();
+        loss.backward();
+        loss.double_value(&[])
+    };
+    let loss = step.iter().map(loss).sum();
+    let mut state = model.decoder.adapter_state();
+    state.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let gradients: Vec<Tensor> = state.iter().map(|(_, weight)| weight.grad().flatten(0, -1)).collect();
+    (loss, Tensor::cat(&gradients, 0))
+}
+
+#[test]
+fn losses_and_gradients_are_those_of_trl() {
+    let golden = Golden::load();
+    assert!(golden.cases.len() > 30);
+    for case in golden.cases.keys() {
+        let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP);
+        let expected = golden.tensors[&format!("loss.{case}")].double_value(&[0]);
+        assert!((loss - expected).abs() < 1e-5, "{case}: loss {loss}, of TRL {expected}");
+        let off = rel(&gradient, &golden.tensors[&format!("gradient.{case}")]);
+        assert!(off < 1e-5, "{case}: gradient {off:e} apart");
+    }
+}
+
+#[test]
+fn advantages_are_those_of_trl() {
+    let golden = Golden::load();
+    for case in ["dapo", "batch", "none"] {
+        let ours = advantages(&golden.rewards(), GENERATIONS, golden.arguments(case, 1).scale_rewards).values;
+        let theirs = Vec::<f32>::try_from(&golden.tensors[&format!("advantages.{case}")]).unwrap();
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            assert!((ours - f64::from(*theirs)).abs() < 1e-5, "{case}: {ours}, of TRL {theirs}");
+        }
+    }
+}
+
+/// Micro-batches of another size, and what is kept for the backward, change rounding alone.
+#[test]
+fn a_split_into_micro_batches_changes_nothing() {
+    let golden = Golden::load();
+    for case in golden.cases.keys().filter(|case| !case.ends_with("_half")) {
+        let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP);
+        for (accumulation, policy) in [(2, Policy::KEEP), (8, Policy::RECOMPUTE)] {
+            let (split_loss, split) = first_step(&golden, case, accumulation, policy);
+            assert!((loss - split_loss).abs() < 1e-6, "{case} in {accumulation}: {split_loss}, whole {loss}");
+            let off = rel(&split, &gradient);
+            assert!(off < 1e-5, "{case} in {accumulation}: gradient {off:e} apart");
+        }
+    }
+}
