@@ -18,6 +18,9 @@ enum Stored {
     Nf4,
 }
 
+/// What it is made of, rows, and LoRA's rank.
+type PartOf = (Stored, i64, i64);
+
 struct Projection {
     linear: Linear,
     /// W + sum of scale B A, f64 on the CPU.
@@ -26,7 +29,7 @@ struct Projection {
 }
 
 fn projection(
-    parts: &[(Stored, i64, i64)],
+    parts: &[PartOf],
     k: i64,
     kind: Kind,
     lora_kind: Kind,
@@ -80,7 +83,7 @@ fn products_of_few_rows() {
     let Some(device) = gpu("products of few rows") else { return };
     let _no_grad = tch::no_grad_guard();
     use Stored::{Dense, Nf4};
-    let cases: [(&[(Stored, i64, i64)], i64); 9] = [
+    let cases: [(&[PartOf], i64); 9] = [
         (&[(Nf4, 128, 0)], 64),
         (&[(Nf4, 512, 16), (Nf4, 128, 16), (Nf4, 128, 16)], 1024),
         (&[(Nf4, 200, 64), (Nf4, 72, 8)], 1472),
@@ -257,7 +260,7 @@ fn decoded_logits_are_the_forwards() {
         };
         let (_, reference) = on(Kind::Double, Device::Cpu);
         let (decoder, plain) = on(Kind::BFloat16, device);
-        let (mut pages, mut rows) = (decoder.kv_pages(64).unwrap(), Vec::new());
+        let (pages, mut rows) = (decoder.kv_pages(64).unwrap(), Vec::new());
         let table: Vec<i32> = (0..64).rev().collect();
         let mut ropes = ferrotune::nn::RopeTables::default();
         for (fed, &id) in ids.iter().enumerate() {
@@ -267,7 +270,7 @@ fn decoded_logits_are_the_forwards() {
                 length: ids.len(),
                 pages: &table[..(fed + 1).div_ceil(16)],
             };
-            let hidden = decoder.decode(&[new], &mut pages, &mut ropes, &[]).unwrap();
+            let hidden = decoder.decode(&[new], &pages, &mut ropes, &[]).unwrap();
             let _no_grad = tch::no_grad_guard();
             rows.push(decoder.logits(&hidden).unwrap());
         }
