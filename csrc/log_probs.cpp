@@ -25,9 +25,10 @@ struct LabelledRows {
 
   // Calls body(start, count, places, h): the hidden states of a chunk, and which rows of all they are (undefined for
   // start .. start + count).
+  // `copies`: how many tensors of a chunk's scores the body holds at once; chunks are that much smaller.
   template <typename Body>
-  void each_chunk(const Body& body) const {
-    const int64_t n = labels.size(0), step = chunk_rows(hidden, head);
+  void each_chunk(int64_t copies, const Body& body) const {
+    const int64_t n = labels.size(0), step = std::max<int64_t>(1, chunk_rows(hidden, head) / copies);
     for (int64_t start = 0; start < n; start += step) {
       const int64_t count = std::min(step, n - start);
       const Tensor places = rows.defined() ? rows.narrow(0, start, count) : Tensor();
@@ -58,7 +59,7 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
     const auto put = [](Tensor& all, int64_t start, const Tensor& places, const Tensor& part) {
       places.defined() ? all.index_copy_(0, places, part) : all.narrow(0, start, part.size(0)).copy_(part);
     };
-    of.each_chunk([&](int64_t start, int64_t count, const Tensor& places, const Tensor& h) {
+    of.each_chunk(entropy ? 3 : 1, [&](int64_t start, int64_t count, const Tensor& places, const Tensor& h) {
       const Tensor scores = scores_of(h, of.head, of.logits.temperature);
       if (entropy) put(*entropy, start, places, entropy_of(scores, of.logits));
       const Chunk chunk = chunk_of(h, scores, of.labels.narrow(0, start, count), of.logits, false);
@@ -86,7 +87,7 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
     }
     if (saved.dw_like) dw = at::zeros(saved.dw_like->sizes(), saved.dw_like->options().dtype(accumulate_type(of.hidden)));
     const Tensor g = grads[0].neg().div_(of.logits.temperature).unsqueeze(1);  // of ds = p - onehot
-    of.each_chunk([&](int64_t start, int64_t count, const Tensor& places, const Tensor& h) {
+    of.each_chunk(1, [&](int64_t start, int64_t count, const Tensor& places, const Tensor& h) {
       const Tensor scale = places.defined() ? g.index_select(0, places) : g.narrow(0, start, count);
       const Tensor scores = scores_of(h, of.head, of.logits.temperature);
       const Tensor ds = chunk_of(h, scores, of.labels.narrow(0, start, count), of.logits, true).ds;

@@ -62,7 +62,7 @@ extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
   for (int64_t i = 0; i < rows->count; ++i) {
     const KernelRowsPart& part = rows->parts[i];
     tiles += ceil_div(part.rows, 16) + ceil_div(part.R, 16);
-    fits = fits && part.R <= kMostRank && (part.a == nullptr || aligned16(part.a));
+    fits = fits && part.R <= kMostRank && (part.a == nullptr || (aligned16(part.a) && aligned16(part.b) && part.R % 8 == 0));
     // Offsets within a tile have 32 bits.
     if (part.w != nullptr) {
       fits = fits && part.w_stride % 8 == 0 && aligned16(part.w) && part.w_stride < (1 << 22);

@@ -221,6 +221,8 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
   constexpr int kThreads = 32 * kWarps;
   __shared__ float sums[2][kWarps][kEight * kSumStride];
   __shared__ float z[kEight][kMostRank];
+  // B of this thread block's tile and of the next.
+  __shared__ __align__(16) unsigned char b_tiles[2][kTileRows * kMostRank * 4];
   extern __shared__ uint4 dynamic[];
   const KernelRows& p = plan.rows;
   const Workspace workspace{static_cast<char*>(p.workspace)};
@@ -251,10 +253,11 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
     for (int tile = tiles.tile; tile < tiles.all; tile += tiles.step) {
       const TilePlace at = place_of(plan, tile);
       const KernelRowsPart& w = p.parts[at.part];
-      if (w.b != nullptr && static_cast<int>(threadIdx.x) < kTileRows && at.row + row < w.rows) {
-        // Needed at the end.
-        const char* const b = static_cast<const char*>(w.b) + (at.row + row) * w.R * (w.lora_f32 ? 4 : 2);
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(b));
+      if (w.b != nullptr) {
+        // Under way with the first units of the tile, which are in the next group of copies.
+        const int64_t row_bytes = w.R * (w.lora_f32 ? 4 : 2), bytes = min(int64_t{kTileRows}, w.rows - at.row) * row_bytes;
+        const char* const b = static_cast<const char*>(w.b) + at.row * row_bytes;
+        for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kThreads) copy_16_bytes(shared_address(b_tiles[half] + i), b + i, true);
       }
       if (kNf4 && table_of != w.nf4.quant_map) {
         if (table_of != nullptr) __syncthreads();
@@ -290,17 +293,17 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
           z[c][j] = w.scale * workspace.z(plan, at.a_tile, j, c);
         }
       }
+      if (w.b != nullptr && count < 8) wait_copies<0>();
       __syncthreads();
       if (column < p.M && at.row + row < w.rows) {
         float value = sum_of(half);
-        const int64_t b_at = (at.row + row) * rank, to = column * p.y_stride + at.out_row + row;
+        const int64_t to = column * p.y_stride + at.out_row + row;
         if (w.a != nullptr) {
+          const auto add = [&](const auto* b) {
 #pragma unroll 8
-          for (int j = 0; j < rank; ++j) {
-            const float b = w.lora_f32 ? to_float(from_float<T>(static_cast<const float*>(w.b)[b_at + j]))
-                                       : to_float(static_cast<const T*>(w.b)[b_at + j]);
-            value += b * z[column][j];
-          }
+            for (int j = 0; j < rank; ++j) value += to_float(from_float<T>(to_float(b[row * rank + j]))) * z[column][j];
+          };
+          w.lora_f32 ? add(reinterpret_cast<const float*>(b_tiles[half])) : add(reinterpret_cast<const T*>(b_tiles[half]));
         }
         if (p.bias != nullptr) value += to_float(static_cast<const T*>(p.bias)[at.out_row + row]);
         if (p.residual != nullptr) value += to_float(static_cast<const T*>(p.residual)[column * p.residual_stride + at.out_row + row]);

@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(32 * WR * WK, NT <= 4 ? 2 : 1) rows_kernel(con
     const bool inside = tile_row + row < rows;
     if (w.a != nullptr) {
       const int rank = static_cast<int>(w.R);
-      for (int i = threadIdx.x; i < kColumns * kMostRank; i += kThreads) {
+      for (int i = threadIdx.x; i < kColumns * ((rank + 15) / 16 * 16); i += kThreads) {
         const int j = i / kColumns, c = i % kColumns;
         float sum = 0;
         if (j < rank && c < p.M) {

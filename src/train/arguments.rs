@@ -16,9 +16,9 @@ use crate::train::schedule::SchedulerType;
 
 mod values;
 
-pub(super) use values::list;
 use values::target_modules;
 pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size};
+pub(super) use values::{differences, fields, list};
 
 const MODEL: &str = "Model";
 const DATA: &str = "Data";
@@ -476,27 +476,5 @@ impl TrainingArguments {
     /// (`output_dir`, `resume_from_checkpoint`, ..) is left out.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         differences(self, other)
-    }
-}
-
-/// As [`TrainingArguments::differences`], of any run's arguments.
-pub(super) fn differences(ours: &impl Serialize, theirs: &impl Serialize) -> Vec<String> {
-    let places =
-        ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config", "serve"];
-    let theirs = fields(theirs);
-    fields(ours)
-        .into_iter()
-        .filter(|(key, ours)| !places.contains(&key.as_str()) && theirs.get(key) != Some(ours))
-        .map(|(key, ours)| {
-            format!("{key}: {ours} -> {}", theirs.get(&key).unwrap_or(&serde_json::Value::Null))
-        })
-        .collect()
-}
-
-/// The arguments by key.
-pub(super) fn fields(arguments: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
-    match serde_json::to_value(arguments) {
-        Ok(serde_json::Value::Object(fields)) => fields,
-        _ => serde_json::Map::new(),
     }
 }

@@ -194,3 +194,25 @@ pub(super) fn target_modules<'de, D: Deserializer<'de>>(deserializer: D) -> Resu
         other => Ok(other),
     }
 }
+
+/// As [`TrainingArguments::differences`](super::TrainingArguments::differences), of any run's arguments.
+pub(in crate::train) fn differences(ours: &impl Serialize, theirs: &impl Serialize) -> Vec<String> {
+    let places =
+        ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config", "serve"];
+    let theirs = fields(theirs);
+    fields(ours)
+        .into_iter()
+        .filter(|(key, ours)| !places.contains(&key.as_str()) && theirs.get(key) != Some(ours))
+        .map(|(key, ours)| {
+            format!("{key}: {ours} -> {}", theirs.get(&key).unwrap_or(&serde_json::Value::Null))
+        })
+        .collect()
+}
+
+/// The arguments by key.
+pub(in crate::train) fn fields(arguments: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
+    match serde_json::to_value(arguments) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    }
+}
