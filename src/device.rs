@@ -209,6 +209,12 @@ fn cuda_device(device: tch::Device) -> Option<(&'static CudaDevice, i32)> {
     probe().devices.get(index).map(|found| (found, index as i32))
 }
 
+/// Lets the calling thread enqueue its work where the thread that called [`init`] does: on a stream of our own, which CUDA graphs
+/// need. Without it a further thread has CUDA's default stream.
+pub fn use_on_this_thread(device: tch::Device) -> Result<()> {
+    cuda_device(device).map_or(Ok(()), |(_, index)| bridge::use_stream(index).map_err(anyhow::Error::from))
+}
+
 /// The device for people: `NVIDIA H200, 139.8 GiB, sm_90` or `CPU, 16 threads`.
 pub fn describe(device: tch::Device) -> String {
     match cuda_device(device) {

@@ -4,7 +4,7 @@ use ferrotune::ops::proof::{Proof, Role};
 use ferrotune::ops::{self, Activation, RmsNorm, Targets, plain};
 use tch::{Device, Kind, Tensor};
 
-use crate::tolerance::{What, assert_allowed, assert_close};
+use crate::tolerance::{What, assert_allowed, assert_close, floor, rel};
 
 /// A differentiable function of some tensors.
 pub type Call = Box<dyn Fn(&[Tensor]) -> Tensor>;
@@ -249,7 +249,9 @@ pub fn check_entropy(kind: Kind, device: Device) {
         let (log_probs, ours) = ops::token_log_probs_and_entropy(&h, &w, &targets, 0.7, softcap).unwrap();
         let label = format!("entropy [{n}, {c}] -> {v}, softcap {softcap:?}");
         assert_close(&label, What::Value, &ours, &plain(kind, device), &plain(Kind::Double, Device::Cpu));
-        assert_eq!(log_probs, ops::token_log_probs(&h, &w, &targets, 0.7, softcap).unwrap());
+        // Chunks of another size: on a GPU products of another order.
+        let alone = ops::token_log_probs(&h, &w, &targets, 0.7, softcap).unwrap();
+        assert!(rel(&log_probs, &alone)[1] <= floor(kind, What::Value), "{label}");
     }
 }
 

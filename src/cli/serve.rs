@@ -13,6 +13,7 @@ use clap::Args;
 use super::engine_args::EngineArgs;
 use super::model_args::ModelArgs;
 use super::{signals, sources};
+use crate::device;
 use crate::error::Error;
 use crate::generate::Engine;
 use crate::models::FastLanguageModel;
@@ -131,7 +132,7 @@ fn serve(server: Server, worker: Worker, model: FastLanguageModel, stop: Arc<Ato
     std::thread::scope(|scope| {
         let stopping = stop.clone();
         let engine = scope.spawn(move || {
-            let result = worker.run(&model);
+            let result = device::use_on_this_thread(model.decoder.device).and_then(|()| worker.run(&model));
             // An engine that has failed serves nobody.
             stopping.store(true, std::sync::atomic::Ordering::Relaxed);
             result
