@@ -60,6 +60,19 @@ __device__ inline uint4 load_once(const uint4* from) {
   return v;
 }
 
+// The pairs of all bytes, [256, 32 lanes], by all threads of a block.
+template <typename T, int kThreads>
+__device__ inline void fill_table(uint4* pairs, const float* quant_map) {
+  const float mine = quant_map[threadIdx.x % 16];
+#pragma unroll 4
+  for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
+    const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
+    const unsigned pair = pack(even, odd, T{});
+    pairs[i] = make_uint4(pair, pair, pair, pair);
+  }
+  __syncthreads();
+}
+
 // The pairs of four bytes; `table` is the address of this lane's copy.
 __device__ inline void look_up(unsigned bytes, unsigned table, unsigned* out) {
 #pragma unroll

@@ -262,14 +262,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
       if (kNf4 && table_of != w.nf4.quant_map) {
         if (table_of != nullptr) __syncthreads();
         table_of = w.nf4.quant_map;
-        const float mine = table_of[lane % 16];
-#pragma unroll 4
-        for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
-          const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
-          const unsigned pair = pack(even, odd, T{});
-          dynamic[i] = make_uint4(pair, pair, pair, pair);
-        }
-        __syncthreads();
+        fill_table<T, kThreads>(dynamic, table_of);
       }
       if (tile == tiles.tile) inputs_ready();
       float acc[4] = {};

@@ -295,14 +295,7 @@ __global__ void __launch_bounds__(32 * WR * WK, NT <= 4 ? 2 : 1) rows_kernel(con
       if (table_of != w.nf4.quant_map) {
         // All warps have left the table: they met at the sums of the tile before.
         table_of = w.nf4.quant_map;
-        const float mine = table_of[lane % 16];
-#pragma unroll 4
-        for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
-          const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
-          const unsigned pair = pack(even, odd, T{});
-          pairs[i] = make_uint4(pair, pair, pair, pair);
-        }
-        __syncthreads();
+        fill_table<T, kThreads>(pairs, table_of);
       }
       wait();
       accumulate_nf4<T>(acc, source, scales, x, at, to);

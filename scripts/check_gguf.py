@@ -61,9 +61,8 @@ MODELS = {
     "gemma3": dict(model_type="gemma3_text", rope_local_base_freq=10000.0, **(GEMMA | dict(rope_theta=1000000.0))),
 }
 FAILURES = []
-# Largest difference of a log-probability. llama.cpp's CPU takes GELU from a table in f16: in transformers that alone moves these
-# models' by 2.8e-3 and 2.0e-3 (docs/export.md).
-LIMIT, GELU_LIMIT = 2e-3, 5e-3
+# Largest difference of a log-probability. Gemma's is larger, by llama.cpp's doing: docs/export.md.
+LIMIT = 2e-3
 PROMPT, NEW_TOKENS = "Once upon a time there were 12 cats", 24
 
 
@@ -194,8 +193,8 @@ def check(name, ferrotune, model, place):
     if name == "phi3-longrope":
         long_text = [token for text in held_out() for token in base.ids(text)][:CONTEXT + 44]
         apart = max(apart, distance(ferrotune, model, Model(files["f32"], context=2 * CONTEXT), long_text))
-    if not apart <= (GELU_LIMIT if name.startswith("gemma") else LIMIT):
-        sys.exit(f"{name}: log-probabilities of f32 in llama.cpp are {apart} from ferrotune's")
+    if not apart <= LIMIT:
+        FAILURES.append(f"{name}: log-probabilities of f32 in llama.cpp are {apart} from ferrotune's")
     wanted = greedy_text(ferrotune, model)
     if base.greedy_text() != wanted:
         sys.exit(f"{name}: f32: llama.cpp's greedy text {base.greedy_text()!r}, ferrotune's {wanted!r}")

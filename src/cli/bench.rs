@@ -21,7 +21,6 @@ use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
 use crate::models::{Config, FastLanguageModel};
-use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
 use crate::train::plan::{Plan, Work};
@@ -182,12 +181,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let bar = BARS.add(bar);
     bar.set_message("random weights");
     let kind = kind_of(args.dtype, device, config.overflows_f16());
-    let options = LoadOptions {
-        load_in_4bit: args.weights.load_in_4bit,
-        offload_embedding: args.weights.offload_embedding,
-        nf4_head: args.weights.nf4_head,
-        ..LoadOptions::new(kind, device)
-    };
+    let options = args.weights.options(kind, device);
     let mut model = FastLanguageModel::untrained(config, options)?;
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::generate::{Engine, EngineOptions, EventKind, KvBudget, Request, SamplingParams};
 use crate::io::adapter::InitLoraWeights;
 use crate::models::FastLanguageModel;
-use crate::nn::{LoadOptions, PAGE_SIZE};
+use crate::nn::PAGE_SIZE;
 use crate::train::kernel_times::KernelTimes;
 use crate::train::{Dtype, TrainingArguments};
 
@@ -113,12 +113,7 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
     }
     let device = args.machine.init()?;
     let kind = kind_of(args.dtype, device, config.overflows_f16());
-    let options = LoadOptions {
-        load_in_4bit: args.weights.load_in_4bit,
-        offload_embedding: args.weights.offload_embedding,
-        nf4_head: args.weights.nf4_head,
-        ..LoadOptions::new(kind, device)
-    };
+    let options = args.weights.options(kind, device);
     let mut model = FastLanguageModel::untrained(config, options)?;
     if args.r > 0 {
         let arguments = TrainingArguments {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
 use super::train::{
-    banner, checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, missed,
+    banner, checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, run_planned,
     show_sample,
 };
 use super::train_plan::{Sizes, train_plan};
@@ -108,10 +108,7 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
         plan: plan.as_ref().map(|plan| plan.run.clone()),
         stop: &stop,
     };
-    let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
-        Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
-        _ => error,
-    })?;
+    let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);
     finish(args, &model, &results)
 }

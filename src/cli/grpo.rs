@@ -13,7 +13,7 @@ use super::format::count;
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::Progress;
 use super::train::{
-    checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, missed,
+    checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, run_planned,
 };
 use super::train_banner::{machine_lines, model_lines};
 use super::train_plan::{Sizes, TrainPlan, train_plan};
@@ -117,10 +117,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         plan: plan.as_ref().map(|plan| plan.run.clone()),
         stop: &stop,
     };
-    let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
-        Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
-        _ => error,
-    })?;
+    let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);
     finish(&args.training, &model, &results)
 }

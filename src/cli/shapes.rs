@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
+use tch::{Device, Kind};
 
 use crate::error::Error;
 use crate::models::Config;
+use crate::nn::LoadOptions;
 
 /// (name, config.json)
 const SHAPES: [(&str, &str); 7] = [
@@ -49,6 +51,17 @@ pub struct WeightsArgs {
     pub offload_embedding: bool,
     #[arg(long, help = "Quantise the head to NF4")]
     pub nf4_head: bool,
+}
+
+impl WeightsArgs {
+    pub fn options(&self, kind: Kind, device: Device) -> LoadOptions {
+        LoadOptions {
+            load_in_4bit: self.load_in_4bit,
+            offload_embedding: self.offload_embedding,
+            nf4_head: self.nf4_head,
+            ..LoadOptions::new(kind, device)
+        }
+    }
 }
 
 /// The shape of a model that need not be there.

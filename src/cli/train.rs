@@ -93,13 +93,22 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         plan: plan.as_ref().map(|plan| plan.run.clone()),
         stop: &stop,
     };
-    let results = trainer.run(resume.as_ref()).map_err(|error| match &plan {
+    let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
+    drop(observer);
+    finish(&args, &model, &results)
+}
+
+/// Runs to the end. Where memory was short although there is a plan, the error says so.
+pub(super) fn run_planned(
+    trainer: Trainer,
+    resume: Option<&Checkpoint>,
+    plan: Option<&TrainPlan>,
+) -> Result<TrainResults> {
+    trainer.run(resume).map_err(|error| match plan {
         // In a backward pass it comes from libtorch's own engine, as text.
         Some(plan) if format!("{error:#}").contains("out of memory") => error.context(missed(plan)),
         _ => error,
-    })?;
-    drop(observer);
-    finish(&args, &model, &results)
+    })
 }
 
 /// Writes the model of a run that is over, and says how it went.
