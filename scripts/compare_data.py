@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,7 +83,7 @@ begun = time.perf_counter()
 out = rows.map(encode, batched=True, num_proc=2, remove_columns=rows.column_names, load_from_cache_file=False)
 print(f"datasets {{datasets.__version__}}, transformers {{transformers.__version__}}: {{time.perf_counter() - begun:.2f}} s, {{sum(map(len, out[:1000]['input_ids']))}} tokens in the first 1000 rows")
 """
-    subprocess.run(["python3", "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def main():
