@@ -8,15 +8,13 @@
 // without conflicts. The products of a block of 64 are summed by themselves and then multiplied by its scale in f32. (The
 // training path rounds map * scale to 16 bits, this one the map: one rounding a weight in both.)
 //
-// Work is cut into units, 64 columns of a tile of rows. Up to eight rows of x (rows_eight.cuh) a thread block finishes its tiles by
-// itself, so that a row's result does not depend on the other rows; of more (rows_many.cuh), blocks share tiles: each leaves its sums
-// in the workspace, and the last to come adds them in the order of the blocks. The products with A are cut into pieces of K.
-//
-// Measured on an H200, Llama-3.1-8B's four products of a layer with LoRA r 16, us: 79 NF4 and 128 in bf16 for one row, 185 and 235
-// for 32; the bytes of the weights alone take 28 and 109 at 4 TB/s. NF4 is bound by issued instructions (3 for a pair of weights, as
-// many around them), not by memory.
+// Work is cut into units, 64 columns of a tile of rows. Up to eight rows of x (rows_nf4.cuh, and rows_eight.cuh for 16-bit weights) a
+// thread block finishes its tiles by itself, so that a row's result does not depend on how many others there are within one, two,
+// four or eight; of more (rows_many.cuh), blocks share tiles: each leaves its sums in the workspace, and the last to come adds them
+// in the order of the blocks. The products with A are cut into pieces of K.
 #include "rows_eight.cuh"
 #include "rows_many.cuh"
+#include "rows_nf4.cuh"
 
 namespace ferrotune {
 namespace {
@@ -45,7 +43,8 @@ int launch(const KernelRows& rows, void* stream) {
     }
     return cudaSuccess;
   }
-  if (rows.M <= kEight) return launch_eight<T>(plan, nf4, tiles, stream);
+  if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
+  if (nf4 && fits_strips(rows)) return launch_strips<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }
 
@@ -70,7 +69,7 @@ extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
       fits = fits && part.nf4.blocksize == kBlock && aligned16(part.nf4.packed);
     }
   }
-  fits = fits && tiles * (rows->K / kBlock) < (int64_t{1} << 31) && (rows->M <= 8 || ceil_div(tiles, 8) + 6 <= kMostTiles) &&
+  fits = fits && tiles * (rows->K / kBlock) < (int64_t{1} << 31) && ceil_div(tiles, 8) + 6 <= kMostTiles &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kShared;
   if (!fits) return 0;

@@ -23,7 +23,7 @@ constexpr int64_t kZBytes = int64_t{3} * kMostRank / kTileRows * kMostPieces * k
 
 struct Plan {
   KernelRows rows;
-  int a_tiles[3], w_tiles[3];
+  int a_tiles[3], w_tiles[3], w_blocks[3];  // tiles of a part of A and of W, and the thread blocks of the part
   int pieces, a_blocks, eights;         // pieces of a tile of A, and of all; runs of eight columns of x
   int blocks, units, per;               // units of a tile, of all tiles of W, and of a thread block
   int nested_shift[3];                  // log2 of the sizes of runs of scales
@@ -51,6 +51,16 @@ struct Workspace {
     return reinterpret_cast<float*>(base + kCounterBytes + kZBytes) + (int64_t{2} * block + second) * elements;
   }
 };
+
+// A counter: what this warp wrote before is seen by whoever reads the new value.
+__device__ inline void add_release(int* counter, int value) {
+  asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ inline int load_acquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
 
 __device__ inline uint4 load_once(const uint4* from) {
   uint4 v;
@@ -116,8 +126,7 @@ __device__ inline uint4 load_shared_4(unsigned address) {
 
 // The same for a piece of A, in f32 or 16 bits: few units, all under way at once.
 template <typename T>
-__device__ __noinline__ void piece_of_a(float* sums, const KernelRowsPart& part, const T* x, int64_t K, int64_t first_row, int from,
-                                        int count) {
+__device__ __noinline__ float4 piece_of_a(const KernelRowsPart& part, const T* x, int64_t K, int64_t first_row, int from, int count) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto row = [&](int r) { return first_row + r < part.R ? first_row + r : part.R - 1; };
   const int64_t above = row(g) * K + from * kBlock + 16 * t, below = row(g + 8) * K + from * kBlock + 16 * t;
@@ -145,10 +154,16 @@ __device__ __noinline__ void piece_of_a(float* sums, const KernelRowsPart& part,
     pairs(below + unit * kBlock, bottom);
     multiply_pairs<T>(acc, odd, top, bottom, load_x(x + unit * kBlock));
   }
-  sums[2 * t * kSumStride + g] = acc[0] + odd[0];
-  sums[(2 * t + 1) * kSumStride + g] = acc[1] + odd[1];
-  sums[2 * t * kSumStride + g + 8] = acc[2] + odd[2];
-  sums[(2 * t + 1) * kSumStride + g + 8] = acc[3] + odd[3];
+  return make_float4(acc[0] + odd[0], acc[1] + odd[1], acc[2] + odd[2], acc[3] + odd[3]);
+}
+
+// Rows and columns of C as the product leaves them, into columns of `stride`.
+__device__ inline void put_sums(float* sums, const float4& v, int stride) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  sums[2 * t * stride + g] = v.x;
+  sums[(2 * t + 1) * stride + g] = v.y;
+  sums[2 * t * stride + g + 8] = v.z;
+  sums[(2 * t + 1) * stride + g + 8] = v.w;
 }
 
 constexpr int kWarps = 8;
@@ -164,7 +179,7 @@ __device__ inline void share_of_a(const Plan& plan, const Workspace& workspace, 
   const int piece = block % plan.pieces, each = (plan.blocks + plan.pieces - 1) / plan.pieces, begin = min(piece * each, plan.blocks);
   const int end = min(begin + each, plan.blocks), share = (end - begin + kWarps - 1) / kWarps, from = min(begin + warp * share, end);
   const T* const x = static_cast<const T*>(p.x) + min(kEight * eight + g, static_cast<int>(p.M) - 1) * p.x_stride + 16 * t;
-  piece_of_a<T>(sums[warp], p.parts[part], x, p.K, int64_t{tile} * kTileRows, from, min(share, end - from));
+  put_sums(sums[warp], piece_of_a<T>(p.parts[part], x, p.K, int64_t{tile} * kTileRows, from, min(share, end - from)), kSumStride);
   __syncthreads();
   const int row = threadIdx.x % kTileRows, column = threadIdx.x / kTileRows;
   if (column >= kEight) return;
@@ -172,6 +187,42 @@ __device__ inline void share_of_a(const Plan& plan, const Workspace& workspace, 
 #pragma unroll
   for (int k = 0; k < kWarps; ++k) value += sums[k][column * kSumStride + row];
   __stcg(workspace.a_sums(plan, block / plan.pieces, piece, eight) + column * kTileRows + row, value);
+}
+
+// A piece of a tile of A for one warp.
+struct WarpShare {
+  int part, tile, from, to;  // units
+};
+__device__ inline WarpShare warp_share(const Plan& plan, int task) {
+  const int piece = task % plan.pieces;
+  WarpShare share{0, task / plan.pieces, piece * plan.blocks / plan.pieces, (piece + 1) * plan.blocks / plan.pieces};
+  while (share.tile >= plan.a_tiles[share.part]) share.tile -= plan.a_tiles[share.part++];
+  return share;
+}
+
+// Into the second-level cache, by one warp: half the lanes each a row's even lines, the others the odd ones.
+__device__ inline void prefetch_share_of_a(const Plan& plan, int task) {
+  const WarpShare share = warp_share(plan, task);
+  const KernelRowsPart& part = plan.rows.parts[share.part];
+  const int64_t element = part.lora_f32 ? 4 : 2, row = int64_t{share.tile} * kTileRows + threadIdx.x % 16;
+  if (row >= part.R) return;
+  const char* const from = static_cast<const char*>(part.a) + (row * plan.rows.K + share.from * kBlock) * element;
+  for (int64_t i = threadIdx.x % 32 / 16 * 128; i < (share.to - share.from) * kBlock * element; i += 256) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+  }
+}
+
+// x A^T of at most eight rows of x, a task by one warp, which then says that it is there.
+template <typename T>
+__device__ inline void warp_share_of_a(const Plan& plan, const Workspace& workspace, int task) {
+  const KernelRows& p = plan.rows;
+  const int lane = threadIdx.x % 32;
+  const WarpShare share = warp_share(plan, task);
+  const T* const x = static_cast<const T*>(p.x) + min(lane / 4, static_cast<int>(p.M) - 1) * p.x_stride + 16 * (lane % 4);
+  put_sums(workspace.a_sums(plan, task / plan.pieces, task % plan.pieces, 0),
+           piece_of_a<T>(p.parts[share.part], x, p.K, int64_t{share.tile} * kTileRows, share.from, share.to - share.from), kTileRows);
+  __syncwarp();
+  if (lane == 0) add_release(workspace.a_ready(), 1);
 }
 
 // nf4: whether any part is.
@@ -198,8 +249,8 @@ inline Plan plan_of(const KernelRows& rows, int tile_rows, bool& nf4, int& tiles
   return plan;
 }
 
-template <typename Kernel>
-int launch_with(Kernel* kernel, dim3 blocks, int threads, size_t shared, void* stream, const Plan& plan) {
+template <typename Kernel, typename AnyPlan>
+int launch_with(Kernel* kernel, dim3 blocks, int threads, size_t shared, void* stream, const AnyPlan& plan) {
   const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
   return launch_chained(true, kernel, blocks, dim3(threads), shared, stream, plan);

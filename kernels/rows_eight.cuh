@@ -1,4 +1,4 @@
-// defines: launch_eight: at most eight rows of x. A thread block has a piece of a tile of A, or every C-th tile of W, whose units its
+// defines: launch_eight: at most eight rows of x, 16-bit weights. A thread block has a piece of a tile of A, or every C-th tile of W, whose units its
 // warps share; weights of the next tile are under way while it finishes one.
 #pragma once
 
@@ -28,124 +28,8 @@ __device__ inline TilePlace place_of(const Plan& plan, int tile) {
   return at;
 }
 
-// This warp's units [from, from + count) of one tile after another, 4-bit weights, through a ring in shared memory that does not run
-// dry between tiles: while a group of four units is worked on, the next is under way.
-template <typename T>
-struct Nf4Tiles {
-  static constexpr int kRing = 4, kUnitBytes = kTileRows * kBlock / 2;
-  const Plan& plan;
-  const int from, count;
-  const unsigned table, ring;
-  // The next group: its tile, its first unit, and where this lane's copies and scales come from.
-  Tiles next;
-  int unit;
-  const uint8_t* w;
-  int64_t top_block = 0, bottom_block = 0;
-  int nested_shift = 0;
-  // Lane t has the scales of unit t of the next group.
-  float top_most = 0, bottom_most = 0;
-  unsigned top_index = 0, bottom_index = 0;
-
-  __device__ Nf4Tiles(const Plan& given, Tiles tiles, int first, int units, unsigned pairs, unsigned ring_address)
-      : plan(given), from(first), count(units), table(pairs + threadIdx.x % 32 * 4), ring(ring_address), next(tiles), unit(units) {
-    next.tile -= tiles.step;
-    advance();
-#pragma unroll
-    for (int u = 0; u < kRing; ++u) fetch(u);
-    load_scales();
-  }
-
-  __device__ __forceinline__ void advance() {
-    unit += 4;
-    w += 4 * (kBlock / 2);
-    top_block += 4;
-    bottom_block += 4;
-    if (unit < count) return;
-    next.tile += next.step;
-    unit = 0;
-    if (next.tile >= next.all) {
-      unit = count;
-      return;
-    }
-    const int lane = threadIdx.x % 32;
-    const TilePlace at = place_of(plan, next.tile);
-    const KernelRowsPart& part = plan.rows.parts[at.part];
-    const auto row = [&](int64_t r) { return at.row + r < part.rows ? at.row + r : part.rows - 1; };
-    w = part.nf4.packed + row(lane / 2) * (plan.rows.K / 2) + from * (kBlock / 2) + lane % 2 * 16;
-    top_block = row(lane / 4) * plan.blocks + from;
-    bottom_block = row(lane / 4 + 8) * plan.blocks + from;
-    nested_shift = plan.nested_shift[at.part];
-    nf4 = &part.nf4;
-  }
-  const KernelNf4* nf4 = nullptr;
-
-  __device__ __forceinline__ void fetch(int u) {
-    if (unit + u < count) copy_16_bytes(ring + u * kUnitBytes + threadIdx.x % 32 * 16, w + u * (kBlock / 2), true);
-    commit_copies();
-  }
-
-  __device__ __forceinline__ void load_scales() {
-    if (unit >= count) return;
-    const int own = min(static_cast<int>(threadIdx.x % 4), count - 1 - unit);
-    const int64_t top = top_block + own, bottom = bottom_block + own;
-    if (nf4->nested_absmax == nullptr) {
-      top_most = static_cast<const float*>(nf4->absmax)[top];
-      bottom_most = static_cast<const float*>(nf4->absmax)[bottom];
-      return;
-    }
-    top_index = static_cast<const uint8_t*>(nf4->absmax)[top];
-    bottom_index = static_cast<const uint8_t*>(nf4->absmax)[bottom];
-    top_most = nf4->nested_absmax[top >> nested_shift];
-    bottom_most = nf4->nested_absmax[bottom >> nested_shift];
-  }
-
-  // x: of column g, or null where there is none.
-  __device__ __forceinline__ void tile(float (&acc)[4], int part, const T* x) {
-    const KernelNf4& own = plan.rows.parts[part].nf4;
-    const int lane = threadIdx.x % 32;
-    XOfUnit columns{};
-    if (x != nullptr && count > 0) columns = load_x(x);
-#pragma unroll 1
-    for (int first = 0; first < count; first += 4) {
-      float top = top_most, bottom = bottom_most;
-      if (own.nested_absmax != nullptr) {
-        top = __fadd_rn(__fmul_rn(own.nested_quant_map[top_index], top), own.nested_offset);
-        bottom = __fadd_rn(__fmul_rn(own.nested_quant_map[bottom_index], bottom), own.nested_offset);
-      }
-      advance();
-      load_scales();
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        XOfUnit following = columns;
-        if (x != nullptr && first + u + 1 < count) following = load_x(x + (u + 1) * kBlock);
-        wait_copies<kRing - 1>();
-        __syncwarp();
-        const uint2 above = load_shared_2(ring + u * kUnitBytes + lane * 8);
-        const uint2 below = load_shared_2(ring + u * kUnitBytes + 256 + lane * 8);
-        __syncwarp();
-        fetch(u);
-        if (first + u < count) {
-          unsigned top_pairs[8], bottom_pairs[8];
-          look_up(above.x, table, top_pairs);
-          look_up(below.x, table, bottom_pairs);
-          look_up(above.y, table, top_pairs + 4);
-          look_up(below.y, table, bottom_pairs + 4);
-          float sum[4] = {};
-          multiply_pairs<T>(sum, sum, top_pairs, bottom_pairs, columns);
-          const float top_scale = __shfl_sync(0xffffffff, top, u, 4), bottom_scale = __shfl_sync(0xffffffff, bottom, u, 4);
-          acc[0] += top_scale * sum[0];
-          acc[1] += top_scale * sum[1];
-          acc[2] += bottom_scale * sum[2];
-          acc[3] += bottom_scale * sum[3];
-        }
-        columns = following;
-      }
-      if (x != nullptr) x += 4 * kBlock;
-    }
-  }
-};
-
-// The same for 16-bit weights: 128 bytes of a row a unit.
+// This warp's units [from, from + count) of one tile after another, 128 bytes of a row each, through a ring in shared memory that does
+// not run dry between tiles.
 template <typename T>
 struct DenseTiles {
   static constexpr int kRing = 3, kUnitBytes = kTileRows * kBlock * 2;
@@ -157,7 +41,7 @@ struct DenseTiles {
   int left = 0;
   unsigned slot = 0;
 
-  __device__ DenseTiles(const Plan& given, Tiles tiles, int first, int units, unsigned, unsigned ring_address)
+  __device__ DenseTiles(const Plan& given, Tiles tiles, int first, int units, unsigned ring_address)
       : plan(given), from(first), count(units), ring(ring_address), fetched(tiles) {
     fetched.tile -= tiles.step;
 #pragma unroll
@@ -189,7 +73,7 @@ struct DenseTiles {
     commit_copies();
   }
 
-  __device__ __forceinline__ void tile(float (&acc)[4], int, const T* x) {
+  __device__ __forceinline__ void tile(float (&acc)[4], const T* x) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     XOfUnit columns{};
     if (x != nullptr && count > 0) columns = load_x(x);
@@ -213,11 +97,12 @@ struct DenseTiles {
     for (int i = 0; i < 4; ++i) acc[i] += odd[i];
   }
 };
+
 // Three thread blocks are on a processor. Those with a piece of A come first; each other has every C-th tile of W.
-template <typename T, bool kNf4>
+template <typename T>
 __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 800
-  using Source = std::conditional_t<kNf4, Nf4Tiles<T>, DenseTiles<T>>;
+  using Source = DenseTiles<T>;
   constexpr int kThreads = 32 * kWarps;
   __shared__ float sums[2][kWarps][kEight * kSumStride];
   __shared__ float z[kEight][kMostRank];
@@ -246,9 +131,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
   } else {
     const int each = (plan.blocks + kWarps - 1) / kWarps, from = min(warp * each, plan.blocks), count = min(each, plan.blocks - from);
     const Tiles tiles{block - plan.a_blocks, static_cast<int>(gridDim.x) - plan.a_blocks, plan.units};
-    const unsigned base = shared_address(dynamic), ring = base + (kNf4 ? 256 * 32 * 4 : 0) + warp * (Source::kRing * Source::kUnitBytes);
-    Source source(plan, tiles, from, count, base, ring);
-    const float* table_of = nullptr;
+    Source source(plan, tiles, from, count, shared_address(dynamic) + warp * (Source::kRing * Source::kUnitBytes));
     int half = 0, z_of = -1;
     for (int tile = tiles.tile; tile < tiles.all; tile += tiles.step) {
       const TilePlace at = place_of(plan, tile);
@@ -259,14 +142,9 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
         const char* const b = static_cast<const char*>(w.b) + at.row * row_bytes;
         for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kThreads) copy_16_bytes(shared_address(b_tiles[half] + i), b + i, true);
       }
-      if (kNf4 && table_of != w.nf4.quant_map) {
-        if (table_of != nullptr) __syncthreads();
-        table_of = w.nf4.quant_map;
-        fill_table<T, kThreads>(dynamic, table_of);
-      }
       if (tile == tiles.tile) inputs_ready();
       float acc[4] = {};
-      source.tile(acc, at.part, g < p.M ? x + from * kBlock : nullptr);
+      source.tile(acc, g < p.M ? x + from * kBlock : nullptr);
       float* const own = sums[half][warp];
       own[2 * t * kSumStride + g] = acc[0];
       own[(2 * t + 1) * kSumStride + g] = acc[1];
@@ -319,15 +197,13 @@ __global__ void __launch_bounds__(32 * kWarps, 3) eight_rows_kernel(const __grid
 }
 
 template <typename T>
-int launch_eight(Plan plan, bool nf4, int tiles, void* stream) {
+int launch_eight(Plan plan, int tiles, void* stream) {
   plan.units = tiles;
   // What is on the processors at once, A's pieces included.
   const int most = 3 * device_attribute(cudaDevAttrMultiProcessorCount) - plan.a_blocks;
   const int blocks = plan.a_blocks + (tiles < most ? tiles : most > 1 ? most : 1);
-  const size_t ring = nf4 ? Nf4Tiles<T>::kRing * Nf4Tiles<T>::kUnitBytes : DenseTiles<T>::kRing * DenseTiles<T>::kUnitBytes;
-  const size_t shared = kWarps * ring + (nf4 ? 256 * 32 * 4 : 0);
-  return nf4 ? launch_with(eight_rows_kernel<T, true>, dim3(static_cast<unsigned>(blocks)), 32 * kWarps, shared, stream, plan)
-             : launch_with(eight_rows_kernel<T, false>, dim3(static_cast<unsigned>(blocks)), 32 * kWarps, shared, stream, plan);
+  const size_t shared = kWarps * DenseTiles<T>::kRing * DenseTiles<T>::kUnitBytes;
+  return launch_with(eight_rows_kernel<T>, dim3(static_cast<unsigned>(blocks)), 32 * kWarps, shared, stream, plan);
 }
 
 }  // namespace
