@@ -8,13 +8,14 @@
 // without conflicts. The products of a block of 64 are summed by themselves and then multiplied by its scale in f32. (The
 // training path rounds map * scale to 16 bits, this one the map: one rounding a weight in both.)
 //
-// Work is cut into units, 64 columns of a tile of rows. Up to eight rows of x (rows_nf4.cuh, and rows_eight.cuh for 16-bit weights) a
+// Work is cut into units, 64 columns of a tile of rows. Up to eight rows of x (rows_strips.cuh, and rows_eight.cuh for 16-bit weights) a
 // thread block finishes its tiles by itself, so that a row's result does not depend on how many others there are within one, two,
 // four or eight; of more (rows_many.cuh), blocks share tiles: each leaves its sums in the workspace, and the last to come adds them
 // in the order of the blocks. The products with A are cut into pieces of K.
 #include "rows_eight.cuh"
 #include "rows_many.cuh"
-#include "rows_nf4.cuh"
+#include "rows_strips.cuh"
+#include "rows_tiles.cuh"
 
 namespace ferrotune {
 namespace {
@@ -44,7 +45,7 @@ int launch(const KernelRows& rows, void* stream) {
     return cudaSuccess;
   }
   if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
-  if (nf4 && fits_strips(rows)) return launch_strips<T>(plan, stream);
+  if (nf4 && fits_strips(rows)) return rows.M <= kEight ? launch_strips<T>(plan, stream) : launch_tiles<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }
 
