@@ -3,6 +3,7 @@
 // computes this thread block's pieces of x A^T, waits for those of the others and has the products with A ready when the tiles are.
 #pragma once
 
+#include "activation.cuh"
 #include "rows.cuh"
 
 namespace ferrotune {
@@ -46,26 +47,39 @@ __device__ __forceinline__ void look_up_words(const uint4& words, unsigned table
   }
 }
 
-// z[c][j] = scale * the sum of all pieces of row j of A times x c, of MP columns, by one warp: all of a piece's sums at a time.
+// Sums of pieces are added up in one order, however many columns there are: those whose numbers leave the same rest by
+// kPieceClasses one after another, and then ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+constexpr int kPieceClasses = 8;
+
+// z[c][j] = scale * the sum of all pieces of row j of A times x c, of one or two columns, by one warp: eight or four pieces at a time.
 template <int MP>
 __device__ __forceinline__ void add_pieces(const Plan& plan, const Workspace& workspace, int a_tile, int rank, float scale, float* z) {
-  constexpr int kLanes = 4 * MP, kAtOnce = 32 / kLanes;
+  constexpr int kLanes = 4 * MP, kAtOnce = 32 / kLanes, kSums = kPieceClasses / kAtOnce;
   const int lane = threadIdx.x % 32, column = lane % kLanes / 4, four = lane % 4;
   for (int tile = 0; tile * kTileRows < rank; ++tile) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 16
-    for (int piece = lane / kLanes; piece < plan.pieces; piece += kAtOnce) {
-      const float4 v = __ldcg(reinterpret_cast<const float4*>(workspace.a_sums(plan, a_tile + tile, piece, 0) + column * kTileRows) + four);
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    float4 sum[kSums] = {};
+#pragma unroll 8
+    for (int piece = lane / kLanes; piece < plan.pieces; piece += kPieceClasses) {
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) {
+        if (piece + k * kAtOnce >= plan.pieces) continue;
+        const float* const from = workspace.a_sums(plan, a_tile + tile, piece + k * kAtOnce, 0) + column * kTileRows;
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(from) + four);
+        sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
+      }
     }
 #pragma unroll
-    for (int other = kLanes; other < 32; other *= 2) {
-      sum.x += __shfl_xor_sync(0xffffffff, sum.x, other), sum.y += __shfl_xor_sync(0xffffffff, sum.y, other);
-      sum.z += __shfl_xor_sync(0xffffffff, sum.z, other), sum.w += __shfl_xor_sync(0xffffffff, sum.w, other);
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int other = kLanes; other < 32; other *= 2) {
+        sum[k].x += __shfl_xor_sync(0xffffffff, sum[k].x, other), sum[k].y += __shfl_xor_sync(0xffffffff, sum[k].y, other);
+        sum[k].z += __shfl_xor_sync(0xffffffff, sum[k].z, other), sum[k].w += __shfl_xor_sync(0xffffffff, sum[k].w, other);
+      }
     }
+    if constexpr (kSums == 2) sum[0].x += sum[1].x, sum[0].y += sum[1].y, sum[0].z += sum[1].z, sum[0].w += sum[1].w;
     if (lane < kLanes) {
       float4* const to = reinterpret_cast<float4*>(z + column * kMostRank + tile * kTileRows) + four;
-      *to = make_float4(scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w);
+      *to = make_float4(scale * sum[0].x, scale * sum[0].y, scale * sum[0].z, scale * sum[0].w);
     }
   }
 }
@@ -160,42 +174,123 @@ struct Nf4Block {
     }
   }
 
+  // x into shared memory, made of what it is made of, by all threads; `sums`: as many floats as warps and rows of x.
+  template <int MP>
+  __device__ void stage_x(float* sums) const {
+    using Eight = Vector<T, 8>;
+    const int M = static_cast<int>(p.M), pieces = static_cast<int>(p.K / 8);
+    const auto source = [&](int c) { return static_cast<const T*>(p.x) + c * p.x_stride; };
+    const auto copy = [&](int c) { return reinterpret_cast<Eight*>(bytes + in.x + c * in.x_stride); };
+    if (p.made_of == KERNEL_GATED_ROWS) {
+      const auto made = [&](auto activation) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < M * pieces; i += kStripThreads) {
+          const int c = i / pieces, at = i - c * pieces;
+          const auto gate = load<8>(source(c), at), up = load<8>(source(c) + p.K, at);
+          Eight out;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            out.v[j] = from_float<T>(activate<decltype(activation)::value>(to_float(gate.v[j])).value * to_float(up.v[j]));
+          }
+          copy(c)[at] = out;
+        }
+      };
+      if (p.activation == KERNEL_SILU) return made(Width<KERNEL_SILU>{});
+      return p.activation == KERNEL_GELU ? made(Width<KERNEL_GELU>{}) : made(Width<KERNEL_GELU_TANH>{});
+    }
+    for (int c = 0; c < M; ++c) {
+      const auto* const row = reinterpret_cast<const uint4*>(source(c));
+      for (int i = threadIdx.x; i < pieces; i += kStripThreads) copy_16_bytes(shared_address(copy(c) + i), row + i, true);
+    }
+    commit_copies();
+    if (p.made_of != KERNEL_NORMED_ROWS) return;
+    // As rms_norm.cu does it; a thread works on what it copied.
+    wait_copies<0>();
+    float sum[MP] = {};
+#pragma unroll
+    for (int c = 0; c < MP; ++c) {
+      if (c >= M) continue;
+      for (int i = threadIdx.x; i < pieces; i += kStripThreads) {
+        const Eight v = copy(c)[i];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[c] += to_float(v.v[j]) * to_float(v.v[j]);
+      }
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2) sum[c] += __shfl_xor_sync(0xffffffff, sum[c], other);
+      if (threadIdx.x % 32 == 0) sums[c * (kStripWarps + 1) + threadIdx.x / 32] = sum[c];
+    }
+    __syncthreads();
+    float r[MP];
+#pragma unroll
+    for (int c = 0; c < MP; ++c) {
+      if (c >= M) continue;
+      float total = 0;
+#pragma unroll
+      for (int k = 0; k <= kStripWarps; ++k) total += sums[c * (kStripWarps + 1) + k];
+      r[c] = rsqrtf(total / static_cast<float>(p.K) + p.norm_eps);
+    }
+    for (int i = threadIdx.x; i < pieces; i += kStripThreads) {
+      const auto weight = load<8>(static_cast<const T*>(p.norm_weight), i);
+#pragma unroll
+      for (int c = 0; c < MP; ++c) {
+        if (c >= M) continue;
+        Eight v = copy(c)[i];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v.v[j] = from_float<T>(to_float(v.v[j]) * r[c] * (to_float(weight.v[j]) + p.norm_offset));
+        copy(c)[i] = v;
+      }
+    }
+  }
+
   // By one warp: A on its way; its products with x, of this thread block's share and then of all.
   __device__ void prefetch_a() const {
     for (int task = static_cast<int>(blockIdx.x); task < plan.a_blocks; task += static_cast<int>(gridDim.x)) prefetch_share_of_a(plan, task);
   }
+  // Of the norm's weights, which come from device memory once a step.
+  __device__ void prefetch_norm() const {
+    if (p.made_of != KERNEL_NORMED_ROWS) return;
+    for (int64_t i = threadIdx.x % 32 * 128; i < p.K * 2; i += 32 * 128) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.norm_weight) + i));
+    }
+  }
+  // x: of row 0, rows `stride` elements apart.
   template <int MP>
-  __device__ void multiply_by_a() const {
+  __device__ void multiply_by_a(const T* x, int64_t stride) const {
     const Workspace workspace{static_cast<char*>(p.workspace)};
     const int all = plan.a_blocks * plan.eights;
     for (int task = static_cast<int>(blockIdx.x); task < all; task += static_cast<int>(gridDim.x)) {
-      warp_share_of_a<T>(plan, workspace, task % plan.a_blocks, task / plan.a_blocks);
+      warp_share_of_a<T>(plan, workspace, task % plan.a_blocks, task / plan.a_blocks, x, stride);
     }
     if (w->a == nullptr) return;
     while (load_acquire(workspace.a_ready()) < all) {}
     if constexpr (MP <= 2) add_pieces<MP>(plan, workspace, a_tile, static_cast<int>(w->R), w->scale, z());
   }
-  // The same sums of more columns, by all warps once the tiles are done: threads share the pieces of a sum, and leave their parts in
-  // memory of [kStripThreads] floats.
+  // The same sums of more columns, by all warps once the tiles are done: threads share the classes of a sum, and leave them in memory
+  // of [kPieceClasses, kColumns, 16] floats.
   template <int kColumns>
   __device__ void sum_pieces(float* parts) const {
     if (w->a == nullptr) return;
-    constexpr int kSums = kColumns * kTileRows, kGroups = kStripThreads / kSums;
-    static_assert(kGroups * kSums == kStripThreads);
+    constexpr int kSums = kColumns * kTileRows, kThreadsOfSum = kStripThreads / kSums;
+    static_assert(kThreadsOfSum * kSums == kStripThreads && kPieceClasses % kThreadsOfSum == 0);
     const Workspace workspace{static_cast<char*>(p.workspace)};
-    const int group = threadIdx.x / kSums, column = threadIdx.x % kSums / kTileRows, row = threadIdx.x % kTileRows;
+    const int first = threadIdx.x / kSums, at = threadIdx.x % kSums, column = at / kTileRows, row = threadIdx.x % kTileRows;
     for (int tile = 0; tile * kTileRows < w->R; ++tile) {
-      float sum = 0;
-#pragma unroll 16
-      for (int piece = group; piece < plan.pieces; piece += kGroups) {
-        sum += __ldcg(workspace.a_sums(plan, a_tile + tile, piece, column / kEight) + column % kEight * kTileRows + row);
-      }
-      parts[threadIdx.x] = sum;
-      __syncthreads();
-      if (group == 0) {
+      float sum[kPieceClasses / kThreadsOfSum] = {};
+#pragma unroll 4
+      for (int piece = first; piece < plan.pieces; piece += kPieceClasses) {
 #pragma unroll
-        for (int other = 1; other < kGroups; ++other) sum += parts[other * kSums + threadIdx.x];
-        z()[column * kMostRank + tile * kTileRows + row] = w->scale * sum;
+        for (int k = 0; k < kPieceClasses / kThreadsOfSum; ++k) {
+          const int own = piece + k * kThreadsOfSum;
+          if (own < plan.pieces) sum[k] += __ldcg(workspace.a_sums(plan, a_tile + tile, own, column / kEight) + column % kEight * kTileRows + row);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kPieceClasses / kThreadsOfSum; ++k) parts[(first + k * kThreadsOfSum) * kSums + at] = sum[k];
+      __syncthreads();
+      if (first == 0) {
+        const auto of = [&](int k) { return parts[k * kSums + at]; };
+        const float total = ((of(0) + of(1)) + (of(2) + of(3))) + ((of(4) + of(5)) + (of(6) + of(7)));
+        z()[column * kMostRank + tile * kTileRows + row] = w->scale * total;
       }
       __syncthreads();
     }

@@ -62,6 +62,8 @@ struct StripRows {
 template <int MP>
 struct ColumnUse {
   static constexpr bool kXOfRun = MP >= 4, kWide = MP <= 2;
+  // Blocks of a group whose sums a lane has in registers of their own, beside those in other lanes or in the other column.
+  static constexpr int kBlocks = MP <= 2 ? 1 : MP == 4 ? 2 : 4;
   // The lane with column g has x of row g % MP, elements 32 t .. of run(g) or of every run, or zeros for good.
   __device__ static bool has(int g, int t) {
     return MP == 8 || (MP == 4 ? t / 2 == g / 4 : MP == 2 ? t / 2 == g / 2 % 2 : g < 4 && t / 2 == g % 2);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
       fetched();
     }
     block.fetch_scales_and_b();
-    if (block.first_time() && warp == kStripWarps) block.prefetch_a();
+    if (block.first_time() && warp == kStripWarps) block.prefetch_a(), block.prefetch_norm();
     // Warp k begins at group k all / kStripWarps: the warps that a tile has, whose slots follow each other. Where there are more warps
     // than groups some have none, and their slots are zero.
     if (static_cast<int>(threadIdx.x) < tiles) {
@@ -129,22 +131,16 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
     if (block.first_time()) {
       block.template store_maps<kPairBytes>();
       inputs_ready();
-      if (kShared) {
-        for (int c = 0; c < M; ++c) {
-          const auto* const row = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + c * p.x_stride);
-          const unsigned copy = shared_address(bytes + in.x + c * in.x_stride);
-          for (int i = threadIdx.x; i < p.K / 8; i += kStripThreads) {
-            copy_16_bytes(copy + 16 * i, row + i, true);
-          }
-        }
-        commit_copies();
-      }
+      if constexpr (kShared) block.template stage_x<MP>(block.z());
     }
     wait_copies<0>();
     __syncthreads();
 
     if (warp == kStripWarps) {
-      if (block.first_time()) block.template multiply_by_a<MP>();
+      if (block.first_time()) {
+        const T* const x = kShared ? reinterpret_cast<const T*>(bytes + in.x) : static_cast<const T*>(p.x);
+        block.template multiply_by_a<MP>(x, kShared ? in.x_stride / 2 : p.x_stride);
+      }
     } else if (left > 0) {
       const unsigned table = in.table + lane * 4;
       const bool has = Use::has(g, t) && g % MP < M;
@@ -152,7 +148,8 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
       const char* const x_at = x_row + t * 64 + Use::run(g) * 256;
       const float* const my_map = map + g;
       unsigned x[16] = {};
-      float acc[4] = {};
+      // By block of a group: the same sums in the same order, however many rows of x there are.
+      float acc[Use::kBlocks][4] = {};
       int group = from % groups, local = from / groups;
       float* slot = slots + (warp + local) * kSlot + g;
       const auto load_x = [&](const char* at) {
@@ -211,7 +208,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
               multiply(sum[0], a, t < 2 ? x[2 * j] : 0, t < 2 ? x[2 * j + 1] : 0, T{});
               multiply(sum[1], a, t < 2 ? 0 : x[2 * j], t < 2 ? 0 : x[2 * j + 1], T{});
             } else if constexpr (MP == 4) {
-              multiply(sum[j % 2], a, x[2 * j], x[2 * j + 1], T{});
+              multiply(sum[0], a, x[2 * j], x[2 * j + 1], T{});
             } else {
               multiply(sum[run], a, x[2 * j], x[2 * j + 1], T{});
             }
@@ -219,14 +216,12 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
           if constexpr (MP >= 4) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              if constexpr (MP == 8) {
-                const float even = scale(half, 2 * run), odd = scale(half, 2 * run + 1);
-                acc[2 * half] += even * sum[0][2 * half] + odd * sum[1][2 * half];
-                acc[2 * half + 1] += even * sum[0][2 * half + 1] + odd * sum[1][2 * half + 1];
-              } else {
-                const float own_scale = scale(half, 2 * run + t / 2);
-                acc[2 * half] += own_scale * (sum[0][2 * half] + sum[1][2 * half]);
-                acc[2 * half + 1] += own_scale * (sum[0][2 * half + 1] + sum[1][2 * half + 1]);
+#pragma unroll
+              for (int block_of_run = 0; block_of_run < (MP == 8 ? 2 : 1); ++block_of_run) {
+                float(&own_acc)[4] = acc[MP == 8 ? 2 * run + block_of_run : run];
+                const float own_scale = scale(half, 2 * run + (MP == 8 ? block_of_run : t / 2));
+                own_acc[2 * half] += own_scale * sum[block_of_run][2 * half];
+                own_acc[2 * half + 1] += own_scale * sum[block_of_run][2 * half + 1];
               }
             }
 #pragma unroll
@@ -238,31 +233,38 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
           for (int half = 0; half < 2; ++half) {
             const bool second = Use::run_of_lane(t) == 1;
             const float even = second ? sum[1][2 * half] : sum[0][2 * half], odd = second ? sum[1][2 * half + 1] : sum[0][2 * half + 1];
-            if constexpr (MP == 1) {
-              // Lanes 2 and 3 have columns of zeros.
-              acc[2 * half] += scale(half, 2 * (t & 1)) * even + scale(half, 2 * (t & 1) + 1) * odd;
-            } else {
-              const float own_scale = scale(half, t);
-              acc[2 * half] += own_scale * even;
-              acc[2 * half + 1] += own_scale * odd;
-            }
+            // Of one row of x, lanes 0 and 1 have two blocks each and the others columns of zeros.
+            acc[0][2 * half] += scale(half, MP == 1 ? 2 * (t & 1) : t) * even;
+            acc[0][2 * half + 1] += scale(half, MP == 1 ? 2 * (t & 1) + 1 : t) * odd;
           }
         }
         --left;
         ++group;
         if (left > 0 && group < groups) return;
-        // Blocks of one row of x in several lanes.
+        // (block 0 + block 1) + (block 2 + block 3) of each row.
+        float total[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (MP <= 2) acc[i] += __shfl_xor_sync(0xffffffff, acc[i], 1);
-          if (MP <= 4) acc[i] += __shfl_xor_sync(0xffffffff, acc[i], 2);
+          const auto other = [](float v, int lane_step) { return __shfl_xor_sync(0xffffffff, v, lane_step); };
+          if constexpr (MP == 1) {
+            const float pair = acc[0][i & 2] + acc[0][i | 1];
+            total[i] = pair + other(pair, 1);
+          } else if constexpr (MP == 2) {
+            const float pair = acc[0][i] + other(acc[0][i], 1);
+            total[i] = pair + other(pair, 2);
+          } else if constexpr (MP == 4) {
+            total[i] = (acc[0][i] + other(acc[0][i], 2)) + (acc[1][i] + other(acc[1][i], 2));
+          } else {
+            total[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+          }
         }
         // Warps and tiles both in order: every pair that meets has a slot of its own.
         if (2 * t < MP) {
-          slot[2 * t * kSumStride] = acc[0], slot[2 * t * kSumStride + 8] = acc[2];
-          if (MP > 1) slot[(2 * t + 1) * kSumStride] = acc[1], slot[(2 * t + 1) * kSumStride + 8] = acc[3];
+          slot[2 * t * kSumStride] = total[0], slot[2 * t * kSumStride + 8] = total[2];
+          if (MP > 1) slot[(2 * t + 1) * kSumStride] = total[1], slot[(2 * t + 1) * kSumStride + 8] = total[3];
         }
-        acc[0] = acc[1] = acc[2] = acc[3] = 0;
+#pragma unroll
+        for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
         slot += kSlot;
         group = 0;
         ++local;
@@ -302,14 +304,13 @@ static_assert(kReserved + 256 * kMapCopies * 4 + 512 + 2 * kMostRank * 4 + (kStr
                   kRoundBytes <=
               kTableAt);
 
-template <typename T>
-int launch_strips(const Plan& given, void* stream) {
-  StripPlan strip{};
-  strip.plan = given;
+inline int padded_rows(const KernelRows& rows) { return rows.M <= 1 ? 1 : rows.M <= 2 ? 2 : rows.M <= 4 ? 4 : 8; }
+
+// `shared`: whether x has room in shared memory, and is read there. Returns the number of thread blocks.
+inline int plan_of_strips(StripPlan& strip, bool& shared) {
   const KernelRows& rows = strip.plan.rows;
-  const bool nested = rows.parts[0].nf4.nested_absmax != nullptr;
-  const int MP = rows.M <= 1 ? 1 : rows.M <= 2 ? 2 : rows.M <= 4 ? 4 : 8;
-  const int blocks = plan_strips(strip, 2 * kMostPieces, kMostAtOnce, MP * kMostRank * 4 + (MP > 2 ? kStripThreads * 4 : 0),
+  const int MP = padded_rows(rows);
+  const int blocks = plan_strips(strip, 2 * kMostPieces, kMostAtOnce, MP * kMostRank * 4 + (MP > 2 ? kPieceClasses * MP * kTileRows * 4 : 0),
                                  [&](int tiles) { return (kStripWarps + tiles) * MP * kSumStride * 4; });
   StripShared& at = strip.at;
   const bool wide = MP <= 2;
@@ -318,8 +319,33 @@ int launch_strips(const Plan& given, void* stream) {
   // A row has a multiple of 128 bytes: two are in different banks.
   at.x_stride = static_cast<int>(rows.K * 2 + 16);
   const int64_t x_bytes = rows.M * at.x_stride;
-  const bool shared = at.x + x_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  shared = at.x + x_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   at.all = at.x + (shared ? static_cast<int>(x_bytes) : 0);
+  return blocks;
+}
+
+// Whether these rows are made of what they are made of while they are put into shared memory.
+inline bool strips_make_rows(const KernelRows& rows) {
+  bool nf4 = false, shared = false;
+  int tiles;
+  StripPlan strip{};
+  strip.plan = plan_of(rows, kTileRows, nf4, tiles);
+  for (int64_t i = 0; i < rows.count; ++i) nf4 = nf4 && rows.parts[i].w == nullptr;
+  if (!nf4 || rows.M > kEight || !fits_strips(rows)) return false;
+  plan_of_strips(strip, shared);
+  return shared;
+}
+
+template <typename T>
+int launch_strips(const Plan& given, void* stream) {
+  StripPlan strip{};
+  strip.plan = given;
+  const KernelRows& rows = strip.plan.rows;
+  const bool nested = rows.parts[0].nf4.nested_absmax != nullptr;
+  const int MP = padded_rows(rows);
+  bool shared = false;
+  const int blocks = plan_of_strips(strip, shared);
+  const StripShared& at = strip.at;
   const auto launch = [&](auto* kernel) { return launch_with(kernel, dim3(static_cast<unsigned>(blocks)), kStripThreads, at.all, stream, strip); };
   const auto with_rows = [&](auto columns, auto is_nested) {
     constexpr int kColumns = decltype(columns)::value;

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) tiles_kernel(const __grid_co
     __syncthreads();
 
     if (warp == kStripWarps) {
-      if (block.first_time()) block.template multiply_by_a<8>();
+      if (block.first_time()) block.template multiply_by_a<8>(static_cast<const T*>(p.x), p.x_stride);
     } else if (works) {
       // x, by the warps of this piece.
       const unsigned x_ring = in.x + piece * stages * kStageBytes;
@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kStripThreads, 1) tiles_kernel(const __grid_co
       for (int n = 0; n < NT; ++n) put_sums(slot + 8 * n * kSumStride, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]), kSumStride);
     }
     __syncthreads();
-    if (block.first_time()) block.template sum_pieces<kColumns>(block.z() + kColumns * kMostRank);
+    // The sums of pieces lie where x did.
+    if (block.first_time()) block.template sum_pieces<kColumns>(reinterpret_cast<float*>(bytes + in.x));
 
     for (int i = threadIdx.x; i < rows * M; i += kStripThreads) {
       const int c = i / rows, row = i - c * rows;
@@ -183,7 +184,7 @@ int launch_tiles(const Plan& given, void* stream) {
   const bool nested = rows.parts[0].nf4.nested_absmax != nullptr;
   const int columns = rows.M <= 16 ? 16 : 32, runs = strip.plan.blocks / 2;
   const auto pieces = [&](int tiles) { return kStripWarps / tiles < runs ? kStripWarps / tiles : runs; };
-  const int blocks = plan_strips(strip, 2 * kMostPieces / (columns / kEight), kStripWarps, columns * kMostRank * 4 + kStripThreads * 4,
+  const int blocks = plan_strips(strip, 2 * kMostPieces / (columns / kEight), kStripWarps, columns * kMostRank * 4,
                                  [&](int tiles) { return tiles * pieces(tiles) * columns * kSumStride * 4; });
   StripShared& at = strip.at;
   at.x = at.table + 256 * 128;
@@ -194,6 +195,7 @@ int launch_tiles(const Plan& given, void* stream) {
   if (with_x() > limit) strip.x_stages = 2;
   while (with_x() > limit && strip.k_pieces > 1) --strip.k_pieces;
   at.all = with_x();
+  static_assert(2 * kXStride >= kPieceClasses * kTileRows * 4, "the sums of pieces fit where two stages of x were");
   const auto launch = [&](auto* kernel) { return launch_with(kernel, dim3(static_cast<unsigned>(blocks)), kStripThreads, at.all, stream, strip); };
   if (nested) return columns == 16 ? launch(tiles_kernel<T, true, 2>) : launch(tiles_kernel<T, true, 4>);
   return columns == 16 ? launch(tiles_kernel<T, false, 2>) : launch(tiles_kernel<T, false, 4>);

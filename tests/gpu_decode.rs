@@ -100,6 +100,7 @@ fn products_of_few_rows() {
             for (m, lora_kind, bias) in [
                 (1, Kind::Float, false),
                 (2, kind, true),
+                (3, Kind::Float, false),
                 (8, Kind::Float, true),
                 (9, kind, false),
                 (16, Kind::Float, true),
@@ -127,18 +128,23 @@ fn products_of_few_rows() {
     }
 }
 
-/// To the bit: a row in a batch of eight is the row alone.
+/// To the bit: a row among up to eight is the row alone.
 #[test]
 fn a_row_of_eight_is_the_row_alone() {
     let Some(device) = gpu("rows side by side") else { return };
     let _no_grad = tch::no_grad_guard();
-    let parts = [(Stored::Nf4, 1024, 16), (Stored::Nf4, 256, 16)];
-    let Projection { linear, .. } = projection(&parts, 2048, Kind::BFloat16, Kind::Float, false, device);
-    let x = Tensor::randn([8, 2048], (Kind::BFloat16, device));
-    let all = ops::linear(&x, &linear, Pass::INFERENCE).unwrap();
-    for row in 0..8 {
-        let alone = ops::linear(&x.narrow(0, row, 1).copy(), &linear, Pass::INFERENCE).unwrap();
-        assert_eq!(alone, all.narrow(0, row, 1), "row {row}");
+    for rank in [8, 16, 64] {
+        let parts = [(Stored::Nf4, 4096, rank), (Stored::Nf4, 1040, rank)];
+        let Projection { linear, .. } = projection(&parts, 4096, Kind::BFloat16, Kind::Float, false, device);
+        let x = Tensor::randn([8, 4096], (Kind::BFloat16, device));
+        let of = |x: &Tensor| ops::linear(x, &linear, Pass::INFERENCE).unwrap();
+        let all = of(&x);
+        for rows in 1..8 {
+            for first in [0, 8 - rows] {
+                let some = of(&x.narrow(0, first, rows).copy());
+                assert_eq!(some, all.narrow(0, first, rows), "LoRA r {rank}, {rows} rows from {first} on");
+            }
+        }
     }
 }
 
