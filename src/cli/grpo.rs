@@ -27,6 +27,7 @@ use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
 use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
+use crate::train::plan::Rollout;
 
 /// Metrics of a step on screen, beside the rewards.
 const SHOWN: &[(&str, &str)] = &[
@@ -81,7 +82,17 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     }
     let dense = dense_modules(&args.training, &dir, options)?;
     let longest = prompts.longest() + args.max_completion_length;
-    let sizes = Sizes { longest, tokens: (longest * args.training.per_device_train_batch_size) as u64 };
+    let sizes = Sizes {
+        longest,
+        tokens: (longest * args.training.per_device_train_batch_size) as u64,
+        log_probs: true,
+        rollout: Some(Rollout::new(
+            args.generation_batch_size() as u64,
+            args.num_generations as u64,
+            prompts.longest() as u64,
+            args.kv_cache_memory.map(|size| size.0),
+        )),
+    };
     let plan = train_plan(&args.training, &dir, options, &dense, sizes, None)?;
     let mut model = load_model(&args.training, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
@@ -89,13 +100,13 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     print!("{}", banner(&args, &model, &prompts, judges.names(), plan.as_ref()));
 
     let stop_token_ids = model.generation_params()?.stop_token_ids;
-    let mut kv = kv_bytes(args.kv_cache_memory, device)?;
-    if let Some(plan) = &plan {
-        // What the run may take of the GPU holds for the rollouts too, where the model is all that lies there.
-        let taken = crate::train::memory::in_use(device);
-        kv = kv.min(plan.budget.device.saturating_sub(taken) / 10 * 9);
+    let planned = plan.as_ref().and_then(|plan| plan.plan.memory.rollout);
+    let kv =
+        planned.map_or_else(|| kv_bytes(args.kv_cache_memory, device), |rollout| Ok(rollout.kv_cache))?;
+    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
+    if planned.is_some_and(|rollout| rollout.stays) {
+        source = source.keeping_its_engine();
     }
-    let source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
     let title = format!("{} on {}", last_part(&args.training.model), datasets(&args));
     let mut observer: Vec<Box<dyn TrainObserver>> = vec![
         Box::new(Progress::new(args.training.logging_steps).showing(SHOWN)),

@@ -27,5 +27,5 @@ pub use objective::{Objective, Sft};
 pub use optim::AdamW;
 pub use schedule::Schedule;
 pub use source::StepSource;
-pub use step::{Recording, RunPlan, StepOutcome, Stepper};
+pub use step::{Predicted, Recording, RunPlan, StepOutcome, Stepper};
 pub use trainer::Trainer;

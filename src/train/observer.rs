@@ -120,8 +120,15 @@ pub struct TrainResults {
     pub best_step: Option<u64>,
     /// After the model was loaded, before the first step.
     pub model_memory: u64,
-    /// The highest during training, the model included.
+    /// The highest during training, the model included; and what the plan of a run on a GPU said.
     pub peak_memory: u64,
+    #[serde(default)]
+    pub predicted_peak_memory: Option<u64>,
+    /// The same of the whole process on a GPU, CUDA's own memory included.
+    #[serde(default)]
+    pub peak_process_memory: Option<u64>,
+    #[serde(default)]
+    pub predicted_process_memory: Option<u64>,
     /// The device's memory (CPU: the machine's).
     pub device_memory: u64,
     /// peak_memory / device_memory.

@@ -18,6 +18,11 @@ pub trait StepSource {
     /// will be when the step runs.
     fn next_step(&mut self, model: &FastLanguageModel, accumulation: u64) -> Result<Vec<Batch>>;
 
+    /// Whether the device should be left to it while it makes the next step's micro-batches.
+    fn needs_device(&self) -> bool {
+        false
+    }
+
     /// Where the source stands, as JSON: the steps that follow a [`seek`](StepSource::seek) to here are those that follow now.
     fn cursor(&self) -> Result<Value>;
 

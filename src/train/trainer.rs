@@ -98,6 +98,7 @@ impl Trainer<'_> {
             args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
         let schedule = self.schedule(total_steps);
         let mut stepper = Stepper::new(self.objective, args, &self.model.decoder)?;
+        let predicted = self.plan.as_ref().map(|plan| plan.predicted);
         if let Some(plan) = self.plan.take() {
             stepper = stepper.with_plan(plan);
         }
@@ -121,6 +122,9 @@ impl Trainer<'_> {
         let mut reason = StopReason::Done;
         while at.step < total_steps {
             let before = self.train.cursor()?;
+            if self.train.needs_device() {
+                stepper.give_way(&self.model.decoder)?;
+            }
             let batches = self.train.next_step(self.model, accumulation)?;
             let learning_rate = schedule.at(at.step);
             let began = Instant::now();
@@ -207,6 +211,9 @@ impl Trainer<'_> {
             best_step: at.best.best_step,
             model_memory,
             peak_memory,
+            predicted_peak_memory: predicted.map(|predicted| predicted.allocated),
+            peak_process_memory: memory::process_peak(device),
+            predicted_process_memory: predicted.map(|predicted| predicted.device),
             device_memory,
             device_memory_share: peak_memory as f64 / device_memory.max(1) as f64,
         };

@@ -13,18 +13,14 @@ use serde_json::Value;
 use super::advantages::{mean, std};
 use super::batches::{Completion, step_batches};
 use super::loss::add_log_probs;
+use super::writer::Writer;
 use super::{GrpoArguments, Prompt, Prompts, advantages};
 use crate::data::{Batch, shuffle};
-use crate::device;
-use crate::generate::{Engine, EngineOptions, FinishReason, Generation, KvBudget, Request, SamplingParams};
+use crate::generate::{FinishReason, Generation, Request, SamplingParams};
 use crate::models::FastLanguageModel;
-use crate::nn::PAGE_SIZE;
 use crate::rewards::{Rewards, Sample, Scores};
 use crate::train::StepSource;
 use crate::train::observer::{CompletionRow, Completions};
-
-/// Sequences that are decoded at once.
-const MOST_AT_ONCE: usize = 512;
 
 /// Lets the model answer prompts, judges the answers, and gives them out as micro-batches: `num_iterations` times those of a
 /// generation batch of `steps_per_generation` micro-batches. Prompts are read in a new order in each epoch; those that fill no
@@ -37,7 +33,7 @@ pub struct Rollouts<'a> {
     prompts: Prompts,
     rewards: Rewards,
     params: SamplingParams,
-    kv_bytes: u64,
+    writer: Writer,
     at: Place,
     /// Of the last generation.
     rows: Vec<CompletionRow>,
@@ -96,13 +92,20 @@ impl<'a> Rollouts<'a> {
             prompts,
             rewards,
             params,
-            kv_bytes,
+            writer: Writer::new(kv_bytes),
             at,
             rows: Vec::new(),
             metrics: Vec::new(),
             step_tokens: 0,
             is_new: false,
         })
+    }
+
+    /// The same with an engine that stays while the model trains: keys and values keep their memory, and decoding steps that were
+    /// recorded are not recorded again.
+    pub fn keeping_its_engine(mut self) -> Rollouts<'a> {
+        self.writer = self.writer.staying();
+        self
     }
 
     fn generations_per_epoch(&self) -> u64 {
@@ -134,7 +137,7 @@ impl<'a> Rollouts<'a> {
                 Request::samples(&self.prompts.rows[row].ids, &params, args.num_generations)
             })
             .collect();
-        let groups = answers(model, requests, self.kv_bytes)?;
+        let groups = self.writer.answers(model, requests)?;
         let seconds = started.elapsed().as_secs_f64();
         let generations: Vec<(usize, Generation)> = chosen
             .iter()
@@ -241,25 +244,8 @@ pub fn evaluate(
     kv_bytes: u64,
 ) -> Result<Scores> {
     let requests = prompts.rows.iter().map(|prompt| Request::new(&prompt.ids, params)).collect();
-    let generations = answers(model, requests, kv_bytes)?.concat();
+    let generations = Writer::new(kv_bytes).answers(model, requests)?.concat();
     Ok(rewards.score(&samples(prompts.rows.iter().zip(&generations))))
-}
-
-/// Answers by an engine that lives as long as they are written: training has the memory of its keys and values.
-fn answers(model: &FastLanguageModel, requests: Vec<Request>, kv_bytes: u64) -> Result<Vec<Vec<Generation>>> {
-    let decoder = &model.decoder;
-    let longest = |request: &Request| request.prompt_ids.len() + request.params.max_new_tokens;
-    let pages = requests.iter().map(longest).max().unwrap_or(1).div_ceil(PAGE_SIZE);
-    let group = requests.iter().map(|request| request.n).max().unwrap_or(1);
-    let all: usize = requests.iter().map(|request| request.n).sum();
-    let max_num_seqs = all.min(MOST_AT_ONCE.max(group));
-    let wanted = (max_num_seqs * pages * PAGE_SIZE * decoder.kv_bytes_per_token()) as u64;
-    let options = EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(kv_bytes)), max_num_seqs };
-    let mut engine = Engine::new(decoder, options)?;
-    let answers = engine.run(model, requests, |_, _, _| ()).context("writing completions")?;
-    drop(engine);
-    device::empty_cache(decoder.device)?;
-    Ok(answers)
 }
 
 fn samples<'s>(answers: impl Iterator<Item = (&'s Prompt, &'s Generation)>) -> Vec<Sample<'s>> {
@@ -290,6 +276,10 @@ impl StepSource for Rollouts<'_> {
         self.at.given += accumulation as usize;
         self.step_tokens = batches.iter().map(Batch::tokens).sum();
         Ok(batches)
+    }
+
+    fn needs_device(&self) -> bool {
+        self.is_used_up() && self.writer.needs_device()
     }
 
     fn cursor(&self) -> Result<Value> {
