@@ -5,8 +5,12 @@ use std::collections::HashMap;
 use ferrotune::data::Batch;
 use ferrotune::models::FastLanguageModel;
 use ferrotune::ops::{Pass, Policy};
-use ferrotune::train::Objective;
-use ferrotune::train::grpo::{Completion, Grpo, GrpoArguments, add_log_probs, advantages, step_batches};
+use ferrotune::rewards::{Length, Rewards};
+use ferrotune::train::grpo::{
+    Completion, Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts, add_log_probs, advantages,
+    step_batches,
+};
+use ferrotune::train::{Objective, StepSource, Stepper};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
@@ -152,4 +156,42 @@ fn a_split_into_micro_batches_changes_nothing() {
             assert!(off < 1e-5, "{case} in {accumulation}: gradient {off:e} apart");
         }
     }
+}
+
+/// What an engine found in its pages before a step does not reach the completions after it.
+#[test]
+fn an_engine_that_stays_writes_the_same() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny");
+    let arguments =
+        GrpoArguments { num_generations: 4, max_completion_length: 12, ..GrpoArguments::default() };
+    let written = |stays: bool| -> Vec<Batch> {
+        ferrotune::device::init(ferrotune::device::Choice::Cpu, None).unwrap();
+        let mut model =
+            FastLanguageModel::from_pretrained(&folder.join("model"), Kind::Float, Device::Cpu).unwrap();
+        model.get_peft_model(arguments.training.adapter_config("tiny"), 1).unwrap();
+        let options = PromptOptions { prompt_column: "prompt", system_prompt: None, longest: 100 };
+        let file = folder.join("heldout.jsonl").display().to_string();
+        let mut prompts = Prompts::read(&[file], model.tokenizer().unwrap(), options).unwrap();
+        // The same prompts again and again.
+        prompts.rows.truncate(2);
+        let rewards = Rewards::new(vec![(Box::new(Length { min: 0, max: 4 }), 1.0)]);
+        let mut rollouts = Rollouts::new(&arguments, prompts, rewards, Vec::new(), 1 << 30).unwrap();
+        if stays {
+            rollouts = rollouts.keeping_its_engine();
+        }
+        let objective = Grpo::new(&arguments);
+        let mut stepper = Stepper::new(&objective, &arguments.training, &model.decoder).unwrap();
+        (0..3)
+            .map(|step| {
+                assert_eq!(rollouts.needs_device(), !stays);
+                let batches = rollouts.next_step(&model, 1).unwrap();
+                // Large enough to change what is written.
+                stepper.run(&model.decoder, &batches, step, 0.05).unwrap();
+                batches[0].clone()
+            })
+            .collect()
+    };
+    let fresh = written(false);
+    assert_ne!(fresh[0].input_ids, fresh[1].input_ids);
+    assert_eq!(written(true), fresh);
 }

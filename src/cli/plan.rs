@@ -26,12 +26,15 @@ pub struct PlanArgs {
     /// Forward passes of a step
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub gradient_accumulation_steps: usize,
-    /// Tokens of a sample; in GRPO of prompt and completion together
-    #[arg(long, value_name = "N", default_value_t = 2048)]
+    /// Tokens of a sample
+    #[arg(long, value_name = "N", default_value_t = 2048, conflicts_with = "max_completion_length")]
     pub max_seq_length: usize,
     /// In GRPO, tokens of a completion
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "prompt")]
     pub max_completion_length: Option<usize>,
+    /// In GRPO, tokens of the longest prompt
+    #[arg(long, value_name = "N", requires = "max_completion_length")]
+    pub prompt: Option<usize>,
     /// In GRPO, completions of each prompt
     #[arg(long, value_name = "N", default_value_t = 8, requires = "max_completion_length")]
     pub num_generations: usize,
@@ -57,6 +60,14 @@ pub struct PlanArgs {
     pub card: Option<String>,
     #[arg(long, help = "Print the plan as JSON")]
     pub json: bool,
+}
+
+impl PlanArgs {
+    /// Tokens of a sample.
+    fn sample(&self) -> usize {
+        let both = self.prompt.zip(self.max_completion_length);
+        both.map_or(self.max_seq_length, |(prompt, completion)| prompt + completion)
+    }
 }
 
 /// Sizes in bytes.
@@ -94,6 +105,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
         ("--r", args.r as usize),
         ("--num-generations", args.num_generations),
         ("--max-completion-length", args.max_completion_length.unwrap_or(1)),
+        ("--prompt", args.prompt.unwrap_or(1)),
         ("--steps-per-generation", args.steps_per_generation.unwrap_or(1)),
     ] {
         if value == 0 {
@@ -102,7 +114,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
     }
     let (shape, config) = args.shape.config()?;
     let card = cards::named(args.card.as_deref())?;
-    let batch = (args.per_device_train_batch_size, args.max_seq_length);
+    let batch = (args.per_device_train_batch_size, args.sample());
     let mut work = Work::uniform(&config, batch, args.r, args.weights.load_in_4bit, args.optim)
         .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
@@ -152,14 +164,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
 
 /// What a GRPO run writes between two steps.
 fn rollout(args: &PlanArgs) -> Result<Option<Rollout>> {
-    let Some(completion) = args.max_completion_length else { return Ok(None) };
-    let prompt = args.max_seq_length.saturating_sub(completion);
-    if prompt == 0 {
-        bail!(Error::Usage(format!(
-            "--max-completion-length {completion}: leaves nothing of --max-seq-length {} for the prompt",
-            args.max_seq_length
-        )));
-    }
+    let Some(prompt) = args.prompt else { return Ok(None) };
     let steps = args.steps_per_generation.unwrap_or(args.gradient_accumulation_steps);
     let sequences = args.per_device_train_batch_size * steps;
     if !sequences.is_multiple_of(args.num_generations) {
@@ -210,7 +215,7 @@ fn render(report: &Report, args: &PlanArgs) -> String {
         "Plan: {}, {} x {} tokens{}, {} passes a step, r {}{}{}{}, {}",
         report.shape,
         args.per_device_train_batch_size,
-        count(args.max_seq_length as u64),
+        count(args.sample() as u64),
         args.max_completion_length.map_or(String::new(), |length| format!(
             ", {} of them a completion, {} of each prompt",
             count(length as u64),
