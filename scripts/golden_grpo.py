@@ -10,7 +10,7 @@ prompt_ids.I, completion_ids.I, sampler.I of completion I; rewards [N, K] with N
 gradient.CASE (of the adapter, in the order of its names, flattened), of some advantages.CASE. The metadata `cases` has their arguments,
 those of `defaults` left out.
 
-usage: scripts/golden_grpo.py
+usage: scripts/make_golden.py --only grpo
 """
 import collections
 import contextlib
@@ -24,7 +24,6 @@ import trl
 from accelerate import Accelerator
 from trl import GRPOTrainer
 
-golden.VERSIONS["trl"] = trl.__version__
 EOS, PAD = 2, 0
 GENERATIONS = 4
 WEIGHTS = [1.0, 0.5]
@@ -163,8 +162,8 @@ def run(model, moved, trainer):
     return loss.detach().clone(), gradient.clone(), advantages, trainer._metrics["train"]
 
 
-def main():
-    torch.set_num_threads(1)
+def make(_name):
+    golden.VERSIONS["trl"] = trl.__version__
     draw = golden.generator("grpo/completions")
     rows = completions(draw)
     rewards = torch.rand(len(rows), len(WEIGHTS), generator=draw).round(decimals=2)
@@ -205,9 +204,3 @@ def main():
             assert a.replace("dapo", "bnpo") == b or golden.rel(losses[a], losses[b]) > 1e-3, (a, b)
     path = golden.GOLDEN / "grpo.safetensors"
     golden.save(path, out, "grpo", defaults=json.dumps(DEFAULTS), cases=json.dumps(CASES), gradient_distance_to_float64=farthest)
-    assert path.stat().st_size < golden.LIMIT, path.stat().st_size
-    print(f"{path.stat().st_size / 1000:.1f} kB")
-
-
-if __name__ == "__main__":
-    main()

@@ -60,7 +60,12 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now) {
         tokenizer.set_template_now(now);
     }
-    let prompts = load_prompts(&args, &tokenizer, &dir)?;
+    let read = |names: &[String]| load_prompts(&args, names, &tokenizer, &dir);
+    let prompts = read(&args.training.dataset).context("--dataset")?;
+    let held_out = match &args.training.eval_dataset[..] {
+        [] => None,
+        names => Some(read(names).context("--eval-dataset")?),
+    };
     let kind = kind_of(args.training.dtype, device, overflows_f16(&dir).context("--model")?);
     let options = LoadOptions {
         load_in_4bit: args.training.load_in_4bit,
@@ -81,7 +86,8 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         return Ok(());
     }
     let dense = dense_modules(&args.training, &dir, options)?;
-    let longest = prompts.longest() + args.max_completion_length;
+    let longest_prompt = prompts.longest().max(held_out.as_ref().map_or(0, Prompts::longest));
+    let longest = longest_prompt + args.max_completion_length;
     let sizes = Sizes {
         longest,
         tokens: (longest * args.training.per_device_train_batch_size) as u64,
@@ -89,7 +95,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         rollout: Some(Rollout::new(
             args.generation_batch_size() as u64,
             args.num_generations as u64,
-            prompts.longest() as u64,
+            longest_prompt as u64,
             args.kv_cache_memory.map(|size| size.0),
         )),
     };
@@ -97,7 +103,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let mut model = load_model(&args.training, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
     args.training.optim = Some(args.training.optim_for(model.decoder.is_quantized()));
-    print!("{}", banner(&args, &model, &prompts, judges.names(), plan.as_ref()));
+    print!("{}", banner(&args, &model, (&prompts, held_out.as_ref()), judges.names(), plan.as_ref()));
 
     let stop_token_ids = model.generation_params()?.stop_token_ids;
     let planned = plan.as_ref().and_then(|plan| plan.plan.memory.rollout);
@@ -106,6 +112,9 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
     if planned.is_some_and(|rollout| rollout.stays) {
         source = source.keeping_its_engine();
+    }
+    if let Some(held_out) = held_out {
+        source = source.holding_out(held_out);
     }
     let title = format!("{} on {}", last_part(&args.training.model), datasets(&args));
     let mut observer: Vec<Box<dyn TrainObserver>> = vec![
@@ -150,21 +159,28 @@ fn warn_of_changes(args: &GrpoArguments, checkpoint: &Checkpoint) -> Result<()> 
     Ok(())
 }
 
-fn load_prompts(args: &GrpoArguments, tokenizer: &Tokenizer, dir: &Path) -> Result<Prompts> {
+fn load_prompts(
+    args: &GrpoArguments,
+    names: &[String],
+    tokenizer: &Tokenizer,
+    dir: &Path,
+) -> Result<Prompts> {
     let context = Config::from_dir(dir)?.max_position_embeddings.max(1) as usize;
     let room = context.min(args.training.max_seq_length);
-    ensure!(
-        args.max_completion_length < room,
-        "--max-completion-length {}: the model's context and --max-seq-length leave room for {room} tokens, prompt included",
-        args.max_completion_length
-    );
-    let files = sources::dataset_files(&args.training.dataset, &args.training.dataset_split)?;
+    let files = sources::dataset_files(names, &args.training.dataset_split)?;
+    let fits = args.max_completion_length < room;
     let options = PromptOptions {
         prompt_column: &args.prompt_column,
         system_prompt: args.system_prompt.as_deref(),
-        longest: room - args.max_completion_length,
+        longest: if fits { room - args.max_completion_length } else { usize::MAX },
     };
-    let prompts = Prompts::read(&files, tokenizer, options).context("--dataset")?;
+    // What is wrong with the rows is said first.
+    let prompts = Prompts::read(&files, tokenizer, options)?;
+    ensure!(
+        fits,
+        "--max-completion-length {}: the model's context and --max-seq-length leave room for {room} tokens, prompt included",
+        args.max_completion_length
+    );
     if prompts.left_out > 0 {
         tracing::warn!(
             "{} prompts of more than {} tokens are left out: with {} of the completion they are longer than --max-seq-length or the \
@@ -184,7 +200,7 @@ fn datasets(args: &GrpoArguments) -> String {
 fn banner(
     args: &GrpoArguments,
     model: &FastLanguageModel,
-    prompts: &Prompts,
+    (prompts, held_out): (&Prompts, Option<&Prompts>),
     rewards: &[String],
     plan: Option<&TrainPlan>,
 ) -> String {
@@ -216,6 +232,9 @@ fn banner(
             ),
         ),
     ]);
+    if let Some(held_out) = held_out {
+        lines.push(("evaluation", format!("{} prompts", count(held_out.rows.len() as u64))));
+    }
     lines.extend(machine_lines(&args.training, model, plan));
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }

@@ -64,6 +64,9 @@ pub struct CompletionRow {
     /// Their weighted sum.
     pub reward: Option<f64>,
     pub advantage: f64,
+    /// What went wrong with which reward.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<String>,
 }
 
 /// One evaluation.
@@ -71,8 +74,9 @@ pub struct CompletionRow {
 pub struct EvalMetrics {
     pub step: u64,
     pub epoch: f64,
-    /// Mean over the target tokens of the evaluation set, nats.
-    pub eval_loss: f64,
+    /// Mean over the target tokens of the evaluation set, nats; none where the model is judged by what it writes.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_loss: Option<f64>,
     /// Seconds.
     pub eval_runtime: f64,
     pub eval_samples_per_second: f64,

@@ -9,6 +9,17 @@ use super::observer::Completions;
 use crate::data::{Batch, BatchStream};
 use crate::models::FastLanguageModel;
 
+/// What an evaluation found.
+#[derive(Debug, Clone, Default)]
+pub struct Evaluation {
+    /// Mean over the target tokens, nats, where it is a loss that counts.
+    pub loss: Option<f64>,
+    pub tokens: usize,
+    pub samples: usize,
+    /// Means by name.
+    pub means: BTreeMap<String, f64>,
+}
+
 /// The micro-batches of one optimizer step after another, from any cursor on.
 pub trait StepSource {
     /// Optimizer steps in one pass over the data, each of `accumulation` micro-batches.
@@ -41,6 +52,16 @@ pub trait StepSource {
     /// More numbers on the last step, whose forward and backward took `training_seconds`: finite ones, by name.
     fn metrics(&mut self, _training_seconds: f64) -> BTreeMap<String, f64> {
         BTreeMap::new()
+    }
+
+    /// Whether it holds data out that [`evaluate`](StepSource::evaluate) asks the model about.
+    fn evaluates(&self) -> bool {
+        false
+    }
+
+    /// How the model does on the data that the source holds out.
+    fn evaluate(&mut self, _model: &FastLanguageModel) -> Result<Evaluation> {
+        Ok(Evaluation::default())
     }
 
     /// The texts that the last step was made of, where the model wrote them.

@@ -16,12 +16,19 @@ pub(super) struct Writer {
     /// Bytes of keys and values at most.
     kv_bytes: u64,
     stays: bool,
+    /// Sequences that are decoded at once.
+    at_once: usize,
     engine: Option<Engine>,
 }
 
 impl Writer {
     pub(super) fn new(kv_bytes: u64) -> Writer {
-        Writer { kv_bytes, stays: false, engine: None }
+        Writer { kv_bytes, stays: false, at_once: MOST_AT_ONCE, engine: None }
+    }
+
+    /// The same with `sequences` that are decoded at once, if that is less.
+    pub(super) fn at_most(self, sequences: usize) -> Writer {
+        Writer { at_once: sequences.min(self.at_once), ..self }
     }
 
     pub(super) fn staying(self) -> Writer {
@@ -71,7 +78,7 @@ impl Writer {
         let most = requests.iter().map(pages).max().unwrap_or(1);
         let group = requests.iter().map(|request| request.n).max().unwrap_or(1);
         let all: usize = requests.iter().map(|request| request.n).sum();
-        let max_num_seqs = all.min(MOST_AT_ONCE.max(group));
+        let max_num_seqs = all.min(self.at_once.max(group));
         let wanted = (max_num_seqs.div_ceil(group) * most * PAGE_SIZE * bytes_per_token) as u64;
         EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(self.kv_bytes)), max_num_seqs }
     }
