@@ -184,6 +184,10 @@ pub struct GrpoArguments {
     /// Only this share of a step's tokens, those of the highest entropy, is trained (arXiv:2506.01939)
     #[arg(long, value_name = "SHARE", help_heading = LOSS, default_value_t = 1.0)]
     pub top_entropy_quantile: f64,
+    /// Completions that are worse than their group count nothing where the mean of `log pi_sampler - log pi` over their tokens is above
+    /// this (arXiv:2512.02556) [default: all count]
+    #[arg(long, help_heading = LOSS)]
+    pub off_policy_mask_threshold: Option<f64>,
     /// Temperature of sapo's sigmoid where the advantage is negative
     #[arg(long, help_heading = LOSS, default_value_t = 1.05)]
     pub sapo_temperature_neg: f64,
@@ -346,6 +350,7 @@ impl GrpoArguments {
             ("epsilon", self.epsilon, 0.0),
             ("epsilon-high", self.epsilon_high(), 0.0),
             ("delta", self.delta.unwrap_or(1.0), f64::MIN_POSITIVE),
+            ("off-policy-mask-threshold", self.off_policy_mask_threshold.unwrap_or(1.0), f64::MIN_POSITIVE),
             ("repetition-penalty", self.repetition_penalty, f64::MIN_POSITIVE),
             ("sapo-temperature-neg", self.sapo_temperature_neg, f64::MIN_POSITIVE),
             ("sapo-temperature-pos", self.sapo_temperature_pos, f64::MIN_POSITIVE),
