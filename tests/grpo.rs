@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use ferrotune::data::Batch;
+use ferrotune::io::adapter::{AdapterConfig, InitLoraWeights};
 use ferrotune::models::FastLanguageModel;
 use ferrotune::ops::{Pass, Policy};
 use ferrotune::rewards::{Length, Rewards};
@@ -90,10 +91,16 @@ fn model() -> FastLanguageModel {
 }
 
 /// Loss and gradient of the first step on a case's completions, in `accumulation` micro-batches.
-fn first_step(golden: &Golden, case: &str, accumulation: usize, policy: Policy) -> (f64, Tensor) {
+fn first_step(
+    golden: &Golden,
+    case: &str,
+    accumulation: usize,
+    policy: Policy,
+    shares_prompts: bool,
+) -> (f64, Tensor) {
     let model = model();
     let arguments = golden.arguments(case, accumulation);
-    let mut batches = step_batches(&golden.completions(&arguments), &arguments);
+    let mut batches = step_batches(&golden.completions(&arguments), &arguments, shares_prompts);
     add_log_probs(&model.decoder, &arguments, &mut batches).unwrap();
     let step = &batches[..accumulation];
     if arguments.num_iterations > 1 {
@@ -102,7 +109,16 @@ fn first_step(golden: &Golden, case: &str, accumulation: usize, policy: Policy) 
             weight.copy_(&golden.tensors[&format!("moved.{name}")]);
         }
     }
-    let objective = Grpo::new(&arguments);
+    loss_and_gradient(&model, &arguments, step, policy)
+}
+
+fn loss_and_gradient(
+    model: &FastLanguageModel,
+    arguments: &GrpoArguments,
+    step: &[Batch],
+    policy: Policy,
+) -> (f64, Tensor) {
+    let objective = Grpo::new(arguments);
     objective.start_step(&model.decoder, step).unwrap();
     let pass = Pass { policies: &[policy], ..Pass::INFERENCE };
     let loss = |batch: &Batch| {
@@ -123,11 +139,55 @@ fn losses_and_gradients_are_those_of_trl() {
     let golden = Golden::load();
     assert!(golden.cases.len() > 30);
     for case in golden.cases.keys() {
-        let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP);
-        let expected = golden.tensors[&format!("loss.{case}")].double_value(&[0]);
-        assert!((loss - expected).abs() < 1e-5, "{case}: loss {loss}, of TRL {expected}");
-        let off = rel(&gradient, &golden.tensors[&format!("gradient.{case}")]);
-        assert!(off < 1e-5, "{case}: gradient {off:e} apart");
+        for shares_prompts in [false, true] {
+            let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP, shares_prompts);
+            let expected = golden.tensors[&format!("loss.{case}")].double_value(&[0]);
+            assert!((loss - expected).abs() < 1e-5, "{case}: loss {loss}, of TRL {expected}");
+            let off = rel(&gradient, &golden.tensors[&format!("gradient.{case}")]);
+            assert!(off < 1e-5, "{case}: gradient {off:e} apart");
+        }
+    }
+}
+
+/// A prompt that stands once before its completions, against one for each: the same in f64, whatever attention a model has, wherever
+/// the copies of a prompt stand, whatever is kept.
+#[test]
+fn a_prompt_is_computed_once() {
+    let arguments =
+        GrpoArguments { num_generations: 3, max_completion_length: 12, ..GrpoArguments::default() };
+    let completion = |n: i64, prompt: i64| {
+        let ids = |from: i64, count: i64| (0..count).map(|i| 3 + (from + 5 * i) % 60).collect::<Vec<i64>>();
+        Completion {
+            prompt_ids: ids(prompt, if prompt == 2 { 1 } else { 11 + prompt }),
+            completion_ids: ids(7 * n, 1 + n % 5),
+            sampler_log_probs: vec![-1.0; 1 + n as usize % 5],
+            truncated: false,
+            advantage: n as f64 - 3.5,
+        }
+    };
+    // Mixed, one of them with a prompt of its own, some with one of a single token.
+    let completions: Vec<Completion> =
+        [0, 1, 0, 2, 0, 1, 3, 2].into_iter().zip(0..).map(|(prompt, n)| completion(n, prompt)).collect();
+    let apart = step_batches(&completions, &arguments, false);
+    let shared = step_batches(&completions, &arguments, true);
+    assert_eq!(apart[0].tokens() - shared[0].tokens(), 2 * 10 + 11);
+    assert_eq!((apart[0].samples(), shared[0].samples()), (8, 8));
+    for name in ["llama", "mistral", "qwen3", "gemma2", "phi4"] {
+        for policy in [Policy::KEEP, Policy::RECOMPUTE] {
+            let step = |batches: &[Batch]| {
+                let mut model =
+                    FastLanguageModel::from_pretrained(&root().join(name), Kind::Double, Device::Cpu)
+                        .unwrap();
+                let config =
+                    AdapterConfig { init_lora_weights: InitLoraWeights::Random, ..AdapterConfig::default() };
+                model.get_peft_model(config, 1).unwrap();
+                loss_and_gradient(&model, &arguments, batches, policy)
+            };
+            let ((loss, gradient), (other_loss, other)) = (step(&apart), step(&shared));
+            assert!((loss / other_loss - 1.0).abs() < 1e-12, "{name}: {loss}, {other_loss} shared");
+            let off = rel(&other, &gradient);
+            assert!(off < 1e-11, "{name}, {policy:?}: gradient {off:e} apart");
+        }
     }
 }
 
@@ -148,9 +208,9 @@ fn advantages_are_those_of_trl() {
 fn a_split_into_micro_batches_changes_nothing() {
     let golden = Golden::load();
     for case in golden.cases.keys().filter(|case| !case.ends_with("_half")) {
-        let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP);
+        let (loss, gradient) = first_step(&golden, case, 1, Policy::KEEP, true);
         for (accumulation, policy) in [(2, Policy::KEEP), (8, Policy::RECOMPUTE)] {
-            let (split_loss, split) = first_step(&golden, case, accumulation, policy);
+            let (split_loss, split) = first_step(&golden, case, accumulation, policy, true);
             assert!((loss - split_loss).abs() < 1e-6, "{case} in {accumulation}: {split_loss}, whole {loss}");
             let off = rel(&split, &gradient);
             assert!(off < 1e-5, "{case} in {accumulation}: gradient {off:e} apart");

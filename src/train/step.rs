@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn what_repeats_is_recorded() {
-        let shape = |tokens: i32| BatchShape::new(&[0, tokens], 1);
+        let shape = |tokens: i32| BatchShape::new(&[0, tokens], &[], 1);
         let mut graphs = Graphs::new(true);
         assert_eq!(
             [1, 2, 1, 1, 2].map(|tokens| graphs.repeats(&shape(tokens))),

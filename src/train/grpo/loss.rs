@@ -72,7 +72,7 @@ impl<'a> Grpo<'a> {
         let columns = batch.extra[0].f_to_kind(log_probs.kind())?;
         let column = |index: usize| columns.f_select(0, index as i64);
         let (advantage, counted) = (column(column::ADVANTAGE)?, counted(&columns)?);
-        let sequences = Sequences::new(&columns, &counted, batch.samples())?;
+        let sequences = Sequences::new(&columns, &counted, batch.segments())?;
         let now = log_probs.detach();
         let old = if args.is_off_policy() { column(column::OLD)? } else { now.shallow_clone() };
 

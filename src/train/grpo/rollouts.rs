@@ -190,8 +190,12 @@ impl<'a> Rollouts<'a> {
         if args.steps_per_generation() != args.training.gradient_accumulation_steps {
             shuffle(&mut completions, &mut rng);
         }
-        let mut batches = step_batches(&completions, args);
-        add_log_probs(&model.decoder, args, &mut batches)?;
+        let decoder = &model.decoder;
+        // Where angles depend on the length of a sample, its prompt is its own.
+        let longest = completions.iter().map(|one| one.prompt_ids.len() + one.completion_ids.len()).max();
+        let shares_prompts = decoder.rope_regime(1) == decoder.rope_regime(longest.unwrap_or(1));
+        let mut batches = step_batches(&completions, args, shares_prompts);
+        add_log_probs(decoder, args, &mut batches)?;
         self.at.micro_batches = batches;
         self.at.given = 0;
         self.at.generations += 1;
