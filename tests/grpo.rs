@@ -149,12 +149,8 @@ fn losses_and_gradients_are_those_of_trl() {
     }
 }
 
-/// A prompt that stands once before its completions, against one for each: the same in f64, whatever attention a model has, wherever
-/// the copies of a prompt stand, whatever is kept.
-#[test]
-fn a_prompt_is_computed_once() {
-    let arguments =
-        GrpoArguments { num_generations: 3, max_completion_length: 12, ..GrpoArguments::default() };
+/// Completions of a few prompts, mixed: one with a prompt of its own, some with one of a single token.
+fn mixed_completions() -> Vec<Completion> {
     let completion = |n: i64, prompt: i64| {
         let ids = |from: i64, count: i64| (0..count).map(|i| 3 + (from + 5 * i) % 60).collect::<Vec<i64>>();
         Completion {
@@ -165,24 +161,49 @@ fn a_prompt_is_computed_once() {
             advantage: n as f64 - 3.5,
         }
     };
-    // Mixed, one of them with a prompt of its own, some with one of a single token.
-    let completions: Vec<Completion> =
-        [0, 1, 0, 2, 0, 1, 3, 2].into_iter().zip(0..).map(|(prompt, n)| completion(n, prompt)).collect();
+    [0, 1, 0, 2, 0, 1, 3, 2].into_iter().zip(0..).map(|(prompt, n)| completion(n, prompt)).collect()
+}
+
+/// Loss and gradient of LoRA on one of the golden checkpoints.
+fn step_of(name: &str, batches: &[Batch], policy: Policy, kind: Kind, device: Device) -> (f64, Tensor) {
+    let mut model = FastLanguageModel::from_pretrained(&root().join(name), kind, device).unwrap();
+    let config = AdapterConfig { init_lora_weights: InitLoraWeights::Random, ..AdapterConfig::default() };
+    model.get_peft_model(config, 1).unwrap();
+    let (loss, gradient) = loss_and_gradient(&model, &sharing_arguments(), batches, policy);
+    (loss, gradient.to_device(Device::Cpu))
+}
+
+fn sharing_arguments() -> GrpoArguments {
+    GrpoArguments { num_generations: 3, max_completion_length: 12, ..GrpoArguments::default() }
+}
+
+/// In 16 bits on a GPU, by each of its attention kernels: as far from f64 as with a prompt for each completion, twice.
+pub fn check_shared_prompts(device: Device) {
+    let [apart, shared] =
+        [false, true].map(|shares| step_batches(&mixed_completions(), &sharing_arguments(), shares));
+    for name in ["llama", "llama_gqa_llama3", "mistral", "gemma2"] {
+        let (_, exact) = step_of(name, &apart, Policy::KEEP, Kind::Double, Device::Cpu);
+        for policy in [Policy::KEEP, Policy::RECOMPUTE, Policy::HOST] {
+            let [far, off] = [&apart, &shared]
+                .map(|batches| rel(&step_of(name, batches, policy, Kind::BFloat16, device).1, &exact));
+            println!("{name}, {policy:?}: {off:.2e} shared, {far:.2e} apart");
+            assert!(off <= (2.0 * far).max(1.6e-2), "{name}, {policy:?}: {off:e} shared, {far:e} apart");
+        }
+    }
+}
+
+/// A prompt that stands once before its completions, against one for each: the same in f64, whatever attention a model has, wherever
+/// the copies of a prompt stand, whatever is kept.
+#[test]
+fn a_prompt_is_computed_once() {
+    let (arguments, completions) = (sharing_arguments(), mixed_completions());
     let apart = step_batches(&completions, &arguments, false);
     let shared = step_batches(&completions, &arguments, true);
     assert_eq!(apart[0].tokens() - shared[0].tokens(), 2 * 10 + 11);
     assert_eq!((apart[0].samples(), shared[0].samples()), (8, 8));
     for name in ["llama", "mistral", "qwen3", "gemma2", "phi4"] {
         for policy in [Policy::KEEP, Policy::RECOMPUTE] {
-            let step = |batches: &[Batch]| {
-                let mut model =
-                    FastLanguageModel::from_pretrained(&root().join(name), Kind::Double, Device::Cpu)
-                        .unwrap();
-                let config =
-                    AdapterConfig { init_lora_weights: InitLoraWeights::Random, ..AdapterConfig::default() };
-                model.get_peft_model(config, 1).unwrap();
-                loss_and_gradient(&model, &arguments, batches, policy)
-            };
+            let step = |batches: &[Batch]| step_of(name, batches, policy, Kind::Double, Device::Cpu);
             let ((loss, gradient), (other_loss, other)) = (step(&apart), step(&shared));
             assert!((loss / other_loss - 1.0).abs() < 1e-12, "{name}: {loss}, {other_loss} shared");
             let off = rel(&other, &gradient);

@@ -39,6 +39,10 @@ pub struct Work {
     pub log_probs: bool,
     /// Bytes that lie on the device already, such as a reward model's.
     pub beside: u64,
+    /// Where samples share rows: those of all samples, which attention copies them to; else 0.
+    pub copied: u64,
+    /// Ropes turn the beginning of a sample alike whatever its length, so that samples can share it.
+    pub alike: bool,
     /// What is written between two steps, in GRPO.
     pub rollout: Option<Rollout>,
 }
@@ -165,6 +169,8 @@ impl Work {
             head: if config.tie_word_embeddings { 0 } else { 2 * v * c },
             nf4_head: false,
             log_probs: false,
+            copied: 0,
+            alike: config.ropes.iter().all(|rope| rope.regime(1) == rope.regime(length as i64)),
             beside: 0,
             rollout: None,
         }

@@ -114,6 +114,10 @@ fn on_device(tensors: u64, moving: u64) -> u64 {
 impl Work {
     /// The peak of a step under one policy a layer, and of a rollout between two steps.
     pub fn memory(&self, policies: &[Policy]) -> Memory {
+        self.with_shared_prompts().memory_of_pass(policies)
+    }
+
+    fn memory_of_pass(&self, policies: &[Policy]) -> Memory {
         let blocks: Vec<BlockBytes> = (self.layers.iter().zip(policies))
             .flat_map(|(layer, policy)| self.block_bytes(layer, [&policy.attention, &policy.mlp]))
             .collect();

@@ -59,6 +59,25 @@ impl Work {
         Work { log_probs: true, rollout: Some(rollout), ..self }
     }
 
+    /// A pass in which completions of a prompt share its rows, but for the last: where completions come in their order, those of a
+    /// pass belong to few prompts.
+    pub(super) fn with_shared_prompts(&self) -> Work {
+        let rows = self.tokens / self.sample.max(1);
+        let of_step = rows * self.gradient_accumulation_steps;
+        let Some(rollout) = self.rollout.filter(|rollout| self.alike && rollout.sequences == of_step) else {
+            return self.clone();
+        };
+        let each = rollout.num_generations;
+        let begun = if rows.is_multiple_of(each) || each.is_multiple_of(rows.max(1)) { 0 } else { 1 };
+        let prompts = rows.div_ceil(each) + begun;
+        let own = self.sample.saturating_sub(rollout.prompt) + 1;
+        let tokens = prompts * rollout.prompt.saturating_sub(1) + rows * own;
+        if tokens >= self.tokens || rollout.prompt < 2 {
+            return self.clone();
+        }
+        Work { tokens, copied: self.tokens, ..self.clone() }
+    }
+
     /// The ways in which rollouts go together with steps within `budget`, the fastest first.
     pub(super) fn within(&self, budget: Budget) -> Vec<Work> {
         let Some(rollout) = self.rollout else { return vec![self.clone()] };
