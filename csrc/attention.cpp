@@ -177,19 +177,17 @@ Tensor attention_by_aten(const Tensor& q, const Tensor& k, const Tensor& v, cons
 
 bool by_aten(const Tensor& q) { return !q.is_cuda() && q.scalar_type() != at::kDouble; }
 
-}  // namespace
-
-Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
-                           const AttentionSpec& spec) {
-  TORCH_CHECK(segments.rows() == q.size(0), "attention: cu_seqlens must run from 0 to the ", q.size(0), " rows of q");
+// All rows of all samples.
+Attended forward_of_samples(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                            const AttentionSpec& spec) {
   if (by_cpu_loops(q, k, v)) return CpuAttentionLoops::forward(q, k, v, segments, spec);
   if (by_aten(q)) return {attention_by_aten(q, k, v, segments, spec), Tensor()};
   return attention_fused(q, k, v, segments, spec);
 }
 
-void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
-                        const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
-                        const Tensor& dv) {
+void backward_of_samples(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                         const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
+                         const Tensor& dv) {
   if (by_cpu_loops(q, k, v)) {
     return CpuAttentionLoops::backward(d_out.contiguous(), q, k, v, attended, segments, spec, dq, dk, dv);
   }
@@ -203,6 +201,40 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   dq.copy_(found[0]);
   dk.copy_(found[1]);
   dv.copy_(found[2]);
+}
+
+}  // namespace
+
+// Rows that samples share are copied for each, so that every kernel serves; the queries of the copies are thrown away. That repeats
+// the attention of what is shared, in 2 T^2 H D operations, and nothing else of a layer; a kernel that reads shared keys in place
+// would spare the copies as well.
+Attended attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                           const AttentionSpec& spec) {
+  TORCH_CHECK(segments.batch_rows() == q.size(0), "attention: cu_seqlens must run from 0 to the ", q.size(0), " rows of q");
+  if (!segments.shares()) return forward_of_samples(q, k, v, segments, spec);
+  const auto all = [&](const Tensor& x) { return x.index_select(0, segments.places()); };
+  const Attended attended = forward_of_samples(all(q), all(k), all(v), segments, spec);
+  return {attended.out.index_select(0, segments.firsts()), attended.lse};
+}
+
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Attended& attended,
+                        const Segments& segments, const AttentionSpec& spec, const Tensor& dq, const Tensor& dk,
+                        const Tensor& dv) {
+  if (!segments.shares()) return backward_of_samples(d_out, q, k, v, attended, segments, spec, dq, dk, dv);
+  const auto all = [&](const Tensor& x) { return x.index_select(0, segments.places()); };
+  const Tensor qs = all(q), ks = all(k), vs = all(v), outs = all(attended.out);
+  const Tensor dqs = at::empty_like(qs), dks = at::empty_like(ks), dvs = at::empty_like(vs);
+  // Nothing comes back to the queries of copies, so nothing goes on from them to q, k or v.
+  const Tensor d_outs = at::zeros_like(outs).index_copy_(0, segments.firsts(), d_out);
+  backward_of_samples(d_outs, qs, ks, vs, {outs, attended.lse}, segments, spec, dqs, dks, dvs);
+  dq.copy_(dqs.index_select(0, segments.firsts()));
+  const auto accumulated = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto sum = [&](const Tensor& to, const Tensor& parts) {
+    const Tensor total = at::zeros(to.sizes(), to.options().dtype(accumulated));
+    to.copy_(total.index_add_(0, segments.places(), parts.to(accumulated)));
+  };
+  sum(dk, dks);
+  sum(dv, dvs);
 }
 
 namespace {

@@ -15,11 +15,12 @@ constexpr int64_t kCuSeqlens = -1, kLengths = -2;
 
 }  // namespace
 
-Segments::Segments(std::vector<int32_t> cu_seqlens, Tensor starts)
-    : cu_seqlens_(std::move(cu_seqlens)), starts_(std::move(starts)) {
+Segments::Segments(std::vector<int32_t> cu_seqlens, Tensor starts, Tensor places, Tensor firsts)
+    : cu_seqlens_(std::move(cu_seqlens)), starts_(std::move(starts)), places_(std::move(places)), firsts_(std::move(firsts)) {
   TORCH_CHECK(cu_seqlens_.size() >= 2 && cu_seqlens_.front() == 0,
               "attention: cu_seqlens must begin with 0 and name the end of at least one segment");
   TORCH_CHECK(starts_.scalar_type() == at::kLong && bucket_count() >= count(), "attention: starts is ", starts_.sizes());
+  TORCH_CHECK(!shares() || places_.size(0) == rows(), "attention: ", places_.sizes(), " places of ", rows(), " rows");
   int64_t shortest = cu_seqlens_.back();
   for (int64_t s = 0; s < count(); ++s) {
     const int64_t length = cu_seqlens_[s + 1] - cu_seqlens_[s];
@@ -65,8 +66,9 @@ Tensor Segments::device_offsets(int64_t row_stride) const {
   return kept(row_stride, [&] { return starts_ * row_stride; });
 }
 
-std::shared_ptr<Segments> segments(rust::Slice<const std::int32_t> cu_seqlens, const Tensor& starts) {
-  return std::make_shared<Segments>(std::vector<int32_t>(cu_seqlens.begin(), cu_seqlens.end()), starts);
+std::shared_ptr<Segments> segments(rust::Slice<const std::int32_t> cu_seqlens, const Tensor& starts, const Tensor& places,
+                                   const Tensor& firsts) {
+  return std::make_shared<Segments>(std::vector<int32_t>(cu_seqlens.begin(), cu_seqlens.end()), starts, places, firsts);
 }
 
 }  // namespace ferrotune

@@ -10,14 +10,22 @@ namespace ferrotune {
 
 // Rows cu_seqlens[i] .. cu_seqlens[i + 1] are sample i. Made once a batch and shared by its layers: what kernels read of
 // it is computed on the device at the first question and kept, without waiting, so that all of it can be recorded.
+//
+// Samples may begin with the same rows, which then stand in the batch once: `places` names the row of the batch of each row of the
+// samples one after another, and `firsts` the first place of each row of the batch.
 class Segments {
  public:
   // starts: cu_seqlens on the device, int64, its last element repeated up to a power of two of segments and one more.
-  Segments(std::vector<int32_t> cu_seqlens, Tensor starts);
+  Segments(std::vector<int32_t> cu_seqlens, Tensor starts, Tensor places = {}, Tensor firsts = {});
 
   const std::vector<int32_t>& cu_seqlens() const { return cu_seqlens_; }
   int64_t count() const { return static_cast<int64_t>(cu_seqlens_.size()) - 1; }
   int64_t rows() const { return cu_seqlens_.back(); }
+  bool shares() const { return places_.defined(); }
+  int64_t batch_rows() const { return shares() ? firsts_.size(0) : rows(); }
+  // int64 [rows] and [batch_rows].
+  const Tensor& places() const { return places_; }
+  const Tensor& firsts() const { return firsts_; }
   int64_t longest() const { return longest_; }
   bool equal() const { return equal_; }
   std::vector<int64_t> lengths() const;
@@ -39,7 +47,7 @@ class Segments {
   Tensor kept(int64_t key, const Make& make) const;
 
   std::vector<int32_t> cu_seqlens_;
-  Tensor starts_;
+  Tensor starts_, places_, firsts_;
   int64_t longest_ = 0;
   bool equal_ = true;
   // The backward asks from threads of its own.
@@ -47,6 +55,8 @@ class Segments {
   mutable std::map<int64_t, Tensor> kept_;
 };
 
-std::shared_ptr<Segments> segments(rust::Slice<const std::int32_t> cu_seqlens, const Tensor& starts);
+// places and firsts undefined: no sample shares rows.
+std::shared_ptr<Segments> segments(rust::Slice<const std::int32_t> cu_seqlens, const Tensor& starts, const Tensor& places,
+                                   const Tensor& firsts);
 
 }  // namespace ferrotune

@@ -45,6 +45,7 @@ impl Measure {
                 input_ids: &batch.input_ids,
                 position_ids: &batch.position_ids,
                 cu_seqlens: &batch.cu_seqlens,
+                prefixes: &[],
             };
             sum += model.decoder.loss_sum(input, &batch.labels, Pass::INFERENCE)?.double_value(&[]);
         }

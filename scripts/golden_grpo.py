@@ -10,7 +10,7 @@ prompt_ids.I, completion_ids.I, sampler.I of completion I; rewards [N, K] with N
 gradient.CASE (of the adapter, in the order of its names, flattened), of some advantages.CASE. The metadata `cases` has their arguments,
 those of `defaults` left out.
 
-usage: scripts/golden_grpo.py
+usage: scripts/make_golden.py --only grpo
 """
 import collections
 import contextlib
@@ -24,7 +24,6 @@ import trl
 from accelerate import Accelerator
 from trl import GRPOTrainer
 
-golden.VERSIONS["trl"] = trl.__version__
 EOS, PAD = 2, 0
 GENERATIONS = 4
 WEIGHTS = [1.0, 0.5]
@@ -32,7 +31,8 @@ DEFAULTS = dict(loss_type="dapo", scale_rewards="group", importance_sampling_lev
                 delta=None, mask_truncated_completions=False, top_entropy_quantile=1.0, temperature=1.0, num_iterations=2,
                 steps_per_generation=1,
                 use_bias_correction_kl=True, importance_sampling_correction=False, importance_sampling_mode="sequence_mask",
-                importance_sampling_clip_min=None, importance_sampling_clip_max=3.0)
+                importance_sampling_clip_min=None, importance_sampling_clip_max=3.0,
+                off_policy_mask_threshold=None)
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 CISPO = dict(loss_type="cispo", epsilon_high=1.1)
 CASES = {name: dict(loss_type=name) for name in LOSS_TYPES}
@@ -56,6 +56,9 @@ CASES |= {
     "top_entropy": dict(top_entropy_quantile=0.4),
     "top_entropy_masked_kl": dict(top_entropy_quantile=0.7, mask_truncated_completions=True, beta=0.2, loss_type="grpo"),
     "temperature": dict(temperature=0.7, beta=0.2),
+    # TRL knows the sampler's log-probabilities only where it corrects for them.
+    "off_policy_mask": dict(off_policy_mask_threshold=0.05, beta=0.2, importance_sampling_correction=True,
+                            importance_sampling_mode="token_truncate"),
     # The first of two steps on one generation batch.
     "dapo_half": dict(steps_per_generation=2),
     "bnpo_half": dict(steps_per_generation=2, loss_type="bnpo"),
@@ -91,7 +94,6 @@ class Trainer(GRPOTrainer):
             gradient_checkpointing_kwargs=None, delta=arguments["delta"], use_bias_correction_kl=arguments["use_bias_correction_kl"],
             sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
         self.environment_factories = self.environments = self.tools = self.pad_to_multiple_of = self.ref_model = None
-        self.off_policy_mask_threshold = None
         self._entropy_bonus_enabled = self.aux_loss_enabled = self.log_multimodal = False
         self._tokenizer = types.SimpleNamespace(pad_token_id=PAD)
         self.eos_token_ids, self.num_generations, self.current_gradient_accumulation_steps = [EOS], GENERATIONS, 1
@@ -102,7 +104,7 @@ class Trainer(GRPOTrainer):
         for name in ("mode", "clip_min", "clip_max"):
             setattr(self, f"vllm_importance_sampling_{name}", arguments[f"importance_sampling_{name}"])
         for name in ("loss_type", "scale_rewards", "importance_sampling_level", "beta", "mask_truncated_completions",
-                     "top_entropy_quantile", "temperature", "num_iterations"):
+                     "top_entropy_quantile", "temperature", "num_iterations", "off_policy_mask_threshold"):
             setattr(self, name, arguments[name])
         self._metrics = collections.defaultdict(lambda: collections.defaultdict(list))
         self._logs = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -163,8 +165,8 @@ def run(model, moved, trainer):
     return loss.detach().clone(), gradient.clone(), advantages, trainer._metrics["train"]
 
 
-def main():
-    torch.set_num_threads(1)
+def make(_name):
+    golden.VERSIONS["trl"] = trl.__version__
     draw = golden.generator("grpo/completions")
     rows = completions(draw)
     rewards = torch.rand(len(rows), len(WEIGHTS), generator=draw).round(decimals=2)
@@ -205,9 +207,3 @@ def main():
             assert a.replace("dapo", "bnpo") == b or golden.rel(losses[a], losses[b]) > 1e-3, (a, b)
     path = golden.GOLDEN / "grpo.safetensors"
     golden.save(path, out, "grpo", defaults=json.dumps(DEFAULTS), cases=json.dumps(CASES), gradient_distance_to_float64=farthest)
-    assert path.stat().st_size < golden.LIMIT, path.stat().st_size
-    print(f"{path.stat().st_size / 1000:.1f} kB")
-
-
-if __name__ == "__main__":
-    main()

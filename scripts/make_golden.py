@@ -12,7 +12,8 @@ written, and every configured feature against the model without it, so that a go
 adapters/<name>/adapter_config.json, adapter_model.safetensors   as peft writes them
              golden.safetensors               input_ids [T], logits [T, V] with the adapter
              train.safetensors                30 padded batches and the AdamW steps that peft takes on them
-reward_models/<name>, preference              scripts/golden_reward_model.py, scripts/golden_dpo.py (trl)
+reward_models/<name>                          scripts/golden_reward_model.py
+preference, grpo.safetensors                  scripts/golden_dpo.py, scripts/golden_grpo.py (trl)
 The metadata of each .safetensors file made here names the versions, the seed and the distance to float64.
 
 usage: scripts/make_golden.py [--only NAME ...]
@@ -373,13 +374,15 @@ def main():
     import golden_reward_model  # it uses this module
     jobs |= {f"reward_models/{name}": golden_reward_model.make for name in golden_reward_model.CLASSIFIERS}
     jobs |= {f"adapters/{name}": lambda path: make_adapter(path.removeprefix("adapters/")) for name in ADAPTERS}
-    if not only or "preference" in only:  # trl takes seconds to load
+    if not only or {"preference", "grpo"} & set(only):  # trl takes seconds to load
         import golden_dpo
-        jobs["preference"] = golden_dpo.make
+        import golden_grpo
+        jobs |= {"preference": golden_dpo.make, "grpo": golden_grpo.make}
     for name, make in jobs.items():
         if not only or name in only:
             make(name)
-            sizes = {file.name: file.stat().st_size for file in sorted((GOLDEN / name).iterdir())}
+            files = sorted((GOLDEN / name).iterdir()) if (GOLDEN / name).is_dir() else [GOLDEN / f"{name}.safetensors"]
+            sizes = {file.name: file.stat().st_size for file in files}
             assert max(sizes.values()) < LIMIT, (name, sizes)
             print(f"{name:32} {sum(sizes.values()) / 1000:6.1f} kB", flush=True)
 

@@ -220,7 +220,12 @@ pub(crate) mod bridge {
         type Tensor;
         type TensorList;
         type Segments;
-        fn segments(cu_seqlens: &[i32], starts: &Tensor) -> Result<SharedPtr<Segments>>;
+        fn segments(
+            cu_seqlens: &[i32],
+            starts: &Tensor,
+            places: &Tensor,
+            firsts: &Tensor,
+        ) -> Result<SharedPtr<Segments>>;
 
         type PagedBatch;
         fn paged_batch(

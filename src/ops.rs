@@ -118,12 +118,54 @@ pub struct Segments(SharedPtr<bridge::Segments>);
 impl Segments {
     /// `cu_seqlens` are the rows where the samples start, then N.
     pub fn new(cu_seqlens: &[i32], device: tch::Device) -> Result<Segments> {
+        Segments::of(cu_seqlens, &Tensor::new(), &Tensor::new(), device)
+    }
+
+    /// The same of pieces: `prefixes[i]` is the piece before piece i in its samples, or -1. A piece with pieces behind it begins each
+    /// of their samples, and is none itself.
+    ///
+    /// # Errors
+    /// A prefix that does not stand before its pieces, or has one itself.
+    pub fn sharing(cu_seqlens: &[i32], prefixes: &[i32], device: tch::Device) -> Result<Segments> {
+        if prefixes.is_empty() {
+            return Segments::new(cu_seqlens, device);
+        }
+        let pieces = cu_seqlens.len().saturating_sub(1);
+        let wrong = |(piece, &prefix): (usize, &i32)| {
+            prefix >= 0 && (prefix as usize >= piece || prefixes[prefix as usize] >= 0)
+        };
+        if prefixes.len() != pieces || prefixes.iter().enumerate().any(wrong) {
+            anyhow::bail!("segments: {prefixes:?} are no prefixes of {pieces} pieces");
+        }
+        let (mut samples, mut places) = (vec![0], Vec::new());
+        let mut firsts = vec![-1; cu_seqlens[pieces] as usize];
+        for (piece, &prefix) in prefixes.iter().enumerate() {
+            if prefixes.contains(&(piece as i32)) {
+                continue;
+            }
+            for part in usize::try_from(prefix).into_iter().chain([piece]) {
+                for row in cu_seqlens[part]..cu_seqlens[part + 1] {
+                    let first = &mut firsts[row as usize];
+                    if *first < 0 {
+                        *first = places.len() as i64;
+                    }
+                    places.push(i64::from(row));
+                }
+            }
+            samples.push(places.len() as i32);
+        }
+        let upload = |values: &[i64]| crate::device::upload(values, device);
+        Segments::of(&samples, &upload(&places)?, &upload(&firsts)?, device)
+    }
+
+    fn of(cu_seqlens: &[i32], places: &Tensor, firsts: &Tensor, device: tch::Device) -> Result<Segments> {
         let mut starts: Vec<i64> = cu_seqlens.iter().map(|&row| i64::from(row)).collect();
         // Kernels are built for powers of two of samples.
         let count = cu_seqlens.len().saturating_sub(1).next_power_of_two();
         starts.resize(count + 1, starts.last().copied().unwrap_or(0));
         let starts = crate::device::upload(&starts, device)?;
-        bridge::segments(cu_seqlens, ffi::borrow(&starts)).map(Segments).map_err(op_error)
+        let [starts, places, firsts] = [&starts, places, firsts].map(ffi::borrow);
+        bridge::segments(cu_seqlens, starts, places, firsts).map(Segments).map_err(op_error)
     }
 }
 

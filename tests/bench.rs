@@ -31,3 +31,47 @@ fn a_report_adds_up() {
         assert!(terms.iter().any(|term| term["name"] == name), "{name}: {report}");
     }
 }
+
+fn report(arguments: &[&str]) -> serde_json::Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    let output = command.arg("bench").args(arguments).args(["--device", "cpu", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn grpo_is_measured_in_both_phases() {
+    let model = root().join(&checkpoints()[0]);
+    let flags = [
+        "grpo",
+        "--num-generations",
+        "4",
+        "--prompt",
+        "5",
+        "--completion",
+        "6",
+        "--steps",
+        "3",
+        "--warm-up",
+        "1",
+    ];
+    let report = report(&[&flags[..], &["--beta", "0.1", "--model", model.to_str().unwrap()]].concat());
+    let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key}: {report}"));
+    let (rollout, training) = (number("rollout_seconds"), number("training_seconds"));
+    assert!(number("first_step_seconds") < number("seconds_to_first_step"));
+    assert!((number("rollout_tokens_per_second") * rollout - 24.0).abs() < 1e-6, "4 x 6 tokens: {report}");
+    assert!((number("training_tokens_per_second") * training - 44.0).abs() < 1e-6, "4 x 11 tokens: {report}");
+    assert!(number("sampling_logp_difference") < 1e-4, "{report}");
+    assert!(number("peak_allocated") >= number("model_memory") && report["plan"].is_null());
+}
+
+/// All logits would be 500 MiB, chunks of them 64 MiB; freed ones stay with the process.
+#[test]
+fn the_loss_holds_chunks_of_logits() {
+    let sizes = ["--tokens", "16384", "--hidden-size", "32", "--vocab-size", "8000"];
+    for more in [&[][..], &["--without-entropy"]] {
+        let report = report(&[&["loss"], &sizes[..], more].concat());
+        let [beyond, logits] = ["beyond", "logits"].map(|key| report[key].as_u64().unwrap());
+        assert!(logits == 16384 * 8000 * 4 && beyond < logits / 2, "{report}");
+    }
+}

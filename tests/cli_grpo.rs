@@ -29,11 +29,15 @@ const OFF_POLICY: [&str; 8] = [
 fn command(output: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
     command.args(["grpo", "--threads", "1", "--device", "cpu", "--r", "4"]);
-    command.args(["--reward-funcs", "exact", "format:think-answer", "--learning-rate", "1e-3"]);
-    command.arg("--model").arg(example("model")).arg("--dataset").arg(example("heldout.jsonl"));
-    if !flags.contains(&"--max-completion-length") {
-        command.args(["--max-completion-length", "8"]);
-    }
+    let unless = |flag: &str, values: &[&str]| -> Vec<String> {
+        let words = [&[flag], values].concat();
+        if flags.contains(&flag) { Vec::new() } else { words.into_iter().map(str::to_owned).collect() }
+    };
+    command.args(unless("--reward-funcs", &["exact", "format:think-answer"]));
+    command.args(unless("--learning-rate", &["1e-3"]));
+    command.args(unless("--dataset", &[example("heldout.jsonl").to_str().unwrap()]));
+    command.arg("--model").arg(example("model"));
+    command.args(unless("--max-completion-length", &["8"]));
     command.arg("--output-dir").arg(output).args(flags);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -191,8 +195,72 @@ fn gsm8k_runs() {
     assert!((0.0..=1.0).contains(&numeric) && metrics["reward_failures"] == 0.0, "{metrics}");
 }
 
+/// A judge that fails with every other sample: these have no reward, and are not compared with the others.
+#[test]
+fn a_reward_that_fails_costs_its_sample() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let judge = "command:i=0; while read line; do i=$((i+1)); case $((i % 4)) in 1) echo 1;; 2) echo nan;; 3) echo 0;; 0) echo oops;; esac; done";
+    let flags =
+        ["--max-steps", "2", "--log-completions-steps", "1", "--num-generations", "4", "--reward-funcs"];
+    let ended = command(&output, &[&flags[..], &[judge]].concat()).output().unwrap();
+    let warnings = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(
+        ended.status.success() && warnings.contains("failed for 4 of 8 completions, which count nothing"),
+        "{warnings}"
+    );
+    let rows = lines(&output.join("completions.jsonl"));
+    assert_eq!(rows.len(), 16);
+    for (n, row) in rows.iter().enumerate() {
+        let error = row["errors"][0].as_str().unwrap_or_default();
+        match n % 4 {
+            1 => assert_eq!(error, "command: the answer is nan, expected a finite number"),
+            3 => assert!(error.starts_with("command: the answer \"oops\" is not JSON"), "{row}"),
+            _ => assert!(
+                row.get("errors").is_none() && row["reward"].is_number() && row["advantage"] != 0.0,
+                "{row}"
+            ),
+        }
+        assert!(n % 2 == 0 || (row["reward"].is_null() && row["advantage"] == 0.0), "{row}");
+    }
+    assert!(lines(&output.join("metrics.jsonl")).iter().all(|step| step["reward_failures"] == 4.0));
+}
+
+/// Prompts that are asked about and not trained on, greedily: the same twice where nothing is learned.
+#[test]
+fn held_out_prompts_are_evaluated() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let held_out = folder.path().join("held_out.jsonl");
+    let text = fs::read_to_string(example("heldout.jsonl")).unwrap();
+    fs::write(&held_out, text.lines().take(5).collect::<Vec<_>>().join("\n")).unwrap();
+    let flags = ["--max-steps", "3", "--eval-steps", "2", "--learning-rate", "0", "--eval-dataset"];
+    let shown = run(&output, &[&flags[..], &[held_out.to_str().unwrap()]].concat());
+    assert!(shown.contains("5 prompts") && shown.contains("evaluation after step 2: reward "), "{shown}");
+    let metrics = lines(&output.join("metrics.jsonl"));
+    let found: Vec<&Value> = metrics.iter().filter(|record| record["eval_reward"].is_number()).collect();
+    assert_eq!(found.iter().map(|record| record["step"].as_u64().unwrap()).collect::<Vec<_>>(), [2, 3]);
+    for key in ["eval_reward", "eval_rewards/exact/mean", "eval_completions/mean_length"] {
+        assert!(found[0][key].is_number() && found[0][key] == found[1][key], "{key}: {metrics:?}");
+    }
+    assert!(found.iter().all(|record| record.get("eval_loss").is_none()), "{metrics:?}");
+    assert!(fs::read_to_string(output.join("reward.svg")).unwrap().contains("eval"), "the picture has both");
+}
+
 #[test]
 fn what_makes_no_sense_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken.jsonl");
+    fs::write(&broken, "{\"prompt\": \"a\"}\n{\"prompt\": \n").unwrap();
+    let broken = broken.to_str().unwrap();
+    refused(&["--dataset", broken, "--max-completion-length", "600"], "broken.jsonl, line 2: ");
+    refused(&["--eval-dataset", broken, "--eval-steps", "1"], "--eval-dataset: ");
+    refused(&["--eval-steps", "1"], "--eval-steps: --eval-dataset is missing");
+    refused(
+        &["--reward-funcs", "exat"],
+        "unknown; known are exact[:COLUMN], numeric[:COLUMN], regex:PATTERN",
+    );
+    refused(&["--test-size", "0.1"], "--test-size: has no meaning in grpo");
     refused(&["--num-generations", "3"], "--num-generations 3: the 8 completions");
     refused(&["--num-generations", "1"], "--num-generations 1: a group needs at least 2");
     refused(

@@ -112,7 +112,12 @@ impl Flat {
     }
 
     pub fn input(&self) -> Input<'_> {
-        Input { input_ids: &self.input_ids, position_ids: &self.position_ids, cu_seqlens: &self.cu_seqlens }
+        Input {
+            input_ids: &self.input_ids,
+            position_ids: &self.position_ids,
+            cu_seqlens: &self.cu_seqlens,
+            prefixes: &[],
+        }
     }
 }
 

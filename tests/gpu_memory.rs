@@ -3,6 +3,7 @@
 use tch::Kind;
 
 use crate::gpu::{gpu, in_child, is_child};
+use crate::grpo::check_shared_prompts;
 use crate::less_memory::{check_offloaded_embedding, heads, mlps};
 use crate::ops::check;
 use crate::step;
@@ -27,6 +28,29 @@ fn an_embedding_on_the_host() {
     let Some(device) = gpu("an embedding in the host's memory") else { return };
     check_offloaded_embedding(device);
     step::check_offloaded_steps(device);
+}
+
+#[test]
+fn prompts_that_completions_share() {
+    let Some(device) = gpu("prompts that completions share") else { return };
+    check_shared_prompts(device);
+}
+
+/// 8 x 20,000 tokens of 4096, 128,256 words: beyond hidden states and head the loss part holds less than 1 GiB.
+#[test]
+fn the_loss_of_long_completions() {
+    if gpu("the loss of long completions").is_none() {
+        return;
+    }
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    let output = command.args(["bench", "loss", "--device", "cuda", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    println!("{report}");
+    assert!(
+        report["hidden"] == 160_000 * 4096 * 2 && report["beyond"].as_u64().unwrap() < 1 << 30,
+        "{report}"
+    );
 }
 
 #[test]

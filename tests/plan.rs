@@ -5,7 +5,8 @@ use std::process::{Command, Output};
 
 use ferrotune::models::Config;
 use ferrotune::train::GradientCheckpointing::{self, Off, On, Unsloth};
-use ferrotune::train::plan::{Budget, Card, Work};
+use ferrotune::train::Recording;
+use ferrotune::train::plan::{Budget, Card, Rollout, Work};
 
 fn plan(arguments: &[&str]) -> Output {
     // No measurement of this machine.
@@ -141,10 +142,46 @@ fn plans_stay_within_their_budget_and_gain_by_a_larger_one() {
     }
 }
 
+/// Steps and rollouts fit one after the other; where both fit beside each other, pages stay.
+#[test]
+fn rollouts_are_planned_beside_steps() {
+    for work in works() {
+        let prompt = work.sample / 4;
+        let sequences = work.tokens / work.sample;
+        let work = work.with_rollout(Rollout::new(sequences, sequences, prompt, None));
+        let least = work.smallest(&card(), 0).memory.device();
+        let all = work.fastest(&card(), Budget { device: u64::MAX, host: 0 }).unwrap();
+        let wanted = all.memory.rollout.unwrap();
+        assert!(wanted.stays && all.run(Budget { device: u64::MAX, host: 0 }).recording == Recording::Yes);
+        let most = all.memory.device();
+        let (mut pages, mut stays) = (0, false);
+        for device in [least - 1].into_iter().chain((0..=6).map(|i| least + (most - least) * i / 6)) {
+            let budget = Budget { device, host: 0 };
+            let Some(plan) = work.fastest(&card(), budget) else {
+                assert!(device < least, "{device} is refused, {least} are enough");
+                continue;
+            };
+            let rollout = plan.memory.rollout.unwrap();
+            assert!(device >= least && plan.memory.device() <= device);
+            assert!(plan.memory.allocated() >= plan.memory.rollout().max(plan.memory.training()));
+            assert!(
+                rollout.kv_cache >= pages && rollout.kv_cache <= wanted.kv_cache,
+                "fewer pages in more memory"
+            );
+            assert!(rollout.stays || !stays, "pages go with more memory");
+            assert!(rollout.stays || plan.run(budget).recording == Recording::No);
+            assert_eq!(plan.run(budget).predicted.device, plan.memory.device());
+            (pages, stays) = (rollout.kv_cache, rollout.stays);
+        }
+        assert!(stays && pages == wanted.kv_cache);
+    }
+}
+
 /// Each refusal names a change, and with that change the run fits.
 #[test]
 fn what_does_not_fit_is_refused_with_the_smallest_change() {
     let (quantised, one) = ("--load-in-4bit", "--per-device-train-batch-size=1");
+    let (grpo, gathered) = ("--max-completion-length=100000", "--gradient-accumulation-steps=8");
     for (flags, change) in [
         (
             &[quantised, "--use-gradient-checkpointing=off", "--max-memory=12GiB"][..],
@@ -165,6 +202,28 @@ fn what_does_not_fit_is_refused_with_the_smallest_change() {
         ),
         (&["--max-memory=9GiB", one], "--load-in-4bit"),
         (&[quantised, "--max-memory=2GiB"], "--max-memory"),
+        (&[grpo, "--prompt=512", quantised, "--max-memory=8GiB", one, gathered], "--max-completion-length"),
+        (
+            &[
+                "--max-completion-length=512",
+                "--prompt=1536",
+                quantised,
+                "--max-memory=8GiB",
+                "--per-device-train-batch-size=16",
+            ],
+            "--per-device-train-batch-size",
+        ),
+        (
+            &[
+                "--max-completion-length=512",
+                "--prompt=256",
+                quantised,
+                "--max-memory=6800MiB",
+                one,
+                gathered,
+            ],
+            "--offload-embedding",
+        ),
     ] {
         let run = |flags: &[&str]| plan(&[&["--shape", "llama-3.1-8b"], flags].concat());
         let output = run(flags);
@@ -217,4 +276,28 @@ fn the_longest_samples_fit_and_longer_ones_do_not() {
     let longest = run(2048)["longest"].as_u64().unwrap();
     assert_eq!(run(longest)["fits"], true, "{longest}");
     assert_eq!(run(longest + 256)["fits"], false, "{longest}");
+}
+
+#[test]
+fn a_plan_of_grpo_shows_both_phases() {
+    let flags = ["--shape", "llama-3.2-1b", "--max-completion-length", "256", "--prompt", "128"];
+    let eight = [&flags[..], &["--per-device-train-batch-size", "8"]].concat();
+    let rollout = &json(&eight)["memory"]["rollout"];
+    // 8 whole pages of the prompt for all, 16 for each completion; 16 layers of 8 heads of 64, keys and values, 2 bytes.
+    assert_eq!(rollout["kv_cache"].as_u64().unwrap(), (8 + 8 * 16) * 16 * 16 * 8 * 64 * 2 * 2);
+    assert_eq!(rollout["graphs"].as_u64().unwrap(), (1 + 2 + 4 + 8) * 4 * 128_256);
+    let text = String::from_utf8(plan(&eight).stdout).unwrap();
+    assert!(text.contains("of keys and values, which stay while the model trains"), "{text}");
+    for (more, message) in [
+        (
+            ["--per-device-train-batch-size", "6"],
+            "the 6 completions that are written at once must be whole groups",
+        ),
+        (["--num-generations", "0"], "--num-generations: 0, expected at least 1"),
+        (["--max-seq-length", "384"], "'--max-completion-length <N>'"),
+    ] {
+        let output = plan(&[&flags[..], &more].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains(message), "{error}");
+    }
 }

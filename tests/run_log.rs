@@ -19,7 +19,7 @@ fn run(folder: &Path, start_step: u64, steps: std::ops::RangeInclusive<u64>) {
     for number in steps {
         log.on_step(&step(number)).unwrap();
     }
-    log.on_eval(&EvalMetrics { step: 4, eval_loss: 0.5, ..EvalMetrics::default() }).unwrap();
+    log.on_eval(&EvalMetrics { step: 4, eval_loss: Some(0.5), ..EvalMetrics::default() }).unwrap();
     log.on_end(&TrainResults::default()).unwrap();
 }
 

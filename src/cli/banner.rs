@@ -70,6 +70,20 @@ pub fn summary(results: &TrainResults, output_dir: &Path) -> String {
             bytes(results.device_memory)
         ),
     ));
+    if let (Some(allocated), Some(process)) =
+        (results.predicted_peak_memory, results.predicted_process_memory)
+    {
+        let measured = results.peak_process_memory.map_or("unknown".to_owned(), bytes);
+        rows.push((
+            "plan",
+            format!(
+                "{} predicted, {measured} measured of the GPU; {} and {} held by tensors",
+                bytes(process),
+                bytes(allocated),
+                bytes(results.peak_memory)
+            ),
+        ));
+    }
     rows.push(("saved", format!("{} (with {METRICS} and {LOSS_CURVE})", output_dir.display())));
     table(title, &rows)
 }
@@ -93,6 +107,9 @@ mod tests {
             best_step: Some(1000),
             model_memory: 3 << 29,
             peak_memory: 2 << 30,
+            predicted_peak_memory: Some(9 << 28),
+            peak_process_memory: Some(11 << 28),
+            predicted_process_memory: Some(3 << 30),
             device_memory: 8 << 30,
             device_memory_share: 0.25,
             ..TrainResults::default()
@@ -103,6 +120,7 @@ mod tests {
             loss    1.2500 at the end, 2.5000 on average\n  \
             best    evaluation loss 1.1250 after step 1000\n  \
             memory  2.00 GiB at most: 1.50 GiB model, 512.0 MiB training; 25.00 % of the device's 8.00 GiB\n  \
+            plan    3.00 GiB predicted, 2.75 GiB measured of the GPU; 2.25 GiB and 2.00 GiB held by tensors\n  \
             saved   out (with metrics.jsonl and loss.svg)\n";
         assert_eq!(summary(&results, Path::new("out")), expected);
         assert_eq!(trainable(12_345, 260_032), "12,345 of 260,032 parameters (4.75 %)");

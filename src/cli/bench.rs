@@ -34,6 +34,10 @@ pub enum BenchCommand {
     Plan(super::bench_plan::BenchPlanArgs),
     /// Requests to the engine on random weights and prompts: tokens a second, time to the first token, where the time goes
     Generate(super::bench_generate::BenchGenerateArgs),
+    /// Steps of GRPO on random weights and prompts: time and memory of rollouts and training, beside what was predicted
+    Grpo(Box<super::bench_grpo::BenchGrpoArgs>),
+    /// Log-probabilities and their gradient, through the head alone: time, and memory beyond the hidden states
+    Loss(super::bench_loss::BenchLossArgs),
 }
 
 /// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
@@ -139,6 +143,8 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Train(args) => args,
         BenchCommand::Plan(args) => return super::bench_plan::run(args),
         BenchCommand::Generate(args) => return super::bench_generate::run(&args),
+        BenchCommand::Grpo(args) => return super::bench_grpo::run(&args),
+        BenchCommand::Loss(args) => return super::bench_loss::run(&args),
     };
     let report = measure(&args)?;
     if args.json {

@@ -55,17 +55,14 @@ pub fn chosen(
 ) -> Option<Plan> {
     match checkpointing {
         GradientCheckpointing::Auto => work.fastest(card, budget),
-        other => {
-            let plan = work.uniform_plan(other.policy(), card);
-            (plan.memory.device() <= budget.device && plan.memory.host <= budget.host).then_some(plan)
-        }
+        other => work.uniform_within(other.policy(), card, budget),
     }
 }
 
 fn refusal(work: &Work, checkpointing: GradientCheckpointing, budget: Budget, card: &Card) -> anyhow::Error {
     let needed = match checkpointing {
         GradientCheckpointing::Auto => work.smallest(card, budget.host),
-        other => work.uniform_plan(other.policy(), card),
+        other => work.least_uniform_plan(other.policy(), card),
     };
     anyhow!(
         "this run does not fit: it needs {} of the GPU and {} of the host, and may take {} and {} (--max-memory, \
@@ -100,18 +97,20 @@ pub fn smallest_change(
         return words;
     }
     let rows = work.tokens / work.sample.max(1);
-    let fewer =
-        (1..rows).rev().find(|rows| fits(&Work { tokens: rows * work.sample, ..work.clone() }, budget));
-    if let Some(rows) = fewer {
-        return format!("--per-device-train-batch-size {rows} (with more --gradient-accumulation-steps)");
+    let of_rows = |rows: u64| Work { tokens: rows * work.sample, ..work.clone() };
+    let fewer = (1..rows).rev().filter_map(|rows| Some((rows, rows_words(work, rows)?)));
+    if let Some((_, words)) = fewer.into_iter().find(|(rows, _)| fits(&of_rows(*rows), budget)) {
+        return words;
     }
-    let one = Work { tokens: work.sample, ..work.clone() };
-    match one.longest(budget, card) {
-        0 => {}
-        length if rows > 1 => {
-            return format!("--per-device-train-batch-size 1 --max-seq-length {length}");
-        }
-        length => return format!("--max-seq-length {length}"),
+    let one = of_rows(1);
+    let one_row = if rows > 1 { rows_words(work, 1) } else { None };
+    let shorter = |work: &Work| match work.longest(budget, card) {
+        0 => None,
+        length => Some(length_words(work, length)),
+    };
+    if let Some(words) = shorter(&one) {
+        let one_row = one_row.as_deref().map(bare);
+        return one_row.into_iter().chain([words.as_str()]).collect::<Vec<_>>().join(" ");
     }
     if let Some(words) = fitting(&one, false, true).or_else(|| fitting(&one, true, true)) {
         return words;
@@ -123,14 +122,54 @@ pub fn smallest_change(
     }
     for (offload, nf4) in [(true, false), (false, true), (true, true)] {
         if let Some((words, changed)) = with_flags(&one, offload, nf4)
-            && let length @ 1.. = changed.longest(budget, card)
+            && let Some(length) = shorter(&changed)
         {
-            let one_row = if rows > 1 { " --per-device-train-batch-size 1" } else { "" };
-            return format!("{words}{one_row} --max-seq-length {length}");
+            let one_row = one_row.as_deref().map(bare);
+            return [words.as_str()]
+                .into_iter()
+                .chain(one_row)
+                .chain([length.as_str()])
+                .collect::<Vec<_>>()
+                .join(" ");
         }
     }
-    let least = one.with_length(256).smallest(card, budget.host).memory.device();
+    let shortest = one.rollout.map_or(256, |rollout| rollout.prompt + 1);
+    let least = one.with_length(shortest).smallest(card, budget.host).memory.device();
     format!("--max-memory {}, or a smaller model", mebibytes(least))
+}
+
+/// Fewer samples a pass, as many a step. None where completions would not come out even.
+fn rows_words(work: &Work, rows: u64) -> Option<String> {
+    let Some(rollout) = work.rollout else {
+        return Some(format!(
+            "--per-device-train-batch-size {rows} (with more --gradient-accumulation-steps)"
+        ));
+    };
+    let before = work.tokens / work.sample.max(1);
+    let of_step = before * work.gradient_accumulation_steps;
+    let even = of_step.is_multiple_of(rows) && rollout.sequences.is_multiple_of(rows);
+    let generated = if rollout.sequences == of_step {
+        String::new()
+    } else {
+        format!(" --steps-per-generation {}", rollout.sequences / rows)
+    };
+    even.then(|| {
+        let passes = of_step / rows;
+        format!("--per-device-train-batch-size {rows} --gradient-accumulation-steps {passes}{generated}")
+    })
+}
+
+/// Words without what stands in brackets behind them.
+fn bare(words: &str) -> &str {
+    words.split(" (").next().unwrap_or(words)
+}
+
+/// Samples of `length` tokens.
+fn length_words(work: &Work, length: u64) -> String {
+    match work.rollout {
+        Some(rollout) => format!("--max-completion-length {}", length - rollout.prompt),
+        None => format!("--max-seq-length {length}"),
+    }
 }
 
 /// `work` with the flags of these that it has not yet, and their words; none where it has them or loading would refuse it.
@@ -164,7 +203,21 @@ pub fn lines(plan: &Plan, budget: Budget, card: &Card) -> Vec<(&'static str, Str
         ),
     )];
     lines.extend(kept.into_iter().map(|line| ("", line)));
+    lines.extend(rollout_line(memory).map(|line| ("", line)));
     lines
+}
+
+/// What a plan says of rollouts, if there are any.
+pub fn rollout_line(memory: &Memory) -> Option<String> {
+    let rollout = memory.rollout?;
+    let stays =
+        if rollout.stays { "which stay while the model trains" } else { "given back before it trains" };
+    Some(format!(
+        "{} of keys and values, {stays}; tensors hold {} while completions are written, {} while the model trains",
+        bytes(rollout.kv_cache),
+        bytes(memory.rollout()),
+        bytes(memory.training())
+    ))
 }
 
 /// Refuses evaluation batches that do not fit.

@@ -38,6 +38,9 @@ pub fn table(step: u64, completions: &Completions, most: usize) -> String {
             short(&row.completion),
             reward(completions.rewards, row)
         );
+        for error in &row.errors {
+            let _ = write!(text, "\n  failed      {}", short(error));
+        }
     }
     text
 }
@@ -73,6 +76,7 @@ mod tests {
             rewards: vec![Some(1.0), None],
             reward: Some(1.0),
             advantage: -0.5,
+            ..CompletionRow::default()
         };
         let names = ["exact".to_owned(), "json".to_owned()];
         let shown = table(7, &Completions { rewards: &names, rows: &[row.clone(), row] }, 1);

@@ -69,7 +69,12 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
     let dense = dense_modules(args, &dir, options)?;
     let plan = {
         let (train, eval) = streams(args, data.clone())?;
-        let sizes = Sizes { longest: train.data().max_len(), tokens: train.most_tokens() as u64 };
+        let sizes = Sizes {
+            longest: train.data().max_len(),
+            tokens: train.most_tokens() as u64,
+            log_probs: true,
+            rollout: None,
+        };
         let eval_tokens = eval.as_ref().map(|eval| eval.most_tokens() as u64);
         train_plan(args, &dir, options, &dense, sizes, eval_tokens)?
     };

@@ -27,6 +27,7 @@ use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
 use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
+use crate::train::plan::Rollout;
 
 /// Metrics of a step on screen, beside the rewards.
 const SHOWN: &[(&str, &str)] = &[
@@ -59,7 +60,12 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     if let Some(now) = resume.as_ref().and_then(|checkpoint| checkpoint.state.template_now) {
         tokenizer.set_template_now(now);
     }
-    let prompts = load_prompts(&args, &tokenizer, &dir)?;
+    let read = |names: &[String]| load_prompts(&args, names, &tokenizer, &dir);
+    let prompts = read(&args.training.dataset).context("--dataset")?;
+    let held_out = match &args.training.eval_dataset[..] {
+        [] => None,
+        names => Some(read(names).context("--eval-dataset")?),
+    };
     let kind = kind_of(args.training.dtype, device, overflows_f16(&dir).context("--model")?);
     let options = LoadOptions {
         load_in_4bit: args.training.load_in_4bit,
@@ -80,22 +86,36 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         return Ok(());
     }
     let dense = dense_modules(&args.training, &dir, options)?;
-    let longest = prompts.longest() + args.max_completion_length;
-    let sizes = Sizes { longest, tokens: (longest * args.training.per_device_train_batch_size) as u64 };
+    let longest_prompt = prompts.longest().max(held_out.as_ref().map_or(0, Prompts::longest));
+    let longest = longest_prompt + args.max_completion_length;
+    let sizes = Sizes {
+        longest,
+        tokens: (longest * args.training.per_device_train_batch_size) as u64,
+        log_probs: true,
+        rollout: Some(Rollout::new(
+            args.generation_batch_size() as u64,
+            args.num_generations as u64,
+            longest_prompt as u64,
+            args.kv_cache_memory.map(|size| size.0),
+        )),
+    };
     let plan = train_plan(&args.training, &dir, options, &dense, sizes, None)?;
     let mut model = load_model(&args.training, &dir, options, &dense)?;
     model.set_tokenizer(tokenizer);
     args.training.optim = Some(args.training.optim_for(model.decoder.is_quantized()));
-    print!("{}", banner(&args, &model, &prompts, judges.names(), plan.as_ref()));
+    print!("{}", banner(&args, &model, (&prompts, held_out.as_ref()), judges.names(), plan.as_ref()));
 
     let stop_token_ids = model.generation_params()?.stop_token_ids;
-    let mut kv = kv_bytes(args.kv_cache_memory, device)?;
-    if let Some(plan) = &plan {
-        // What the run may take of the GPU holds for the rollouts too, where the model is all that lies there.
-        let taken = crate::train::memory::in_use(device);
-        kv = kv.min(plan.budget.device.saturating_sub(taken) / 10 * 9);
+    let planned = plan.as_ref().and_then(|plan| plan.plan.memory.rollout);
+    let kv =
+        planned.map_or_else(|| kv_bytes(args.kv_cache_memory, device), |rollout| Ok(rollout.kv_cache))?;
+    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
+    if planned.is_some_and(|rollout| rollout.stays) {
+        source = source.keeping_its_engine();
     }
-    let source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
+    if let Some(held_out) = held_out {
+        source = source.holding_out(held_out);
+    }
     let title = format!("{} on {}", last_part(&args.training.model), datasets(&args));
     let mut observer: Vec<Box<dyn TrainObserver>> = vec![
         Box::new(Progress::new(args.training.logging_steps).showing(SHOWN)),
@@ -139,21 +159,28 @@ fn warn_of_changes(args: &GrpoArguments, checkpoint: &Checkpoint) -> Result<()> 
     Ok(())
 }
 
-fn load_prompts(args: &GrpoArguments, tokenizer: &Tokenizer, dir: &Path) -> Result<Prompts> {
+fn load_prompts(
+    args: &GrpoArguments,
+    names: &[String],
+    tokenizer: &Tokenizer,
+    dir: &Path,
+) -> Result<Prompts> {
     let context = Config::from_dir(dir)?.max_position_embeddings.max(1) as usize;
     let room = context.min(args.training.max_seq_length);
-    ensure!(
-        args.max_completion_length < room,
-        "--max-completion-length {}: the model's context and --max-seq-length leave room for {room} tokens, prompt included",
-        args.max_completion_length
-    );
-    let files = sources::dataset_files(&args.training.dataset, &args.training.dataset_split)?;
+    let files = sources::dataset_files(names, &args.training.dataset_split)?;
+    let fits = args.max_completion_length < room;
     let options = PromptOptions {
         prompt_column: &args.prompt_column,
         system_prompt: args.system_prompt.as_deref(),
-        longest: room - args.max_completion_length,
+        longest: if fits { room - args.max_completion_length } else { usize::MAX },
     };
-    let prompts = Prompts::read(&files, tokenizer, options).context("--dataset")?;
+    // What is wrong with the rows is said first.
+    let prompts = Prompts::read(&files, tokenizer, options)?;
+    ensure!(
+        fits,
+        "--max-completion-length {}: the model's context and --max-seq-length leave room for {room} tokens, prompt included",
+        args.max_completion_length
+    );
     if prompts.left_out > 0 {
         tracing::warn!(
             "{} prompts of more than {} tokens are left out: with {} of the completion they are longer than --max-seq-length or the \
@@ -173,7 +200,7 @@ fn datasets(args: &GrpoArguments) -> String {
 fn banner(
     args: &GrpoArguments,
     model: &FastLanguageModel,
-    prompts: &Prompts,
+    (prompts, held_out): (&Prompts, Option<&Prompts>),
     rewards: &[String],
     plan: Option<&TrainPlan>,
 ) -> String {
@@ -205,6 +232,9 @@ fn banner(
             ),
         ),
     ]);
+    if let Some(held_out) = held_out {
+        lines.push(("evaluation", format!("{} prompts", count(held_out.rows.len() as u64))));
+    }
     lines.extend(machine_lines(&args.training, model, plan));
     table(&format!("ferrotune {}", env!("CARGO_PKG_VERSION")), &lines)
 }

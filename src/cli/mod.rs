@@ -4,6 +4,8 @@ mod answers;
 pub mod banner;
 pub mod bench;
 mod bench_generate;
+mod bench_grpo;
+mod bench_loss;
 mod bench_plan;
 mod budget;
 mod cards;

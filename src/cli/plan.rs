@@ -6,15 +6,16 @@ use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 
 use super::banner::table;
-use super::budget::{chosen, smallest_change};
+use super::budget::{chosen, rollout_line, smallest_change};
 use super::cards;
 use super::format::{bytes, count};
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::error::Error;
-use crate::train::plan::{Budget, Card, Moment, Plan, Work};
+use crate::train::plan::{Budget, Card, Moment, Plan, Rollout, Work};
 use crate::train::{GradientCheckpointing, Optim, Size};
 
-/// Predicts memory and time of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU.
+/// Predicts memory and time of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU. With --max-completion-length
+/// it is a GRPO run, whose rollouts are planned too.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
@@ -26,8 +27,20 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub gradient_accumulation_steps: usize,
     /// Tokens of a sample
-    #[arg(long, value_name = "N", default_value_t = 2048)]
+    #[arg(long, value_name = "N", default_value_t = 2048, conflicts_with = "max_completion_length")]
     pub max_seq_length: usize,
+    /// In GRPO, tokens of a completion
+    #[arg(long, value_name = "N", requires = "prompt")]
+    pub max_completion_length: Option<usize>,
+    /// In GRPO, tokens of the longest prompt
+    #[arg(long, value_name = "N", requires = "max_completion_length")]
+    pub prompt: Option<usize>,
+    /// In GRPO, completions of each prompt
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "max_completion_length")]
+    pub num_generations: usize,
+    /// In GRPO, forward passes whose completions are written at once [default: gradient_accumulation_steps]
+    #[arg(long, value_name = "N", requires = "max_completion_length")]
+    pub steps_per_generation: Option<usize>,
     #[arg(long, help = "LoRA rank", default_value_t = 16)]
     pub r: u32,
     #[command(flatten)]
@@ -47,6 +60,14 @@ pub struct PlanArgs {
     pub card: Option<String>,
     #[arg(long, help = "Print the plan as JSON")]
     pub json: bool,
+}
+
+impl PlanArgs {
+    /// Tokens of a sample.
+    fn sample(&self) -> usize {
+        let both = self.prompt.zip(self.max_completion_length);
+        both.map_or(self.max_seq_length, |(prompt, completion)| prompt + completion)
+    }
 }
 
 /// Sizes in bytes.
@@ -82,6 +103,10 @@ pub fn run(args: PlanArgs) -> Result<()> {
         ("--gradient-accumulation-steps", args.gradient_accumulation_steps),
         ("--max-seq-length", args.max_seq_length),
         ("--r", args.r as usize),
+        ("--num-generations", args.num_generations),
+        ("--max-completion-length", args.max_completion_length.unwrap_or(1)),
+        ("--prompt", args.prompt.unwrap_or(1)),
+        ("--steps-per-generation", args.steps_per_generation.unwrap_or(1)),
     ] {
         if value == 0 {
             bail!(Error::Usage(format!("{flag}: 0, expected at least 1")));
@@ -89,10 +114,13 @@ pub fn run(args: PlanArgs) -> Result<()> {
     }
     let (shape, config) = args.shape.config()?;
     let card = cards::named(args.card.as_deref())?;
-    let batch = (args.per_device_train_batch_size, args.max_seq_length);
+    let batch = (args.per_device_train_batch_size, args.sample());
     let mut work = Work::uniform(&config, batch, args.r, args.weights.load_in_4bit, args.optim)
         .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
+    if let Some(rollout) = rollout(&args)? {
+        work = work.with_rollout(rollout);
+    }
     let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
     let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
     let checkpointing = args.use_gradient_checkpointing;
@@ -100,11 +128,11 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let fits = fitting.is_some();
     let plan = fitting.unwrap_or_else(|| match checkpointing {
         GradientCheckpointing::Auto => work.smallest(&card, budget.host),
-        other => work.uniform_plan(other.policy(), &card),
+        other => work.least_uniform_plan(other.policy(), &card),
     });
     use GradientCheckpointing::{Off, On, Unsloth};
     let other = |word: GradientCheckpointing| {
-        let plan = work.uniform_plan(word.policy(), &card);
+        let plan = work.least_uniform_plan(word.policy(), &card);
         Other {
             use_gradient_checkpointing: word,
             peak_device: plan.memory.device(),
@@ -132,6 +160,20 @@ pub fn run(args: PlanArgs) -> Result<()> {
         bail!("the run does not fit --max-memory and --max-host-memory");
     }
     Ok(())
+}
+
+/// What a GRPO run writes between two steps.
+fn rollout(args: &PlanArgs) -> Result<Option<Rollout>> {
+    let Some(prompt) = args.prompt else { return Ok(None) };
+    let steps = args.steps_per_generation.unwrap_or(args.gradient_accumulation_steps);
+    let sequences = args.per_device_train_batch_size * steps;
+    if !sequences.is_multiple_of(args.num_generations) {
+        bail!(Error::Usage(format!(
+            "--num-generations {}: the {sequences} completions that are written at once must be whole groups",
+            args.num_generations
+        )));
+    }
+    Ok(Some(Rollout::new(sequences as u64, args.num_generations as u64, prompt as u64, None)))
 }
 
 fn word(checkpointing: GradientCheckpointing) -> &'static str {
@@ -164,14 +206,21 @@ fn render(report: &Report, args: &PlanArgs) -> String {
         ("context", bytes(memory.context())),
         ("peak", format!("{} of the GPU, {} allocated", bytes(memory.device()), bytes(memory.allocated()))),
         ("at the host", bytes(memory.host)),
+        ("rollout", rollout_line(memory).unwrap_or_default()),
         ("time", format!("{}, by the rates of {}", milliseconds(report.plan.milliseconds), report.card.name)),
     ];
+    rows.retain(|(_, text)| !text.is_empty());
     rows.extend(report.plan.lines().into_iter().map(|(name, places)| ("keeps", format!("{name} {places}"))));
     let title = format!(
-        "Plan: {}, {} x {} tokens, {} passes a step, r {}{}{}{}, {}",
+        "Plan: {}, {} x {} tokens{}, {} passes a step, r {}{}{}{}, {}",
         report.shape,
         args.per_device_train_batch_size,
-        count(args.max_seq_length as u64),
+        count(args.sample() as u64),
+        args.max_completion_length.map_or(String::new(), |length| format!(
+            ", {} of them a completion, {} of each prompt",
+            count(length as u64),
+            args.num_generations
+        )),
         args.gradient_accumulation_steps,
         args.r,
         if args.weights.load_in_4bit { ", 4-bit weights" } else { "" },

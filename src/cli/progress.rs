@@ -100,7 +100,7 @@ impl TrainObserver for Progress {
         let speed = speed(metrics);
         let numbers = format!(
             "{}loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {speed} tokens/s | {}",
-            rewards(metrics),
+            rewards(&metrics.objective, ""),
             metrics.loss,
             self.objective(&metrics.objective, ""),
             metrics.learning_rate,
@@ -125,9 +125,10 @@ impl TrainObserver for Progress {
         let best = if metrics.is_best { " (the best so far)" } else { "" };
         let took = seconds(metrics.eval_runtime);
         line(&format!(
-            "evaluation after step {}: loss {:.4}{}{best}, {took}",
+            "evaluation after step {}: {}{}{}{best}, {took}",
             metrics.step,
-            metrics.eval_loss,
+            rewards(&metrics.objective, "eval_").trim_end_matches(" | "),
+            metrics.eval_loss.map_or(String::new(), |loss| format!("loss {loss:.4}")),
             self.objective(&metrics.objective, "eval_")
         ));
         Ok(())
@@ -162,11 +163,12 @@ impl Drop for Progress {
     }
 }
 
-/// The mean reward and each reward's, where the step has them.
-fn rewards(metrics: &StepMetrics) -> String {
-    let Some(reward) = metrics.objective.get("reward") else { return String::new() };
-    let each = metrics.objective.iter().filter_map(|(name, value)| {
-        Some(format!("{} {value:.3}", name.strip_prefix("rewards/")?.strip_suffix("/mean")?))
+/// The mean reward and each reward's, where there are any.
+fn rewards(metrics: &BTreeMap<String, f64>, prefix: &str) -> String {
+    let Some(reward) = metrics.get(&format!("{prefix}reward")) else { return String::new() };
+    let each = metrics.iter().filter_map(|(name, value)| {
+        let name = name.strip_prefix(prefix)?.strip_prefix("rewards/")?.strip_suffix("/mean")?;
+        Some(format!("{name} {value:.3}"))
     });
     format!("reward {reward:.3} ({}) | ", each.collect::<Vec<_>>().join(", "))
 }

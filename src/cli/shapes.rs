@@ -12,12 +12,13 @@ use crate::models::Config;
 use crate::nn::LoadOptions;
 
 /// (name, config.json)
-const SHAPES: [(&str, &str); 7] = [
+const SHAPES: [(&str, &str); 8] = [
     ("llama-3.2-1b", include_str!("shapes/llama-3.2-1b.json")),
     ("llama-3.2-3b", include_str!("shapes/llama-3.2-3b.json")),
     ("llama-3.1-8b", include_str!("shapes/llama-3.1-8b.json")),
     ("llama-3.1-70b", include_str!("shapes/llama-3.1-70b.json")),
     ("mistral-7b", include_str!("shapes/mistral-7b.json")),
+    ("qwen2.5-1.5b", include_str!("shapes/qwen2.5-1.5b.json")),
     ("qwen3-8b", include_str!("shapes/qwen3-8b.json")),
     ("phi-4", include_str!("shapes/phi-4.json")),
 ];

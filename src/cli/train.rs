@@ -59,7 +59,12 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
         ..LoadOptions::new(kind, device)
     };
     let dense = dense_modules(&args, &dir, options)?;
-    let sizes = Sizes { longest: train.data().max_len(), tokens: train.most_tokens() as u64 };
+    let sizes = Sizes {
+        longest: train.data().max_len(),
+        tokens: train.most_tokens() as u64,
+        log_probs: false,
+        rollout: None,
+    };
     let eval_tokens = eval.as_ref().map(|eval| eval.most_tokens() as u64);
     let plan = train_plan(&args, &dir, options, &dense, sizes, eval_tokens)?;
     let mut model = load_model(&args, &dir, options, &dense)?;

@@ -7,13 +7,13 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
 use super::budget::{budget, check_evaluation, plan_for};
-use crate::device::limit_memory;
+use crate::device::{self, limit_memory};
 use crate::io::Weights;
 use crate::io::adapter::text_module;
 use crate::io::lora_spec::LoraSpec;
 use crate::models::{Config, prefix_of, projections};
 use crate::nn::LoadOptions;
-use crate::train::plan::{Budget, Card, Memory, Module, Plan, Work};
+use crate::train::plan::{Budget, Card, Memory, Module, Plan, Rollout, Work};
 use crate::train::{RunPlan, TrainingArguments};
 
 /// What a run was given and will keep to.
@@ -31,6 +31,10 @@ pub struct Sizes {
     pub longest: usize,
     /// Tokens of a micro-batch.
     pub tokens: u64,
+    /// Whether the loss is made of log-probabilities.
+    pub log_probs: bool,
+    /// What is written between steps.
+    pub rollout: Option<Rollout>,
 }
 
 /// Why no plan covers this run on a GPU: it then runs as --use-gradient-checkpointing says (auto: as off), and is not refused.
@@ -73,7 +77,11 @@ pub fn train_plan(
         }
         return Ok(None);
     }
-    let work = work(args, dir, options, dense, sizes)?;
+    let mut work = work(args, dir, options, dense, sizes)?;
+    // The model is yet to come.
+    work.beside = device::allocated(options.device)?;
+    work.log_probs = sizes.log_probs;
+    work.rollout = sizes.rollout;
     let (plan, run, card) = plan_for(&work, args.use_gradient_checkpointing, budget, options.device)?;
     if let Some(tokens) = eval_tokens {
         check_evaluation(&work, tokens, budget)?;

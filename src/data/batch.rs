@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -20,6 +21,10 @@ pub struct Batch {
     pub position_ids: Vec<i64>,
     /// Sample s is the tokens `cu_seqlens[s]..cu_seqlens[s + 1]`; `[S + 1]`, from 0 to N.
     pub cu_seqlens: Vec<i32>,
+    /// Of each segment of `cu_seqlens` the one that stands before it in its sample, or -1: what several samples begin with stands here
+    /// once. Empty where nothing is shared, and every segment is a sample.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefixes: Vec<i32>,
     /// Numbers that an objective reads beside each row, `[K][N]`; which they are is its own matter.
     pub columns: Vec<Vec<f32>>,
     /// In preference training what is known of each sample, `[S]`, else empty.
@@ -37,7 +42,21 @@ impl Batch {
     }
 
     fn push(&mut self, tokens: impl Iterator<Item = (i64, i64)>) {
-        for (position, (id, label)) in (0..).zip(tokens) {
+        self.push_from(0, tokens);
+    }
+
+    /// Adds a segment, the whole of a sample or what follows `prefix` in it, in a batch that is made of these alone.
+    pub fn push_segment(&mut self, prefix: Option<usize>, ids: &[i64], labels: &[i64]) {
+        if self.cu_seqlens.is_empty() {
+            self.cu_seqlens.push(0);
+        }
+        let before = prefix.map_or(0, |prefix| self.cu_seqlens[prefix + 1] - self.cu_seqlens[prefix]);
+        self.prefixes.push(prefix.map_or(-1, |prefix| prefix as i32));
+        self.push_from(i64::from(before), ids.iter().copied().zip(labels.iter().copied()));
+    }
+
+    fn push_from(&mut self, position: i64, tokens: impl Iterator<Item = (i64, i64)>) {
+        for (position, (id, label)) in (position..).zip(tokens) {
             self.input_ids.push(id);
             self.labels.push(label);
             self.position_ids.push(position);
@@ -52,7 +71,8 @@ impl Batch {
 
     /// S.
     pub fn samples(&self) -> usize {
-        self.cu_seqlens.len() - 1
+        let shared: BTreeSet<i32> = self.prefixes.iter().copied().filter(|&prefix| prefix >= 0).collect();
+        self.cu_seqlens.len() - 1 - shared.len()
     }
 
     /// The labels that are predicted: other than -100 and not the first of a sample, which nothing predicts.

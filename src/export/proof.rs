@@ -144,7 +144,8 @@ fn synthetic_prompts(vocab_size: i64) -> Vec<Vec<i64>> {
 fn logits(model: &FastLanguageModel, ids: &[i64]) -> Result<Tensor> {
     let _no_grad = tch::no_grad_guard();
     let positions: Vec<i64> = (0..ids.len() as i64).collect();
-    let input = Input { input_ids: ids, position_ids: &positions, cu_seqlens: &[0, ids.len() as i32] };
+    let input =
+        Input { input_ids: ids, position_ids: &positions, cu_seqlens: &[0, ids.len() as i32], prefixes: &[] };
     let hidden = model.decoder.hidden(input, Pass::INFERENCE)?;
     Ok(model.decoder.logits(&hidden)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?)
 }

@@ -20,6 +20,22 @@ pub enum KvBudget {
     Bytes(u64),
 }
 
+/// Pages that `n` samples of a prompt fill together: whole pages of the prompt are the same ones.
+pub fn pages_of_samples(prompt_tokens: usize, new_tokens: usize, n: usize) -> usize {
+    let shared = prompt_tokens / PAGE_SIZE;
+    shared + n * ((prompt_tokens + new_tokens).div_ceil(PAGE_SIZE) - shared)
+}
+
+fn pages_of(options: EngineOptions, decoder: &Decoder) -> usize {
+    let pages = match options.kv_budget {
+        KvBudget::Tokens(tokens) => tokens.div_ceil(PAGE_SIZE),
+        KvBudget::Bytes(bytes) => bytes as usize / (decoder.kv_bytes_per_token() * PAGE_SIZE),
+    };
+    // No more than all sequences can fill.
+    let context = (decoder.config.max_position_embeddings.max(1) as usize).div_ceil(PAGE_SIZE);
+    pages.min(context.saturating_mul(options.max_num_seqs))
+}
+
 /// What an engine may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineOptions {
@@ -89,10 +105,7 @@ impl Engine {
     /// # Errors
     /// A budget of less than a page.
     pub fn new(decoder: &Decoder, options: EngineOptions) -> Result<Engine> {
-        let pages = match options.kv_budget {
-            KvBudget::Tokens(tokens) => tokens.div_ceil(PAGE_SIZE),
-            KvBudget::Bytes(bytes) => bytes as usize / (decoder.kv_bytes_per_token() * PAGE_SIZE),
-        };
+        let pages = pages_of(options, decoder);
         if pages == 0 || options.max_num_seqs == 0 {
             bail!(
                 "{:?} for keys and values and {} sequences: expected at least {} bytes, a page of {PAGE_SIZE} tokens, and \
@@ -102,9 +115,6 @@ impl Engine {
                 decoder.kv_bytes_per_token() * PAGE_SIZE
             );
         }
-        // No more than all sequences can fill.
-        let context = (decoder.config.max_position_embeddings.max(1) as usize).div_ceil(PAGE_SIZE);
-        let pages = pages.min(context.saturating_mul(options.max_num_seqs));
         Ok(Engine {
             options,
             pages: decoder.kv_pages(pages)?,
@@ -120,6 +130,11 @@ impl Engine {
             numbers: 0,
             stats: EngineStats::default(),
         })
+    }
+
+    /// Whether an engine with these options would have no more room.
+    pub fn has_room_for(&self, options: EngineOptions, decoder: &Decoder) -> bool {
+        pages_of(options, decoder) <= self.pages.pages() && options.max_num_seqs <= self.options.max_num_seqs
     }
 
     /// An engine with just the room that `n` answers to a prompt of `prompt_tokens` need.

@@ -1,7 +1,8 @@
 //! Steps in which every sequence has one new token, as CUDA graphs: launched kernel by kernel such a step takes longer than
 //! the kernels do.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::RangeInclusive;
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -85,7 +86,7 @@ impl DecodeGraphs {
         let context = decoder.config.max_position_embeddings as usize;
         let shape = Shape {
             rows: padded(rows.len()),
-            longest: longest.next_power_of_two().max(512).min(context.next_multiple_of(PAGE_SIZE)),
+            longest: bucket(longest).min(context.next_multiple_of(PAGE_SIZE)),
             adapter,
             regime,
         };
@@ -130,6 +131,18 @@ impl DecodeGraphs {
         self.enabled = false;
         self.recorded.clear();
     }
+}
+
+/// Rows of logits that the recorded steps of up to `sequences` sequences of any of `lengths` keep together at most.
+pub fn recorded_rows(sequences: usize, lengths: RangeInclusive<usize>) -> usize {
+    let sizes: BTreeSet<usize> = (1..=sequences.min(MOST_ROWS)).map(padded).collect();
+    let buckets = bucket(*lengths.end()).ilog2() - bucket(*lengths.start()).ilog2() + 1;
+    sizes.into_iter().sum::<usize>() * buckets as usize
+}
+
+/// Of the longest sequence.
+fn bucket(length: usize) -> usize {
+    length.next_power_of_two().max(512)
 }
 
 /// Few sizes, so that few graphs serve all.
@@ -180,8 +193,10 @@ mod tests {
 
     #[test]
     fn few_sizes_serve_all() {
-        let sizes: std::collections::BTreeSet<usize> = (1..=256).map(padded).collect();
+        let sizes: BTreeSet<usize> = (1..=256).map(padded).collect();
         assert!((1..=256).all(|rows| padded(rows) >= rows));
         assert_eq!(sizes.len(), 4 + 7 + 6, "{sizes:?}");
+        assert_eq!(recorded_rows(8, 129..=384), 1 + 2 + 4 + 8);
+        assert_eq!(recorded_rows(12, 129..=1100), 3 * (1 + 2 + 4 + 8 + 16));
     }
 }

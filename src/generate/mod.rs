@@ -37,12 +37,14 @@ mod sequence;
 mod step;
 mod text_stream;
 
-pub use engine::{Engine, EngineOptions, EngineStats, KvBudget};
+pub use engine::{Engine, EngineOptions, EngineStats, KvBudget, pages_of_samples};
 pub use grammar::{Grammar, Grammars};
+pub use graphs::recorded_rows;
 pub use params::{GenerationConfig, SamplingParams};
 pub use request::{
     Event, EventKind, FinishReason, Generation, Logprobs, ModelRef, Request, RequestId, Token,
 };
 pub use run::{TokenStream, generate};
 pub use sampler::{Sampler, logprobs};
+pub use step::MOST_PROMPT_ROWS;
 pub use text_stream::TextStream;

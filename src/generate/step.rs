@@ -23,10 +23,12 @@ struct Feed {
     rows: usize,
 }
 
-/// Rows of one forward pass. On the CPU in f32 what the kernels take that give a row the same bits in any company; else
-/// enough for the products to be limited by arithmetic.
+/// Rows of one forward pass on a GPU: enough for the products to be limited by arithmetic.
+pub const MOST_PROMPT_ROWS: usize = 2048;
+
+/// Rows of one forward pass. On the CPU in f32 what the kernels take that give a row the same bits in any company.
 fn most_rows(decoder: &Decoder) -> usize {
-    if decoder.device == Device::Cpu && decoder.kind == Kind::Float { 64 } else { 2048 }
+    if decoder.device == Device::Cpu && decoder.kind == Kind::Float { 64 } else { MOST_PROMPT_ROWS }
 }
 
 impl Engine {

@@ -22,6 +22,9 @@ pub struct Input<'a> {
     pub position_ids: &'a [i64],
     /// Starts of the segments, then N.
     pub cu_seqlens: &'a [i32],
+    /// Of each segment the one that stands before it in its sample, or -1; empty for none. What several samples begin with is computed
+    /// once.
+    pub prefixes: &'a [i32],
 }
 
 pub(super) struct DecoderLayer {
@@ -342,8 +345,12 @@ impl Decoder {
         let _no_grad = tch::no_grad_guard();
         let n = input_ids.len() - 1;
         let positions: Vec<i64> = (0..n as i64).collect();
-        let input =
-            Input { input_ids: &input_ids[..n], position_ids: &positions, cu_seqlens: &[0, n as i32] };
+        let input = Input {
+            input_ids: &input_ids[..n],
+            position_ids: &positions,
+            cu_seqlens: &[0, n as i32],
+            prefixes: &[],
+        };
         let hidden = self.hidden(input, Pass::INFERENCE)?;
         let targets = Targets::new(&input_ids[1..], self.device)?;
         ops::token_log_probs(&hidden, self.head(), &targets, 1.0, self.config.final_logit_softcapping)

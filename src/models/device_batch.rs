@@ -16,6 +16,7 @@ pub struct DeviceInput {
     /// cos and sin of each of the config's ropes, f32 `[N, R/2]`.
     pub(super) angles: Vec<(Tensor, Tensor)>,
     pub(super) cu_seqlens: Vec<i32>,
+    pub(super) prefixes: Vec<i32>,
     pub(super) segments: Segments,
 }
 
@@ -50,7 +51,8 @@ impl Decoder {
             input_ids: device::upload(input.input_ids, self.device)?,
             angles: angles.collect::<Result<_>>()?,
             cu_seqlens: input.cu_seqlens.to_vec(),
-            segments: Segments::new(input.cu_seqlens, self.device)?,
+            prefixes: input.prefixes.to_vec(),
+            segments: Segments::sharing(input.cu_seqlens, input.prefixes, self.device)?,
         })
     }
 
@@ -66,22 +68,24 @@ impl Decoder {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BatchShape {
     cu_seqlens: Vec<i32>,
+    prefixes: Vec<i32>,
     num_targets: i64,
 }
 
 impl BatchShape {
-    pub fn new(cu_seqlens: &[i32], num_targets: i64) -> BatchShape {
-        BatchShape { cu_seqlens: cu_seqlens.to_vec(), num_targets }
+    pub fn new(cu_seqlens: &[i32], prefixes: &[i32], num_targets: i64) -> BatchShape {
+        BatchShape { cu_seqlens: cu_seqlens.to_vec(), prefixes: prefixes.to_vec(), num_targets }
     }
 }
 
 impl DeviceBatch {
-    pub fn samples(&self) -> i64 {
+    /// Segments, those that samples share among them.
+    pub fn segments(&self) -> i64 {
         self.input.cu_seqlens.len() as i64 - 1
     }
 
     pub fn shape(&self) -> BatchShape {
-        BatchShape::new(&self.input.cu_seqlens, self.targets.count())
+        BatchShape::new(&self.input.cu_seqlens, &self.input.prefixes, self.targets.count())
     }
 
     /// Copies `other`, of the same shape, into these tensors.

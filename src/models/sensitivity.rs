@@ -69,6 +69,7 @@ impl Decoder {
             input_ids: &sample.input_ids,
             position_ids: &sample.position_ids,
             cu_seqlens: &sample.cu_seqlens,
+            prefixes: &[],
         };
         let batch = self.upload(input, &sample.labels)?;
         let mut inputs = Vec::with_capacity(self.layers.len() + 1);

@@ -48,8 +48,12 @@ impl SequenceClassifier {
             bail!("a text of no tokens has no score");
         }
         let positions: Vec<i64> = (0..n as i64).collect();
-        let input =
-            Input { input_ids: &input_ids[..n], position_ids: &positions, cu_seqlens: &[0, n as i32] };
+        let input = Input {
+            input_ids: &input_ids[..n],
+            position_ids: &positions,
+            cu_seqlens: &[0, n as i32],
+            prefixes: &[],
+        };
         let hidden = self.decoder.hidden(input, Pass::INFERENCE)?;
         let last = hidden.f_narrow(0, pooled as i64, 1)?;
         Ok(last.f_matmul(&self.score.f_transpose(0, 1)?)?.f_to_kind(Kind::Double)?.f_double_value(&[0, 0])?)

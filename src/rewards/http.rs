@@ -21,6 +21,7 @@ const LONGEST_ANSWER: u64 = 1 << 20;
 /// or 5xx, it asks once more.
 pub struct Http {
     url: String,
+    timeout: Duration,
     agent: Agent,
 }
 
@@ -39,7 +40,7 @@ impl Http {
             .user_agent(concat!("ferrotune/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
-        Http { url: url.to_owned(), agent }
+        Http { url: url.to_owned(), timeout, agent }
     }
 
     fn ask(&self, id: u64, sample: &Sample) -> Result<Option<f64>> {
@@ -51,10 +52,17 @@ impl Http {
         answer(id, &reply.with_context(|| self.url.clone())?)
     }
 
+    fn reason(&self, error: ureq::Error) -> anyhow::Error {
+        match error {
+            ureq::Error::Timeout(_) => anyhow!("no answer within {} s", self.timeout.as_secs_f64()),
+            other => other.into(),
+        }
+    }
+
     fn post(&self, body: &[u8]) -> Result<Vec<u8>, Refusal> {
-        let lost = |error: anyhow::Error| Refusal { error, may_pass: true };
+        let lost = |error: ureq::Error| Refusal { error: self.reason(error), may_pass: true };
         let request = self.agent.post(&self.url).header("content-type", "application/json");
-        let mut response = request.send(body).map_err(|error| lost(error.into()))?;
+        let mut response = request.send(body).map_err(lost)?;
         let mut text = Vec::new();
         let reader = response.body_mut().as_reader();
         reader.take(LONGEST_ANSWER).read_to_end(&mut text).map_err(|error| lost(error.into()))?;

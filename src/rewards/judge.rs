@@ -19,9 +19,9 @@ pub fn question(id: u64, sample: &Sample) -> Value {
 /// A number, null, or an object with `reward` (a number or null) or `error` (text), perhaps with the question's `id`.
 pub fn answer(id: u64, text: &[u8]) -> Result<Option<f64>> {
     let text = std::str::from_utf8(text).context("the answer is not UTF-8")?;
-    // Python writes these words, which are no JSON.
-    if let word @ ("NaN" | "Infinity" | "-Infinity") = text.trim() {
-        bail!("the answer is {word}, expected a finite number");
+    // Words that are no JSON, which Python writes.
+    if text.trim().parse::<f64>().is_ok_and(|number| !number.is_finite()) {
+        bail!("the answer is {}, expected a finite number", text.trim());
     }
     let value: Value =
         serde_json::from_str(text).with_context(|| format!("the answer {} is not JSON", shortened(text)))?;

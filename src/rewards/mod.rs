@@ -55,7 +55,8 @@ pub struct Rewards {
 pub struct Scores {
     /// `[S][K]`: each reward's number, before the weight; None where it does not apply or failed.
     pub values: Vec<Vec<Option<f64>>>,
-    /// `[S]`: `sum_k w_k r_k` over the rewards that gave a number; None if none did.
+    /// `[S]`: `sum_k w_k r_k` over the rewards that gave a number; None if none did, and where one failed: beside samples that have all
+    /// of theirs a sum without one would say that this sample is worse, or better.
     pub total: Vec<Option<f64>>,
     pub failures: Vec<Failure>,
 }
@@ -68,6 +69,14 @@ pub struct Failure {
     /// The reward's name.
     pub reward: String,
     pub error: anyhow::Error,
+}
+
+impl Scores {
+    /// What went wrong with a sample: the reward and why.
+    pub fn errors_of(&self, sample: usize) -> impl Iterator<Item = String> {
+        let own = self.failures.iter().filter(move |failure| failure.sample == sample);
+        own.map(|failure| format!("{}: {:#}", failure.reward, failure.error))
+    }
 }
 
 impl Rewards {
@@ -94,7 +103,7 @@ impl Rewards {
         self.rewards.iter().map(|(reward, _)| reward.restarts()).sum()
     }
 
-    /// Judges `samples`. What fails, or is not finite, costs that number only, and stands in [`Scores::failures`].
+    /// Judges `samples`. A reward that fails, or gives what is not finite, costs that sample, and stands in [`Scores::failures`].
     pub fn score(&mut self, samples: &[Sample]) -> Scores {
         let mut scores = Scores {
             values: vec![Vec::new(); samples.len()],
@@ -115,6 +124,9 @@ impl Rewards {
                 }
                 values.push(value);
             }
+        }
+        for failure in &scores.failures {
+            scores.total[failure.sample] = None;
         }
         scores
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -70,7 +70,8 @@ impl FromStr for RewardSpec {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<RewardSpec> {
-        parse(text).with_context(|| format!("reward {text:?}"))
+        // In one line: flags show the outermost error alone.
+        parse(text).map_err(|error| anyhow!("reward {text:?}: {error:#}"))
     }
 }
 

@@ -14,6 +14,13 @@ pub fn peak(on: Device) -> u64 {
     device::memory(on).map_or(0, |memory| memory.peak_allocated)
 }
 
+/// What this process held of a GPU at most, CUDA's own memory included; none on the CPU and where the driver does not tell.
+pub fn process_peak(on: Device) -> Option<u64> {
+    let process = device::process_memory(on)?;
+    let memory = device::memory(on).ok()?;
+    Some(process.saturating_sub(memory.reserved) + memory.peak_reserved)
+}
+
 /// The device's memory; the machine's for the CPU.
 pub fn total(on: Device) -> u64 {
     device::memory(on).map_or(0, |memory| memory.total)

@@ -231,11 +231,10 @@ impl TrainObserver for RunLog {
     }
 
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
-        self.history.eval.push((metrics.step, metrics.eval_loss));
-        let mut scalars = vec![
-            ("eval/loss", metrics.eval_loss),
-            ("eval/tokens_per_second", metrics.eval_tokens_per_second),
-        ];
+        self.history.eval.extend(metrics.eval_loss.map(|loss| (metrics.step, loss)));
+        let mut scalars: Vec<(&str, f64)> =
+            metrics.eval_loss.map(|loss| ("eval/loss", loss)).into_iter().collect();
+        scalars.push(("eval/tokens_per_second", metrics.eval_tokens_per_second));
         let name = |key: &String| format!("eval/{}", key.strip_prefix("eval_").unwrap_or(key));
         let names: Vec<String> = metrics.objective.keys().map(name).collect();
         scalars.extend(names.iter().map(String::as_str).zip(metrics.objective.values().copied()));

@@ -78,5 +78,10 @@ pub fn upload(decoder: &Decoder, batch: &Batch) -> Result<DeviceBatch> {
 
 /// The decoder's view of a batch.
 pub fn input(batch: &Batch) -> Input<'_> {
-    Input { input_ids: &batch.input_ids, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens }
+    Input {
+        input_ids: &batch.input_ids,
+        position_ids: &batch.position_ids,
+        cu_seqlens: &batch.cu_seqlens,
+        prefixes: &batch.prefixes,
+    }
 }

@@ -64,6 +64,9 @@ pub struct CompletionRow {
     /// Their weighted sum.
     pub reward: Option<f64>,
     pub advantage: f64,
+    /// What went wrong with which reward.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<String>,
 }
 
 /// One evaluation.
@@ -71,8 +74,9 @@ pub struct CompletionRow {
 pub struct EvalMetrics {
     pub step: u64,
     pub epoch: f64,
-    /// Mean over the target tokens of the evaluation set, nats.
-    pub eval_loss: f64,
+    /// Mean over the target tokens of the evaluation set, nats; none where the model is judged by what it writes.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_loss: Option<f64>,
     /// Seconds.
     pub eval_runtime: f64,
     pub eval_samples_per_second: f64,
@@ -120,8 +124,15 @@ pub struct TrainResults {
     pub best_step: Option<u64>,
     /// After the model was loaded, before the first step.
     pub model_memory: u64,
-    /// The highest during training, the model included.
+    /// The highest during training, the model included; and what the plan of a run on a GPU said.
     pub peak_memory: u64,
+    #[serde(default)]
+    pub predicted_peak_memory: Option<u64>,
+    /// The same of the whole process on a GPU, CUDA's own memory included.
+    #[serde(default)]
+    pub peak_process_memory: Option<u64>,
+    #[serde(default)]
+    pub predicted_process_memory: Option<u64>,
     /// The device's memory (CPU: the machine's).
     pub device_memory: u64,
     /// peak_memory / device_memory.

@@ -1,5 +1,5 @@
-//! What a LoRA step on a GPU will hold in memory and how long it will take, from its shape alone: no GPU, no weights; and what
-//! each layer should keep for its backward, so that it is fastest within a budget.
+//! What a LoRA step on a GPU will hold in memory and how long it will take, from its shape alone: no GPU, no weights; what the
+//! rollouts of a GRPO run hold between two steps; and what each layer should keep for its backward, so that it is fastest within a budget.
 //!
 //! [`Work`] describes a step, [`Work::memory`] and [`Work::milliseconds`] predict it for given policies, and [`Work::fastest`]
 //! chooses them. Dimensions are those of docs/architecture.md; activations take 2 bytes an element.
@@ -8,11 +8,13 @@ mod blocks;
 mod card;
 mod choose;
 mod memory;
+mod rollout;
 mod time;
 
 pub use card::Card;
 pub use choose::{Budget, Plan};
 pub use memory::{Memory, Moment};
+pub use rollout::{Rollout, RolloutMemory};
 
 use anyhow::Result;
 
@@ -33,6 +35,16 @@ pub struct Work {
     pub embedding: u64,
     pub head: u64,
     pub nf4_head: bool,
+    /// The loss is made of log-probabilities of tokens, not of their cross-entropy.
+    pub log_probs: bool,
+    /// Bytes that lie on the device already, such as a reward model's.
+    pub beside: u64,
+    /// Where samples share rows: those of all samples, which attention copies them to; else 0.
+    pub copied: u64,
+    /// Ropes turn the beginning of a sample alike whatever its length, so that samples can share it.
+    pub alike: bool,
+    /// What is written between two steps, in GRPO.
+    pub rollout: Option<Rollout>,
 }
 
 /// What all layers share.
@@ -156,6 +168,11 @@ impl Work {
             embedding: 2 * v * c,
             head: if config.tie_word_embeddings { 0 } else { 2 * v * c },
             nf4_head: false,
+            log_probs: false,
+            copied: 0,
+            alike: config.ropes.iter().all(|rope| rope.regime(1) == rope.regime(length as i64)),
+            beside: 0,
+            rollout: None,
         }
     }
 

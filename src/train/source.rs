@@ -9,6 +9,17 @@ use super::observer::Completions;
 use crate::data::{Batch, BatchStream};
 use crate::models::FastLanguageModel;
 
+/// What an evaluation found.
+#[derive(Debug, Clone, Default)]
+pub struct Evaluation {
+    /// Mean over the target tokens, nats, where it is a loss that counts.
+    pub loss: Option<f64>,
+    pub tokens: usize,
+    pub samples: usize,
+    /// Means by name.
+    pub means: BTreeMap<String, f64>,
+}
+
 /// The micro-batches of one optimizer step after another, from any cursor on.
 pub trait StepSource {
     /// Optimizer steps in one pass over the data, each of `accumulation` micro-batches.
@@ -17,6 +28,11 @@ pub trait StepSource {
     /// The micro-batches of the next step, at least one; fewer than `accumulation` at the end of an epoch. The model is as it
     /// will be when the step runs.
     fn next_step(&mut self, model: &FastLanguageModel, accumulation: u64) -> Result<Vec<Batch>>;
+
+    /// Whether the device should be left to it while it makes the next step's micro-batches.
+    fn needs_device(&self) -> bool {
+        false
+    }
 
     /// Where the source stands, as JSON: the steps that follow a [`seek`](StepSource::seek) to here are those that follow now.
     fn cursor(&self) -> Result<Value>;
@@ -36,6 +52,16 @@ pub trait StepSource {
     /// More numbers on the last step, whose forward and backward took `training_seconds`: finite ones, by name.
     fn metrics(&mut self, _training_seconds: f64) -> BTreeMap<String, f64> {
         BTreeMap::new()
+    }
+
+    /// Whether it holds data out that [`evaluate`](StepSource::evaluate) asks the model about.
+    fn evaluates(&self) -> bool {
+        false
+    }
+
+    /// How the model does on the data that the source holds out.
+    fn evaluate(&mut self, _model: &FastLanguageModel) -> Result<Evaluation> {
+        Ok(Evaluation::default())
     }
 
     /// The texts that the last step was made of, where the model wrote them.

@@ -41,6 +41,16 @@ pub struct RunPlan {
     /// What each layer keeps for the backward.
     pub policies: Vec<Policy>,
     pub recording: Recording,
+    pub predicted: Predicted,
+}
+
+/// The highest that memory on the device will be, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Predicted {
+    /// Held by tensors.
+    pub allocated: u64,
+    /// Held by the process.
+    pub device: u64,
 }
 
 /// Whether steps are recorded as CUDA graphs. A graph's memory is its own: nothing of it is returned while it is recorded, so
@@ -130,6 +140,15 @@ impl<'a> Stepper<'a> {
             self.graphs.stop();
         }
         self
+    }
+
+    /// Leaves the device to others until the next step: without gradients, unless recorded steps write to them, and with no memory
+    /// cached.
+    pub fn give_way(&mut self, decoder: &Decoder) -> Result<()> {
+        if self.graphs.first.is_none() {
+            self.optimizer.drop_grad()?;
+        }
+        device::empty_cache(decoder.device)
     }
 
     /// The same, launching every kernel by itself: to compare with.
@@ -357,7 +376,7 @@ mod tests {
 
     #[test]
     fn what_repeats_is_recorded() {
-        let shape = |tokens: i32| BatchShape::new(&[0, tokens], 1);
+        let shape = |tokens: i32| BatchShape::new(&[0, tokens], &[], 1);
         let mut graphs = Graphs::new(true);
         assert_eq!(
             [1, 2, 1, 1, 2].map(|tokens| graphs.repeats(&shape(tokens))),

@@ -14,12 +14,12 @@ use super::memory;
 use super::objective::{Objective, input, means};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
-use super::source::StepSource;
+use super::source::{Evaluation, StepSource};
 use super::step::{RunPlan, Stepper};
 use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
 use crate::data::{Batch, BatchStream};
 use crate::io::{Weights, write_atomically};
-use crate::models::FastLanguageModel;
+use crate::models::{Decoder, FastLanguageModel};
 use crate::ops::Pass;
 
 /// A model, its data and the words that say how to train it.
@@ -98,6 +98,7 @@ impl Trainer<'_> {
             args.max_steps.unwrap_or((steps_per_epoch as f64 * args.num_train_epochs).ceil() as u64).max(1);
         let schedule = self.schedule(total_steps);
         let mut stepper = Stepper::new(self.objective, args, &self.model.decoder)?;
+        let predicted = self.plan.as_ref().map(|plan| plan.predicted);
         if let Some(plan) = self.plan.take() {
             stepper = stepper.with_plan(plan);
         }
@@ -121,6 +122,9 @@ impl Trainer<'_> {
         let mut reason = StopReason::Done;
         while at.step < total_steps {
             let before = self.train.cursor()?;
+            if self.train.needs_device() {
+                stepper.give_way(&self.model.decoder)?;
+            }
             let batches = self.train.next_step(self.model, accumulation)?;
             let learning_rate = schedule.at(at.step);
             let began = Instant::now();
@@ -166,6 +170,9 @@ impl Trainer<'_> {
             let last = at.step == total_steps;
             let mut save = last || (args.save_steps > 0 && at.step.is_multiple_of(args.save_steps));
             if self.evaluates_after(at.step, last) {
+                if self.train.evaluates() {
+                    stepper.give_way(&self.model.decoder)?;
+                }
                 let is_best = clock.pausing(|| self.evaluate(&mut at))?;
                 save |= is_best && args.load_best_model_at_end;
                 if at.best.should_stop(args.early_stopping_patience) {
@@ -207,6 +214,9 @@ impl Trainer<'_> {
             best_step: at.best.best_step,
             model_memory,
             peak_memory,
+            predicted_peak_memory: predicted.map(|predicted| predicted.allocated),
+            peak_process_memory: memory::process_peak(device),
+            predicted_process_memory: predicted.map(|predicted| predicted.device),
             device_memory,
             device_memory_share: peak_memory as f64 / device_memory.max(1) as f64,
         };
@@ -214,47 +224,34 @@ impl Trainer<'_> {
         Ok(results)
     }
 
-    /// Mean loss over the evaluation set; true if it is the best so far.
+    /// Evaluates; true if the loss is the lowest so far.
     fn evaluate(&mut self, at: &mut Progress) -> Result<bool> {
-        let epoch = self.train.epoch();
-        let Some(eval) = &mut self.eval else { return Ok(false) };
         let start = Instant::now();
-        let _no_grad = tch::no_grad_guard();
-        let (mut loss, mut targets, mut tokens, mut samples) = (0.0, 0, 0, 0);
-        let mut measured = Vec::new();
-        while let Some(batch) = eval.next_batch()? {
-            self.objective.start_step(&self.model.decoder, std::slice::from_ref(&batch))?;
-            let on_device = self.objective.upload(&self.model.decoder, &batch)?;
-            loss += self
-                .objective
-                .loss_sum(&self.model.decoder, &on_device, Pass::INFERENCE)?
-                .f_double_value(&[])?;
-            measured.extend(self.objective.measured()?);
-            targets += self.objective.targets(&batch);
-            tokens += batch.tokens();
-            samples += batch.samples();
-        }
-        let eval_loss = loss / targets.max(1) as f64;
-        let is_best = at.best.update(at.step, eval_loss, self.arguments.early_stopping_threshold);
+        let epoch = self.train.epoch();
+        let found = if self.train.evaluates() {
+            self.train.evaluate(self.model)?
+        } else {
+            let Some(eval) = &mut self.eval else { return Ok(false) };
+            loss_on(eval, self.objective, &self.model.decoder)?
+        };
+        let threshold = self.arguments.early_stopping_threshold;
+        let is_best = found.loss.is_some_and(|loss| at.best.update(at.step, loss, threshold));
         let eval_runtime = start.elapsed().as_secs_f64();
         self.observer.on_eval(&EvalMetrics {
             step: at.step,
             epoch,
-            eval_loss,
+            eval_loss: found.loss,
             eval_runtime,
-            eval_samples_per_second: samples as f64 / eval_runtime,
-            eval_tokens_per_second: tokens as f64 / eval_runtime,
+            eval_samples_per_second: found.samples as f64 / eval_runtime,
+            eval_tokens_per_second: found.tokens as f64 / eval_runtime,
             is_best,
-            objective: means(measured)
-                .into_iter()
-                .map(|(name, mean)| (format!("eval_{name}"), mean))
-                .collect(),
+            objective: found.means.into_iter().map(|(name, mean)| (format!("eval_{name}"), mean)).collect(),
         })?;
         Ok(is_best)
     }
 
     fn evaluates_after(&self, step: u64, last: bool) -> bool {
-        if self.eval.is_none() {
+        if self.eval.is_none() && !self.train.evaluates() {
             return false;
         }
         match self.arguments.eval_strategy {
@@ -412,6 +409,25 @@ impl Trainer<'_> {
         let warmup = (args.warmup_steps, args.warmup_ratio);
         Schedule::new(args.lr_scheduler_type, learning_rate, total_steps, warmup, args.lr_decay_ratio)
     }
+}
+
+/// Mean loss over an evaluation set.
+fn loss_on(eval: &mut BatchStream, objective: &dyn Objective, decoder: &Decoder) -> Result<Evaluation> {
+    let _no_grad = tch::no_grad_guard();
+    let (mut loss, mut targets, mut measured) = (0.0, 0, Vec::new());
+    let mut found = Evaluation::default();
+    while let Some(batch) = eval.next_batch()? {
+        objective.start_step(decoder, std::slice::from_ref(&batch))?;
+        let on_device = objective.upload(decoder, &batch)?;
+        loss += objective.loss_sum(decoder, &on_device, Pass::INFERENCE)?.f_double_value(&[])?;
+        measured.extend(objective.measured()?);
+        targets += objective.targets(&batch);
+        found.tokens += batch.tokens();
+        found.samples += batch.samples();
+    }
+    found.loss = Some(loss / targets.max(1) as f64);
+    found.means = means(measured).into_iter().collect();
+    Ok(found)
 }
 
 /// Tensors of a safetensors file by name.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::rewards::RewardSpec;
 use crate::train::arguments::{differences, fields, list};
-use crate::train::{EvalStrategy, Size, TrainingArguments};
+use crate::train::{Size, TrainingArguments};
 
 const ROLLOUTS: &str = "Rollouts";
 const REWARDS: &str = "Rewards";
@@ -89,6 +89,7 @@ pub enum ImportanceSamplingMode {
     mut_arg("weight_decay", |arg| arg.default_value("0")),
     mut_arg("warmup_ratio", |arg| arg.default_value("0")),
     mut_arg("dataset", |arg| arg.help("Prompts: files, globs or a hub id, comma-separated or repeated")),
+    mut_arg("eval_dataset", |arg| arg.help("Prompts that evaluations ask about: their mean reward, one answer each")),
     mut_arg("max_seq_length", |arg| arg.help("Longest prompt and completion together, in tokens; prompts that leave no room are left out")),
     mut_args(|arg| { let hidden = NOT_OURS.contains(&arg.get_id().as_str()); arg.hide(hidden) })
 )]
@@ -129,6 +130,9 @@ pub struct GrpoArguments {
     /// Divides or multiplies the logits of tokens that have occurred; 1 is off
     #[arg(long, help_heading = ROLLOUTS, default_value_t = 1.0)]
     pub repetition_penalty: f64,
+    /// Of the answers to held-out prompts (--eval-dataset); 0 takes the likeliest tokens
+    #[arg(long, help_heading = ROLLOUTS, default_value_t = 0.0)]
+    pub eval_temperature: f64,
     /// Memory for keys and values while completions are written, such as 4GiB [default: what they need, up to a quarter of the
     /// host's free memory, 85 % of a GPU's]
     #[arg(long, value_name = "SIZE", help_heading = ROLLOUTS)]
@@ -180,6 +184,10 @@ pub struct GrpoArguments {
     /// Only this share of a step's tokens, those of the highest entropy, is trained (arXiv:2506.01939)
     #[arg(long, value_name = "SHARE", help_heading = LOSS, default_value_t = 1.0)]
     pub top_entropy_quantile: f64,
+    /// Completions that are worse than their group count nothing where the mean of `log pi_sampler - log pi` over their tokens is above
+    /// this (arXiv:2512.02556) [default: all count]
+    #[arg(long, help_heading = LOSS)]
+    pub off_policy_mask_threshold: Option<f64>,
     /// Temperature of sapo's sigmoid where the advantage is negative
     #[arg(long, help_heading = LOSS, default_value_t = 1.05)]
     pub sapo_temperature_neg: f64,
@@ -208,7 +216,7 @@ pub struct GrpoArguments {
 }
 
 /// Arguments of a training run that have no meaning here, by their keys.
-const NOT_OURS: [&str; 17] = [
+const NOT_OURS: [&str; 14] = [
     "packing",
     "text_column",
     "template",
@@ -217,10 +225,7 @@ const NOT_OURS: [&str; 17] = [
     "completion_only_loss",
     "allow_missing_eot",
     "dataset_cache",
-    "eval_dataset",
     "test_size",
-    "eval_strategy",
-    "eval_steps",
     "per_device_eval_batch_size",
     "load_best_model_at_end",
     "early_stopping_patience",
@@ -304,11 +309,7 @@ impl GrpoArguments {
             false => Ok(()),
         };
         let default = fields(&TrainingArguments::default());
-        let mut given = fields(&self.training);
-        // As a resolved run says it.
-        if self.training.eval_strategy == Some(EvalStrategy::No) {
-            given.insert("eval_strategy".to_owned(), Value::Null);
-        }
+        let given = fields(&self.training);
         for key in NOT_OURS {
             refuse(
                 given.get(key) != default.get(key),
@@ -344,10 +345,12 @@ impl GrpoArguments {
         )?;
         for (flag, value, least) in [
             ("temperature", self.temperature, f64::MIN_POSITIVE),
+            ("eval-temperature", self.eval_temperature, 0.0),
             ("beta", self.beta, 0.0),
             ("epsilon", self.epsilon, 0.0),
             ("epsilon-high", self.epsilon_high(), 0.0),
             ("delta", self.delta.unwrap_or(1.0), f64::MIN_POSITIVE),
+            ("off-policy-mask-threshold", self.off_policy_mask_threshold.unwrap_or(1.0), f64::MIN_POSITIVE),
             ("repetition-penalty", self.repetition_penalty, f64::MIN_POSITIVE),
             ("sapo-temperature-neg", self.sapo_temperature_neg, f64::MIN_POSITIVE),
             ("sapo-temperature-pos", self.sapo_temperature_pos, f64::MIN_POSITIVE),
@@ -380,6 +383,10 @@ impl GrpoArguments {
         refuse(
             self.rewards().is_empty(),
             "--reward-funcs is missing: name what completions are judged by, such as exact or format:think-answer".to_owned(),
+        )?;
+        refuse(
+            self.training.eval_steps.is_some() && self.training.eval_dataset.is_empty(),
+            "--eval-steps: --eval-dataset is missing, the prompts to ask".to_owned(),
         )?;
         let trains_more = self.training.trains_all_weights() || !self.training.modules_to_save.is_empty();
         refuse(

@@ -42,7 +42,14 @@ pub struct Completion {
 /// ```
 ///
 /// so that a step's loss is the sum of its tokens' and its split into micro-batches changes nothing.
-pub fn step_batches(completions: &[Completion], arguments: &GrpoArguments) -> Vec<Batch> {
+///
+/// With `shares_prompts` completions of the same prompt in a micro-batch share its rows, all but the last, which predicts a token of
+/// each. That needs ropes that turn a prompt alike whatever follows it.
+pub fn step_batches(
+    completions: &[Completion],
+    arguments: &GrpoArguments,
+    shares_prompts: bool,
+) -> Vec<Batch> {
     let rows = arguments.training.per_device_train_batch_size;
     let of_step = rows * arguments.training.gradient_accumulation_steps;
     let counted = |completion: &Completion| {
@@ -63,27 +70,42 @@ pub fn step_batches(completions: &[Completion], arguments: &GrpoArguments) -> Ve
             (_, LossType::Dapo | LossType::Cispo) => 1.0 / tokens_per_step,
             (_, LossType::Luspo) => 1.0 / sequences,
         };
-        batches.extend(step.chunks(rows).map(|completions| batch(completions, weight)));
+        batches.extend(step.chunks(rows).map(|completions| batch(completions, weight, shares_prompts)));
     }
     batches
 }
 
-fn batch(completions: &[Completion], weight: impl Fn(&Completion) -> f64) -> Batch {
-    let samples: Vec<(Vec<i64>, Vec<i64>)> = completions
-        .iter()
-        .map(|completion| {
-            let none = vec![IGNORE_INDEX; completion.prompt_ids.len()];
-            let ids = [&completion.prompt_ids[..], &completion.completion_ids].concat();
-            (ids, [none, completion.completion_ids.clone()].concat())
-        })
-        .collect();
-    let mut batch = Batch::from_samples(samples.iter().map(|(ids, labels)| (&ids[..], &labels[..])));
+fn batch(completions: &[Completion], weight: impl Fn(&Completion) -> f64, shares_prompts: bool) -> Batch {
+    let mut batch = Batch::default();
+    // Completions in the order of their segments, and these.
+    let mut placed = Vec::with_capacity(completions.len());
+    for (first, completion) in completions.iter().enumerate() {
+        let prompt = &completion.prompt_ids;
+        if completions[..first].iter().any(|before| before.prompt_ids == *prompt) {
+            continue;
+        }
+        let group: Vec<&Completion> =
+            completions[first..].iter().filter(|other| other.prompt_ids == *prompt).collect();
+        let shared = if shares_prompts && group.len() > 1 { prompt.len() - 1 } else { 0 };
+        let prefix = (shared > 0).then(|| {
+            batch.push_segment(None, &prompt[..shared], &vec![IGNORE_INDEX; shared]);
+            batch.cu_seqlens.len() - 2
+        });
+        for completion in group {
+            let own = &prompt[shared..];
+            let labels = [vec![IGNORE_INDEX; own.len()], completion.completion_ids.clone()].concat();
+            batch.push_segment(prefix, &[own, &completion.completion_ids].concat(), &labels);
+            placed.push((batch.cu_seqlens.len() - 2, completion));
+        }
+    }
+    if batch.prefixes.iter().all(|&prefix| prefix < 0) {
+        batch.prefixes.clear();
+    }
     batch.columns = vec![vec![0.0; batch.tokens()]; column::COUNT];
-    for (sequence, completion) in completions.iter().enumerate() {
-        let rows = batch.cu_seqlens[sequence] as usize..batch.cu_seqlens[sequence + 1] as usize;
+    for (sequence, (segment, completion)) in placed.into_iter().enumerate() {
+        let rows = batch.cu_seqlens[segment] as usize..batch.cu_seqlens[segment + 1] as usize;
         batch.columns[column::SEQUENCE][rows.clone()].fill(sequence as f32);
-        let first = rows.start + completion.prompt_ids.len() - 1;
-        let predicting = first..first + completion.completion_ids.len();
+        let predicting = rows.end - 1 - completion.completion_ids.len()..rows.end - 1;
         batch.columns[column::WEIGHT][predicting.clone()].fill(weight(completion) as f32);
         batch.columns[column::ADVANTAGE][predicting.clone()].fill(completion.advantage as f32);
         batch.columns[column::SAMPLER][predicting].copy_from_slice(&completion.sampler_log_probs);

@@ -23,6 +23,7 @@ use crate::train::objective::{Measured, upload};
 /// sapo     -sigmoid(t (rho - 1)) 4 / t A, t by the sign of A                              (arXiv:2511.20347)
 /// ```
 ///
+/// 0 with off_policy_mask_threshold where A < 0 and the mean of `log pi_sampler - log pi` over the completion is above it,
 /// times the importance ratio of the sampler where it is asked for, plus `beta (exp(d) - d - 1)`, `d = log pi_ref - log pi`
 /// (times rho with use_bias_correction_kl), all times the token's weight ([`step_batches`](super::step_batches)).
 pub struct Grpo<'a> {
@@ -71,7 +72,7 @@ impl<'a> Grpo<'a> {
         let columns = batch.extra[0].f_to_kind(log_probs.kind())?;
         let column = |index: usize| columns.f_select(0, index as i64);
         let (advantage, counted) = (column(column::ADVANTAGE)?, counted(&columns)?);
-        let sequences = Sequences::new(&columns, &counted, batch.samples())?;
+        let sequences = Sequences::new(&columns, &counted, batch.segments())?;
         let now = log_probs.detach();
         let old = if args.is_off_policy() { column(column::OLD)? } else { now.shallow_clone() };
 
@@ -103,6 +104,11 @@ impl<'a> Grpo<'a> {
             }
         };
         let mut loss = policy.f_neg()?;
+        if let Some(threshold) = args.off_policy_mask_threshold {
+            let drift = sequences.mean(&column(column::SAMPLER)?.f_sub(&now)?)?;
+            let kept = advantage.f_ge(0.0)?.f_logical_or(&drift.f_le(threshold)?)?;
+            loss = loss.f_mul(&kept)?;
+        }
         if let Some(least) = &*self.least_entropy.borrow() {
             loss = loss.f_mul(&entropy.f_ge_tensor(least)?)?;
         }

@@ -11,6 +11,7 @@ mod batches;
 mod loss;
 mod prompts;
 mod rollouts;
+mod writer;
 
 pub use advantages::{Advantages, advantages};
 pub use arguments::{GrpoArguments, ImportanceSamplingLevel, ImportanceSamplingMode, LossType, ScaleRewards};

@@ -31,7 +31,7 @@ pub struct Prompt {
 }
 
 /// All of them, in the order of the files.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prompts {
     pub rows: Vec<Prompt>,
     /// Rows whose prompt was too long.

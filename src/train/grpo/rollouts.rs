@@ -13,18 +13,14 @@ use serde_json::Value;
 use super::advantages::{mean, std};
 use super::batches::{Completion, step_batches};
 use super::loss::add_log_probs;
+use super::writer::Writer;
 use super::{GrpoArguments, Prompt, Prompts, advantages};
 use crate::data::{Batch, shuffle};
-use crate::device;
-use crate::generate::{Engine, EngineOptions, FinishReason, Generation, KvBudget, Request, SamplingParams};
+use crate::generate::{FinishReason, Generation, Request, SamplingParams};
 use crate::models::FastLanguageModel;
-use crate::nn::PAGE_SIZE;
 use crate::rewards::{Rewards, Sample, Scores};
-use crate::train::StepSource;
 use crate::train::observer::{CompletionRow, Completions};
-
-/// Sequences that are decoded at once.
-const MOST_AT_ONCE: usize = 512;
+use crate::train::{Evaluation, StepSource};
 
 /// Lets the model answer prompts, judges the answers, and gives them out as micro-batches: `num_iterations` times those of a
 /// generation batch of `steps_per_generation` micro-batches. Prompts are read in a new order in each epoch; those that fill no
@@ -37,7 +33,9 @@ pub struct Rollouts<'a> {
     prompts: Prompts,
     rewards: Rewards,
     params: SamplingParams,
-    kv_bytes: u64,
+    writer: Writer,
+    /// Asked now and then, never trained on.
+    held_out: Option<Prompts>,
     at: Place,
     /// Of the last generation.
     rows: Vec<CompletionRow>,
@@ -96,13 +94,26 @@ impl<'a> Rollouts<'a> {
             prompts,
             rewards,
             params,
-            kv_bytes,
+            writer: Writer::new(kv_bytes).at_most(arguments.generation_batch_size()),
+            held_out: None,
             at,
             rows: Vec::new(),
             metrics: Vec::new(),
             step_tokens: 0,
             is_new: false,
         })
+    }
+
+    /// The same with an engine that stays while the model trains: keys and values keep their memory, and decoding steps that were
+    /// recorded are not recorded again.
+    pub fn keeping_its_engine(mut self) -> Rollouts<'a> {
+        self.writer = self.writer.staying();
+        self
+    }
+
+    /// The same with prompts that evaluations ask about.
+    pub fn holding_out(self, prompts: Prompts) -> Rollouts<'a> {
+        Rollouts { held_out: Some(prompts), ..self }
     }
 
     fn generations_per_epoch(&self) -> u64 {
@@ -134,7 +145,7 @@ impl<'a> Rollouts<'a> {
                 Request::samples(&self.prompts.rows[row].ids, &params, args.num_generations)
             })
             .collect();
-        let groups = answers(model, requests, self.kv_bytes)?;
+        let groups = self.writer.answers(model, requests)?;
         let seconds = started.elapsed().as_secs_f64();
         let generations: Vec<(usize, Generation)> = chosen
             .iter()
@@ -142,9 +153,19 @@ impl<'a> Rollouts<'a> {
             .flat_map(|(&row, group)| group.into_iter().map(move |generation| (row, generation)))
             .collect();
 
-        let scores = self.judge(&generations);
+        let prompts = std::mem::take(&mut self.prompts);
+        let answers: Vec<(&Prompt, &Generation)> =
+            generations.iter().map(|(row, generation)| (&prompts.rows[*row], generation)).collect();
+        let scores = self.judge(&answers);
         let found = advantages(&scores.total, args.num_generations, args.scale_rewards);
-        self.note(&generations, &scores, found.zero_std, seconds);
+        let tokens: usize = answers.iter().map(|(_, generation)| generation.token_ids.len()).sum();
+        self.metrics = self.means(&answers, &scores);
+        self.metrics.extend([
+            ("frac_reward_zero_std".to_owned(), found.zero_std as f64 / answers.len() as f64),
+            ("reward_restarts".to_owned(), self.rewards.restarts() as f64),
+            ("rollout_tokens_per_second".to_owned(), tokens as f64 / seconds.max(1e-9)),
+        ]);
+        self.prompts = prompts;
         let mut completions = Vec::with_capacity(generations.len());
         self.rows.clear();
         for (sample, (row, generation)) in generations.into_iter().enumerate() {
@@ -155,6 +176,7 @@ impl<'a> Rollouts<'a> {
                 rewards: scores.values[sample].clone(),
                 reward: scores.total[sample],
                 advantage: found.values[sample],
+                errors: scores.errors_of(sample).collect(),
             });
             completions.push(Completion {
                 prompt_ids: prompt.ids.clone(),
@@ -168,24 +190,27 @@ impl<'a> Rollouts<'a> {
         if args.steps_per_generation() != args.training.gradient_accumulation_steps {
             shuffle(&mut completions, &mut rng);
         }
-        let mut batches = step_batches(&completions, args);
-        add_log_probs(&model.decoder, args, &mut batches)?;
+        let decoder = &model.decoder;
+        // Where angles depend on the length of a sample, its prompt is its own.
+        let longest = completions.iter().map(|one| one.prompt_ids.len() + one.completion_ids.len()).max();
+        let shares_prompts = decoder.rope_regime(1) == decoder.rope_regime(longest.unwrap_or(1));
+        let mut batches = step_batches(&completions, args, shares_prompts);
+        add_log_probs(decoder, args, &mut batches)?;
         self.at.micro_batches = batches;
         self.at.given = 0;
         self.at.generations += 1;
         Ok(())
     }
 
-    fn judge(&mut self, generations: &[(usize, Generation)]) -> Scores {
-        let samples =
-            samples(generations.iter().map(|(row, generation)| (&self.prompts.rows[*row], generation)));
+    fn judge(&mut self, answers: &[(&Prompt, &Generation)]) -> Scores {
+        let samples = samples(answers.iter().copied());
         let scores = self.rewards.score(&samples);
         // One line a reward: a server that is away fails with every sample.
         for name in self.rewards.names() {
             let mut failures = scores.failures.iter().filter(|failure| failure.reward == *name);
             if let Some(first) = failures.next() {
                 tracing::warn!(
-                    "reward {name} gave nothing for {} of {} completions, which go without it; the first, {:?}: {:#}",
+                    "reward {name} failed for {} of {} completions, which count nothing; the first, {:?}: {:#}",
                     failures.count() + 1,
                     samples.len(),
                     samples[first.sample].completion,
@@ -196,39 +221,31 @@ impl<'a> Rollouts<'a> {
         scores
     }
 
-    /// TRL's names, but for the last three.
-    fn note(&mut self, generations: &[(usize, Generation)], scores: &Scores, zero_std: usize, seconds: f64) {
-        let lengths = |ended: bool| {
-            generations
-                .iter()
-                .filter(move |(_, generation)| !ended || generation.finish_reason != FinishReason::Length)
-                .map(|(_, generation)| generation.token_ids.len() as f64)
+    /// TRL's names.
+    fn means(&self, answers: &[(&Prompt, &Generation)], scores: &Scores) -> Vec<(String, f64)> {
+        let lengths = |ended: bool| -> Vec<f64> {
+            let wanted =
+                answers.iter().filter(|(_, answer)| !ended || answer.finish_reason != FinishReason::Length);
+            wanted.map(|(_, answer)| answer.token_ids.len() as f64).collect()
         };
         let average = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let (all, ended): (Vec<f64>, Vec<f64>) = (lengths(false).collect(), lengths(true).collect());
-        let share = |count: usize| count as f64 / generations.len() as f64;
-        let tokens: f64 = all.iter().sum();
-        let mut metrics = vec![
+        let (all, ended) = (lengths(false), lengths(true));
+        let mut means = vec![
             ("reward".to_owned(), mean(&scores.total)),
             ("reward_std".to_owned(), std(&scores.total)),
-            ("frac_reward_zero_std".to_owned(), share(zero_std)),
             ("completions/mean_length".to_owned(), average(&all)),
             ("completions/min_length".to_owned(), all.iter().copied().fold(f64::INFINITY, f64::min)),
             ("completions/max_length".to_owned(), all.iter().copied().fold(0.0, f64::max)),
-            ("completions/clipped_ratio".to_owned(), share(all.len() - ended.len())),
+            ("completions/clipped_ratio".to_owned(), (all.len() - ended.len()) as f64 / all.len() as f64),
             ("completions/mean_terminated_length".to_owned(), average(&ended)),
+            ("reward_failures".to_owned(), scores.failures.len() as f64),
         ];
         for (index, name) in self.rewards.names().iter().enumerate() {
             let values: Vec<Option<f64>> = scores.values.iter().map(|values| values[index]).collect();
-            metrics.push((format!("rewards/{name}/mean"), mean(&values)));
-            metrics.push((format!("rewards/{name}/std"), std(&values)));
+            means.push((format!("rewards/{name}/mean"), mean(&values)));
+            means.push((format!("rewards/{name}/std"), std(&values)));
         }
-        metrics.extend([
-            ("reward_failures".to_owned(), scores.failures.len() as f64),
-            ("reward_restarts".to_owned(), self.rewards.restarts() as f64),
-            ("rollout_tokens_per_second".to_owned(), tokens / seconds.max(1e-9)),
-        ]);
-        self.metrics = metrics;
+        means
     }
 }
 
@@ -240,26 +257,12 @@ pub fn evaluate(
     params: &SamplingParams,
     kv_bytes: u64,
 ) -> Result<Scores> {
-    let requests = prompts.rows.iter().map(|prompt| Request::new(&prompt.ids, params)).collect();
-    let generations = answers(model, requests, kv_bytes)?.concat();
+    let generations = Writer::new(kv_bytes).answers(model, one_each(prompts, params))?.concat();
     Ok(rewards.score(&samples(prompts.rows.iter().zip(&generations))))
 }
 
-/// Answers by an engine that lives as long as they are written: training has the memory of its keys and values.
-fn answers(model: &FastLanguageModel, requests: Vec<Request>, kv_bytes: u64) -> Result<Vec<Vec<Generation>>> {
-    let decoder = &model.decoder;
-    let longest = |request: &Request| request.prompt_ids.len() + request.params.max_new_tokens;
-    let pages = requests.iter().map(longest).max().unwrap_or(1).div_ceil(PAGE_SIZE);
-    let group = requests.iter().map(|request| request.n).max().unwrap_or(1);
-    let all: usize = requests.iter().map(|request| request.n).sum();
-    let max_num_seqs = all.min(MOST_AT_ONCE.max(group));
-    let wanted = (max_num_seqs * pages * PAGE_SIZE * decoder.kv_bytes_per_token()) as u64;
-    let options = EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(kv_bytes)), max_num_seqs };
-    let mut engine = Engine::new(decoder, options)?;
-    let answers = engine.run(model, requests, |_, _, _| ()).context("writing completions")?;
-    drop(engine);
-    device::empty_cache(decoder.device)?;
-    Ok(answers)
+fn one_each(prompts: &Prompts, params: &SamplingParams) -> Vec<Request> {
+    prompts.rows.iter().map(|prompt| Request::new(&prompt.ids, params)).collect()
 }
 
 fn samples<'s>(answers: impl Iterator<Item = (&'s Prompt, &'s Generation)>) -> Vec<Sample<'s>> {
@@ -290,6 +293,10 @@ impl StepSource for Rollouts<'_> {
         self.at.given += accumulation as usize;
         self.step_tokens = batches.iter().map(Batch::tokens).sum();
         Ok(batches)
+    }
+
+    fn needs_device(&self) -> bool {
+        self.is_used_up() && self.writer.needs_device()
     }
 
     fn cursor(&self) -> Result<Value> {
@@ -328,6 +335,37 @@ impl StepSource for Rollouts<'_> {
         let of_rollout = if self.is_new { std::mem::take(&mut self.metrics) } else { Vec::new() };
         let of_training = ("training_tokens_per_second".to_owned(), speed);
         of_rollout.into_iter().chain([of_training]).filter(|(_, value)| value.is_finite()).collect()
+    }
+
+    fn evaluates(&self) -> bool {
+        self.held_out.is_some()
+    }
+
+    fn evaluate(&mut self, model: &FastLanguageModel) -> Result<Evaluation> {
+        let Some(prompts) = self.held_out.take() else { return Ok(Evaluation::default()) };
+        let params = SamplingParams {
+            temperature: self.arguments.eval_temperature,
+            seed: self.arguments.training.seed,
+            ..self.params.clone()
+        };
+        let written = self.writer.answers(model, one_each(&prompts, &params));
+        let found = written.map(|generations| {
+            let generations = generations.concat();
+            let answers: Vec<(&Prompt, &Generation)> = prompts.rows.iter().zip(&generations).collect();
+            let scores = self.judge(&answers);
+            Evaluation {
+                loss: None,
+                tokens: generations.iter().map(|generation| generation.token_ids.len()).sum(),
+                samples: generations.len(),
+                means: self
+                    .means(&answers, &scores)
+                    .into_iter()
+                    .filter(|(_, mean)| mean.is_finite())
+                    .collect(),
+            }
+        });
+        self.held_out = Some(prompts);
+        found
     }
 
     fn completions(&self) -> Option<Completions<'_>> {

@@ -70,6 +70,12 @@ impl Work {
         let (turned, attended) = (projected + qk, query + 2 * layer.h);
         let statistics = if self.shape.qk_norm { 2 * (layer.h + layer.k) } else { 0 };
         let bytes = |width: u64| 2 * n * width;
+        // csrc/attention.cpp: where samples share rows, attention works on copies for each: q, k, v and its output; in the backward
+        // also their gradients, and sums of those of k and v in f32.
+        let copied = 2 * self.copied * (projected + query);
+        let copied_backward =
+            if self.copied > 0 { 2 * copied + 4 * (self.copied + n) * (projected - query) } else { 0 };
+        let attended_rows = n.max(self.copied);
 
         let kept = device(policy.input, c)
             + device(policy.normed, c + tail)
@@ -82,7 +88,7 @@ impl Work {
         let qkv_forward = made(&layer.qkv, 0, tail).max(bytes(2 * qk));
         let forward = (bytes(2 * c + tail + projected) + qkv_forward).max(
             bytes(2 * c + tail + turned + attended)
-                + (bytes(c) + made(&layer.o, 0, 0)).max(bytes(2 * c + post)),
+                + (bytes(c) + made(&layer.o, 0, 0)).max(bytes(2 * c + post)).max(copied),
         );
 
         // What is filled in again, with the norm's output, which is then dropped; the gradient of o's input; attention; qkv's.
@@ -94,10 +100,13 @@ impl Work {
             .max(bytes(held + normed) + output);
         // cuDNN sums dq in f32, and dk where heads share keys; FlashAttention-2, for windows, dk and dv of every head.
         let shared = if layer.window.is_some() || layer.k < layer.h { 2 * query } else { 0 };
-        let groups = head_groups(n, layer);
+        let groups = head_groups(attended_rows, layer);
         let (d_out, d_projected) = (post, projected + tail);
-        let attention = (bytes(held + d_out + query) + made(&layer.o, o_tail, 0))
-            .max(bytes(held + d_out + query + d_projected + qk) + bytes(2 * query + shared) / groups);
+        let attention = (bytes(held + d_out + query) + made(&layer.o, o_tail, 0)).max(
+            bytes(held + d_out + query + d_projected + qk)
+                + 2 * attended_rows * (2 * query + shared) / groups
+                + copied_backward,
+        );
         let last = bytes(absent(policy.output, post) + d_out + d_projected + qk);
         let used = bytes(device(policy.projected, turned) + device(policy.inner, attended));
         let with_normed = (last + bytes(absent(policy.normed, c))).saturating_sub(used);
@@ -113,7 +122,10 @@ impl Work {
             at_host(policy.inner, 2 * query),
             at_host(policy.inner, 4 * layer.h),
         ];
-        BlockBytes { kept: bytes(kept), forward, backward, stashed: stashed.into_iter().flatten().collect() }
+        // The log-sum-exp is that of the copies.
+        let copied_lse = device(policy.inner, 4 * layer.h) * self.copied.saturating_sub(n);
+        let kept = bytes(kept) + copied_lse;
+        BlockBytes { kept, forward, backward, stashed: stashed.into_iter().flatten().collect() }
     }
 
     fn mlp_bytes(&self, layer: &Layer, policy: &BlockPolicy) -> BlockBytes {

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::time::BlockMs;
 use super::{Card, Layer, Memory, Work};
 use crate::ops::{BlockPolicy, Place, Policy};
-use crate::train::{Recording, RunPlan};
+use crate::train::{Predicted, Recording, RunPlan};
 
 /// Bytes that a run may take: of the device, as nvidia-smi counts, and of the host in pinned buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -63,29 +63,46 @@ impl Work {
         self.plan(self.layers.iter().map(|layer| self.possible(layer, policy)).collect(), card)
     }
 
-    /// The fastest plan within `budget`; none if none fits.
+    /// The same of what fits `budget`; none if that does not.
+    pub fn uniform_within(&self, policy: Policy, card: &Card, budget: Budget) -> Option<Plan> {
+        self.within(budget).iter().map(|work| work.uniform_plan(policy, card)).find(|plan| plan.fits(budget))
+    }
+
+    /// The same with the least that rollouts can work with.
+    pub fn least_uniform_plan(&self, policy: Policy, card: &Card) -> Plan {
+        self.with_least_rollout().uniform_plan(policy, card)
+    }
+
+    /// The fastest plan within `budget`; none if none fits. Rollouts whose pages and recorded steps stay come before steps that keep
+    /// more.
     pub fn fastest(&self, card: &Card, budget: Budget) -> Option<Plan> {
-        let fits = |plan: &Plan| plan.memory.device() <= budget.device && plan.memory.host <= budget.host;
+        self.within(budget).iter().find_map(|work| work.fastest_step(card, budget))
+    }
+
+    fn fastest_step(&self, card: &Card, budget: Budget) -> Option<Plan> {
         // Time first; then what leaves the host and its bus alone.
         let better = |a: &Plan, b: &Plan| {
             (a.milliseconds.total_cmp(&b.milliseconds))
                 .then(a.memory.host.cmp(&b.memory.host))
                 .then(a.memory.device().cmp(&b.memory.device()))
         };
-        self.rows(card, budget.host).into_iter().flatten().filter(fits).min_by(better)
+        self.rows(card, budget.host).into_iter().flatten().filter(|plan| plan.fits(budget)).min_by(better)
     }
 
     /// The plan that needs least of the device with `host` bytes of the host.
     pub fn smallest(&self, card: &Card, host: u64) -> Plan {
-        let all = self.rows(card, host).into_iter().flatten().filter(|plan| plan.memory.host <= host);
+        let work = self.with_least_rollout();
+        let all = work.rows(card, host).into_iter().flatten().filter(|plan| plan.memory.host <= host);
         let smallest = all.min_by_key(|plan| plan.memory.device());
-        smallest.unwrap_or_else(|| self.uniform_plan(Policy::RECOMPUTE, card))
+        smallest.unwrap_or_else(|| work.uniform_plan(Policy::RECOMPUTE, card))
     }
 
-    /// The longest samples, in steps of 256 tokens, that fit `budget` in as many samples a pass; 0 if none does.
+    /// The longest samples, in steps of 256 tokens, that fit `budget` in as many samples a pass; 0 if none does. In GRPO completions
+    /// are as much longer.
     pub fn longest(&self, budget: Budget, card: &Card) -> u64 {
+        let prompt = self.rollout.map_or(0, |rollout| rollout.prompt);
         let fits = |steps: u64| {
-            let work = self.with_length(256 * steps);
+            let work = self.with_length((256 * steps).max(prompt + 1));
             work.smallest(card, budget.host).memory.device() <= budget.device
         };
         let (mut fitting, mut above) = (0, 1);
@@ -96,7 +113,7 @@ impl Work {
             let middle = fitting.midpoint(above);
             if fits(middle) { fitting = middle } else { above = middle }
         }
-        256 * fitting
+        if 256 * fitting > prompt { 256 * fitting } else { 0 }
     }
 
     /// Both rows of plans, each from least memory to everything kept: with inputs at the host as far as `host` bytes go, and
@@ -222,17 +239,25 @@ impl From<Worth> for Step {
 }
 
 impl Plan {
+    pub fn fits(&self, budget: Budget) -> bool {
+        self.memory.device() <= budget.device && self.memory.host <= budget.host
+    }
+
     /// What a step needs to know of it. Gaps between the tensors of a recorded step took up to 0.7 GiB where its blocks needed
-    /// 1.1, and 1 GiB where it kept 11 (QLoRA 8B on an H200).
+    /// 1.1, and 1 GiB where it kept 11 (QLoRA 8B on an H200). What a recorded step holds is not there for rollouts, so none is
+    /// recorded where they need it.
     pub fn run(&self, budget: Budget) -> RunPlan {
         let Memory { kept, workspace, .. } = self.memory;
         let needed = self.memory.device();
+        let gives_way = self.memory.rollout.is_some_and(|rollout| !rollout.stays);
         let recording = match budget.device.saturating_sub(needed) {
+            _ if gives_way => Recording::No,
             left if left >= kept + workspace => Recording::Yes,
             left if left >= workspace + kept / 8 => Recording::OneShape,
             _ => Recording::No,
         };
-        RunPlan { policies: self.policies.clone(), recording }
+        let predicted = Predicted { allocated: self.memory.allocated(), device: needed };
+        RunPlan { policies: self.policies.clone(), recording, predicted }
     }
 
     /// What of how many layers is kept where, a line each: `gate and up: on the device in 5 of 32 layers`.

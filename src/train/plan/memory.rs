@@ -8,6 +8,7 @@
 use serde::Serialize;
 
 use super::blocks::BlockBytes;
+use super::rollout::RolloutMemory;
 use super::{Layer, Linear, Work};
 use crate::ops::Policy;
 use crate::train::Optim;
@@ -27,6 +28,8 @@ pub struct Memory {
     pub at: Moment,
     /// Pinned memory of the host, in buffers of powers of two.
     pub host: u64,
+    /// While completions are written, where the run does that.
+    pub rollout: Option<RolloutMemory>,
 }
 
 /// What runs while memory is highest.
@@ -45,7 +48,9 @@ pub(super) const CONTEXT: u64 = 870 << 20;
 const GAPS: f64 = 0.05;
 const ENDS: f64 = 0.01;
 /// Workspaces of cuBLAS that libtorch's allocator holds, for the thread of the forward and for that of the backward.
-const LIBRARIES: u64 = 64 << 20;
+pub(super) const LIBRARIES: u64 = 64 << 20;
+/// csrc/kernels.cpp, `lasting_zeros`, from the first decoding step on: 9.8 MiB for kernels/rows.cu where a GPU has 132 processors.
+pub(super) const LASTING: u64 = 10 << 20;
 /// What the allocator holds in pieces that are too small for anything, whatever the size of the model.
 const PIECES: u64 = 160 << 20;
 
@@ -55,19 +60,43 @@ pub(super) const KEYS_FOR_HOST: u64 = 2048;
 impl Memory {
     /// Held by tensors at most.
     pub fn allocated(&self) -> u64 {
-        self.weights + self.lora + self.gradients + self.optimizer + self.kept + self.workspace
+        self.training().max(self.rollout())
+    }
+
+    /// Held by tensors while a step runs.
+    pub fn training(&self) -> u64 {
+        let pages = self.rollout.map_or(0, |rollout| rollout.beside_training());
+        self.always() + self.gradients + pages + self.kept + self.workspace
+    }
+
+    /// Held by tensors while completions are written; 0 where none are.
+    pub fn rollout(&self) -> u64 {
+        let Some(rollout) = self.rollout else { return 0 };
+        let gradients = if rollout.stays { self.gradients } else { 0 };
+        self.always() + gradients + rollout.kv_cache + rollout.graphs + rollout.workspace
+    }
+
+    fn always(&self) -> u64 {
+        self.weights + self.lora + self.optimizer
     }
 
     /// What nvidia-smi will show for the process.
     pub fn device(&self) -> u64 {
-        self.context() + self.allocated()
+        on_device(self.training(), self.kept + self.workspace).max(self.rollout_device())
     }
 
-    /// The part of it that no tensor holds.
+    pub(super) fn rollout_device(&self) -> u64 {
+        self.rollout.map_or(0, |rollout| on_device(self.rollout(), rollout.workspace))
+    }
+
+    /// Of `room` on the device, what tensors that stay may take.
+    pub(super) fn tensors_within(room: u64) -> u64 {
+        (room as f64 / (1.0 + ENDS)) as u64
+    }
+
+    /// The part of [`device`](Memory::device) that no tensor holds.
     pub fn context(&self) -> u64 {
-        let moving = self.kept + self.workspace;
-        let staying = self.allocated() - moving;
-        CONTEXT + PIECES + (moving as f64 * GAPS + staying as f64 * ENDS) as u64
+        self.device() - self.allocated()
     }
 
     /// What libtorch's allocator may hold of `device` bytes.
@@ -76,9 +105,19 @@ impl Memory {
     }
 }
 
+/// What the process holds for `tensors`, `moving` bytes of which come and go.
+fn on_device(tensors: u64, moving: u64) -> u64 {
+    let lost = moving as f64 * GAPS + (tensors - moving) as f64 * ENDS;
+    tensors + CONTEXT + PIECES + lost as u64
+}
+
 impl Work {
-    /// The peak of a step under one policy a layer.
+    /// The peak of a step under one policy a layer, and of a rollout between two steps.
     pub fn memory(&self, policies: &[Policy]) -> Memory {
+        self.with_shared_prompts().memory_of_pass(policies)
+    }
+
+    fn memory_of_pass(&self, policies: &[Policy]) -> Memory {
         let blocks: Vec<BlockBytes> = (self.layers.iter().zip(policies))
             .flat_map(|(layer, policy)| self.block_bytes(layer, [&policy.attention, &policy.mlp]))
             .collect();
@@ -109,7 +148,8 @@ impl Work {
             weights: self.layers.iter().flat_map(Layer::linears).map(stored).sum::<u64>()
                 + norms
                 + self.embedding
-                + self.head,
+                + self.head
+                + self.beside,
             lora: lora * if Policy::spare_memory(policies) { 4 } else { 6 },
             gradients: lora * 4,
             optimizer: match self.optim {
@@ -118,16 +158,22 @@ impl Work {
                 Optim::Adamw8bit => lora * 2 + lora / 256 * 8,
             },
             kept,
-            workspace: workspace + self.batches(self.tokens) + LIBRARIES,
+            workspace: workspace
+                + self.batches(self.tokens)
+                + LIBRARIES
+                + self.rollout.map_or(0, |_| LASTING),
             at,
             host: blocks.iter().flat_map(|block| &block.stashed).map(|bytes| bytes.next_power_of_two()).sum(),
+            rollout: self.rollout.as_ref().map(|rollout| self.rollout_memory(rollout)),
         }
     }
 
-    /// Token ids, labels, angles and an offloaded embedding's rows, of a recorded batch and of the next.
+    /// Token ids, labels, angles and an offloaded embedding's rows, of a recorded batch and of the next; of completions six numbers a
+    /// token beside them, and some twenty that the loss is made of (train/grpo/loss.rs).
     fn batches(&self, tokens: u64) -> u64 {
         let rows = if self.embedding == 0 { 2 * self.shape.c } else { 0 };
-        2 * tokens * (16 + 4 * self.layers[0].d * self.shape.ropes + rows)
+        let numbers = if self.rollout.is_some() { 4 * (6 + 10) } else { 0 };
+        2 * tokens * (16 + 4 * self.layers[0].d * self.shape.ropes + rows + numbers)
     }
 
     /// Of the device, for forward passes of `tokens` without a backward.
@@ -139,7 +185,7 @@ impl Work {
         let running = bytes.map(|block| block.forward).max().unwrap_or(0).max(work.loss());
         let training = work.memory(&policies);
         let workspace = running + self.batches(tokens) + LIBRARIES;
-        Memory { kept: 0, workspace, ..training }.device()
+        Memory { kept: 0, workspace, rollout: None, ..training }.device()
     }
 
     /// What waits on the device of all layers under the same policy.
@@ -154,7 +200,9 @@ impl Work {
         // csrc/cross_entropy.cpp: f32 logits of a chunk; the last layer's output, the hidden states and their gradient. A head in
         // 4 bits is dequantised in runs of words, and a chunk's gradient summed in f32.
         let most = if self.nf4_head { 1024 } else { 512 };
-        let chunk = ((1 << 29) / (4 * v)).clamp(1, most).min(n);
+        // csrc/log_probs.cpp: half of it.
+        let chunk = ((1 << 29) / (4 * v)).clamp(1, most) / if self.log_probs { 2 } else { 1 };
+        let chunk = chunk.clamp(1, n);
         let head = if self.nf4_head { v.min(8192) * c * 2 + chunk * c * 4 } else { 0 };
         chunk * v * 4 + head + n * 2 * 3 * c
     }

@@ -29,6 +29,10 @@ pub(super) struct BlockMs {
 impl Work {
     /// A whole optimizer step under one policy a layer.
     pub fn milliseconds(&self, policies: &[Policy], card: &Card) -> f64 {
+        self.with_shared_prompts().milliseconds_of_passes(policies, card)
+    }
+
+    fn milliseconds_of_passes(&self, policies: &[Policy], card: &Card) -> f64 {
         let (mut forward, mut backward, mut host) = (0.0, 0.0, 0.0);
         // Layers alike cost alike.
         let mut known: Vec<(&Layer, [BlockMs; 2])> = Vec::new();
