@@ -375,6 +375,31 @@ fn refusals_come_before_the_work_and_say_what_to_do() {
     hub.open().unwrap();
 }
 
+/// What is wrong with the folder is said before a token is asked for, and before a repository is made.
+#[test]
+fn a_folder_with_nothing_to_upload_is_refused_first() {
+    let hub = Hub::start(&[]);
+    let place = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(place.path().join("out/checkpoint-1")).unwrap();
+    for file in ["out/checkpoint-1/model.safetensors", "out/.hidden"] {
+        std::fs::write(place.path().join(file), "x").unwrap();
+    }
+    for (folder, reason) in
+        [("absent", "no such folder"), ("out", "nothing to upload"), ("out/.hidden", "no such folder")]
+    {
+        let folder = place.path().join(folder);
+        for token in ["", TOKEN] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+            command.arg("push").arg(&folder).arg("me/model").env("HF_HOME", place.path());
+            let output = command.env("HF_ENDPOINT", &hub.endpoint).env("HF_TOKEN", token).output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{error}");
+            assert!(error.contains(reason) && error.contains(folder.to_str().unwrap()), "{error}");
+        }
+    }
+    assert!(hub.state.lock().unwrap().repos.is_empty());
+}
+
 /// The command: the export is there whatever the upload does, and the line it prints continues.
 #[test]
 fn an_export_survives_its_upload() {

@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::panic::catch_unwind;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use quick_xml::Reader;
 use quick_xml::events::Event;
+
+use super::apart::apart;
 
 /// The endings of files that are read as documents.
 pub const DOCUMENT_ENDINGS: [&str; 6] = ["txt", "md", "html", "htm", "pdf", "docx"];
@@ -53,9 +54,8 @@ fn html(path: &Path) -> Result<String> {
 
 fn pdf(path: &Path) -> Result<String> {
     let bytes = fs::read(path)?;
-    // The library panics on some broken fonts.
-    catch_unwind(|| pdf_extract::extract_text_from_mem(&bytes))
-        .map_err(|_| anyhow!("a PDF that cannot be read: convert it to text first"))?
+    apart(|| pdf_extract::extract_text_from_mem(&bytes))?
+        .context("a PDF that cannot be read: convert it to text first")?
         .map_err(|error| anyhow!("not a PDF that can be read: {error}"))
 }
 

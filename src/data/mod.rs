@@ -4,7 +4,9 @@
 //! the [`Tokenizer`] and its [`ChatTemplate`] make tokens and label masks of them. [`BatchStream`] then gives a
 //! [`Batch`] after another, shuffled and packed, from any [`Cursor`] on.
 
+mod apart;
 mod batch;
+mod byte_bpe;
 mod chunks;
 mod column_types;
 mod documents;

@@ -109,10 +109,7 @@ impl Upload {
     /// What the hub refuses, and a connection that fails again and again. Nothing local is changed, and calling it again
     /// continues: contents that arrived whole are not sent again.
     pub fn push(&self, folder: &Path, message: &str, on_upload: OnTransfer) -> Result<String> {
-        let is_checkpoint =
-            |name: &str| name.split_once('/').is_some_and(|(top, _)| top.starts_with("checkpoint-"));
-        let names: Vec<String> = files_of(folder)?.into_iter().filter(|name| !is_checkpoint(name)).collect();
-        ensure!(!names.is_empty(), "{}: there is nothing to upload", folder.display());
+        let names = uploadable(folder)?;
         let mut commit = vec![json!({"key": "header", "value": {"summary": message, "description": ""}})];
         let mut large = Vec::new();
         for some in names.chunks(BATCH) {
@@ -378,6 +375,18 @@ impl Upload {
     fn api(&self, what: &str) -> String {
         self.at(&format!("/api/models/{}/{what}/{}", self.repo.id, escaped(&self.options.revision, "")))
     }
+}
+
+/// The files of `folder` that [`Upload::push`] sends: no hidden ones, no training checkpoints.
+///
+/// # Errors
+/// No such folder, and one without such files.
+pub fn uploadable(folder: &Path) -> Result<Vec<String>> {
+    ensure!(folder.is_dir(), "{}: no such folder", folder.display());
+    let mut names = files_of(folder)?;
+    names.retain(|name| !name.split_once('/').is_some_and(|(top, _)| top.starts_with("checkpoint-")));
+    ensure!(!names.is_empty(), "{}: there is nothing to upload", folder.display());
+    Ok(names)
 }
 
 impl Large {
