@@ -10,8 +10,8 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::ChatTemplate;
-use super::apart::apart;
 use super::byte_bpe::ByteBpe;
+use super::panics::without_panic;
 use crate::io::write_atomically;
 
 /// The files of a checkpoint that belong to the tokenizer.
@@ -61,7 +61,7 @@ impl Tokenizer {
             bail!("{}", missing_tokenizer(dir));
         }
         let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let mut inner = apart(|| tokenizers::Tokenizer::from_bytes(bytes))?
+        let mut inner = without_panic(|| tokenizers::Tokenizer::from_bytes(bytes))
             .unwrap_or_else(|| Err("the tokenizers library gave up".into()))
             .map_err(|e| anyhow!("{e}"))
             .with_context(|| format!("{} is not a tokenizer that this program can read", path.display()))?;
