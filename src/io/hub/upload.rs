@@ -116,7 +116,8 @@ impl Upload {
             let modes = self.modes(folder, some)?;
             for name in some {
                 let path = folder.join(name);
-                match modes.get(name).map(String::as_str) {
+                let mode = modes.get(name);
+                match mode.with_context(|| format!("preupload: {name} is not in the answer"))?.as_deref() {
                     Some("lfs") => large.push(Large::read(path, name)?),
                     Some(_) => {
                         let content =
@@ -146,8 +147,8 @@ impl Upload {
         Ok(made["commitUrl"].as_str().map_or(page, str::to_owned))
     }
 
-    /// How the hub stores each file: "lfs" or "regular"; without those that it ignores.
-    fn modes(&self, folder: &Path, names: &[String]) -> Result<BTreeMap<String, String>> {
+    /// How the hub stores each file: "lfs" or "regular", or not at all.
+    fn modes(&self, folder: &Path, names: &[String]) -> Result<BTreeMap<String, Option<String>>> {
         let mut files = Vec::new();
         for name in names {
             let path = folder.join(name);
@@ -165,10 +166,11 @@ impl Upload {
         let mut modes = BTreeMap::new();
         for file in answer["files"].as_array().context("preupload: no files in the answer")? {
             let (name, mode) = (file["path"].as_str(), file["uploadMode"].as_str());
-            if let (Some(name), Some(mode), false) = (name, mode, file["shouldIgnore"] == true) {
+            if let (Some(name), Some(mode)) = (name, mode) {
                 // A storage server takes no empty object.
                 let empty = files.iter().any(|asked| asked["path"] == name && asked["size"] == 0);
-                modes.insert(name.to_owned(), if empty { "regular" } else { mode }.to_owned());
+                let mode = if empty { "regular" } else { mode }.to_owned();
+                modes.insert(name.to_owned(), Some(mode).filter(|_| file["shouldIgnore"] != true));
             }
         }
         Ok(modes)
