@@ -22,8 +22,7 @@ use super::Offsets;
 /// GPT-2's pattern (<https://github.com/openai/gpt-2/blob/master/src/encoder.py>), which `ByteLevel` uses by itself.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// What a thread remembers of pieces, in bytes: beyond it everything is forgotten. Twenty times what the pieces of
-/// 100,000 English conversations take.
+/// What a thread remembers of pieces, in bytes: beyond it everything is forgotten.
 const CACHE_BYTES: usize = 32 << 20;
 /// A piece in the cache beside its text and tokens.
 const ENTRY_BYTES: usize = 64;

@@ -61,7 +61,13 @@ impl Tokenizer {
             bail!("{}", missing_tokenizer(dir));
         }
         let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let mut inner = without_panic(|| tokenizers::Tokenizer::from_bytes(bytes))
+        let read = || -> tokenizers::Result<tokenizers::Tokenizer> {
+            let inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // A template of special tokens that are not there is accepted, and panics when it is used.
+            let _ = inner.encode("a", true);
+            Ok(inner)
+        };
+        let mut inner = without_panic(read)
             .unwrap_or_else(|| Err("the tokenizers library gave up".into()))
             .map_err(|e| anyhow!("{e}"))
             .with_context(|| format!("{} is not a tokenizer that this program can read", path.display()))?;
