@@ -6,11 +6,13 @@
 Of the embedded model and of random models of every architecture, 256 or 512 wide:
 
 - f32: llama.cpp's log-probabilities and greedy tokens are those of ferrotune on the checkpoint; of the embedded model also in f16, bf16, q8_0;
+- Gemma, f32: llama.cpp's CPU takes GELU from a table whose argument and value are f16. Transformers must agree with ferrotune as it is, and with
+  llama.cpp once its GELU is rounded like that table;
 - every type: the same ggml type for each tensor as llama.cpp's quantiser chooses; F32, F16, BF16 and Q8_0 tensors equal to the byte;
 - q4_0 .. q6_k: the error of all weights is at most 1 % above that of llama.cpp's file, and so is the embedded model's perplexity;
 - LoRA as a GGUF adapter: llama.cpp's tokens are those of ferrotune with the adapter.
 
-Needs a Python with llama-cpp-python (0.3.36 was used; its llama.cpp builds in minutes), gguf, numpy and safetensors.
+Needs a Python with llama-cpp-python (0.3.36 was used; its llama.cpp builds in minutes), gguf, numpy and safetensors; for Gemma also transformers.
 """
 import argparse
 import ctypes
@@ -61,7 +63,7 @@ MODELS = {
     "gemma3": dict(model_type="gemma3_text", rope_local_base_freq=10000.0, **(GEMMA | dict(rope_theta=1000000.0))),
 }
 FAILURES = []
-# Largest difference of a log-probability. Gemma's is larger, by llama.cpp's doing: docs/export.md.
+# Largest difference of a log-probability. Gemma's is larger, by llama.cpp's doing: see `transformers_log_probs`.
 LIMIT = 2e-3
 PROMPT, NEW_TOKENS = "Once upon a time there were 12 cats", 24
 
@@ -133,6 +135,10 @@ class Model:
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
+    def of_text(self, ids):
+        """Log-probabilities of `ids[1:]`."""
+        return self.log_probs(ids)[np.arange(len(ids) - 1), ids[1:]]
+
     def ids(self, text):
         return self.llama.tokenize(text.encode(), add_bos=True, special=True)
 
@@ -147,7 +153,7 @@ class Model:
         return self.llama.detokenize(ids[start:], prev_tokens=ids[:start]).decode(errors="replace").rstrip("\n\ufffd")
 
     def perplexity(self, texts):
-        losses = [-self.log_probs(ids)[np.arange(len(ids) - 1), ids[1:]] for ids in texts]
+        losses = [-self.of_text(ids) for ids in texts]
         return math.exp(np.concatenate(losses).mean())
 
 
@@ -174,8 +180,40 @@ def rmse(quantized, exact):
 
 
 def distance(ferrotune, model, llama, ids):
-    ours = np.array(score(ferrotune, model, ids))
-    return float(np.abs(ours - llama.log_probs(ids)[np.arange(len(ids) - 1), ids[1:]]).max())
+    return apart(np.array(score(ferrotune, model, ids)), llama.of_text(ids))
+
+
+def apart(a, b):
+    return float(np.abs(a - b).max())
+
+
+def transformers_log_probs(model, ids):
+    """Log-probabilities of `ids[1:]` in f32 by transformers: as it is, and with GELU's argument and value rounded to f16."""
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+
+    @torch.no_grad()
+    def log_probs():
+        logits = network(torch.tensor([ids])).logits[0].double()
+        return logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+
+    plain = log_probs()
+    for layer in network.model.layers:
+        layer.mlp.act_fn.register_forward_pre_hook(lambda _, args: (args[0].half().float(),))
+        layer.mlp.act_fn.register_forward_hook(lambda _, args, value: value.half().float())
+    return plain, log_probs()
+
+
+def check_gelu(name, ferrotune, model, llama, ids):
+    """That llama.cpp's table is what keeps it apart from ferrotune; words for the table of results."""
+    plain, rounded = transformers_log_probs(model, ids)
+    ours, theirs = apart(plain, np.array(score(ferrotune, model, ids))), apart(rounded, llama.of_text(ids))
+    for what, found in (("ferrotune", ours), ("llama.cpp, its GELU rounded to f16,", theirs)):
+        if not found <= LIMIT:
+            FAILURES.append(f"{name}: log-probabilities of transformers and {what} are {found} apart")
+    return f"; transformers to ferrotune {ours:.1e}, with GELU through f16 to llama.cpp {theirs:.1e}"
 
 
 def check(name, ferrotune, model, place):
@@ -189,16 +227,17 @@ def check(name, ferrotune, model, place):
     base = Model(files["f32"])
     # What a text of chats says of a random model is little: few of them are enough.
     texts = [base.ids(text)[:200] for text in held_out()][:40 if name == "tiny" else 6]
-    apart = distance(ferrotune, model, base, texts[0])
+    furthest = distance(ferrotune, model, base, texts[0])
     if name == "phi3-longrope":
         long_text = [token for text in held_out() for token in base.ids(text)][:CONTEXT + 44]
-        apart = max(apart, distance(ferrotune, model, Model(files["f32"], context=2 * CONTEXT), long_text))
-    if not apart <= LIMIT:
-        FAILURES.append(f"{name}: log-probabilities of f32 in llama.cpp are {apart} from ferrotune's")
+        furthest = max(furthest, distance(ferrotune, model, Model(files["f32"], context=2 * CONTEXT), long_text))
+    if not furthest <= LIMIT:
+        FAILURES.append(f"{name}: log-probabilities of f32 in llama.cpp are {furthest} from ferrotune's")
+    cause = check_gelu(name, ferrotune, model, base, texts[0]) if name.startswith("gemma") else ""
     wanted = greedy_text(ferrotune, model)
     if base.greedy_text() != wanted:
         sys.exit(f"{name}: f32: llama.cpp's greedy text {base.greedy_text()!r}, ferrotune's {wanted!r}")
-    rows = [f"| {name} | f32 | largest log-prob difference {apart:.1e} | | same greedy tokens |"]
+    rows = [f"| {name} | f32 | largest log-prob difference {furthest:.1e}{cause} | | same greedy tokens |"]
     for method in methods[1:]:
         own = place / f"{name}-{method}.gguf"
         params = llama_cpp.llama_model_quantize_default_params()

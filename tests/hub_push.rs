@@ -232,7 +232,9 @@ impl Hub {
                     let ignored = name.ends_with(".log");
                     json!({"path": name, "uploadMode": if large { "lfs" } else { "regular" }, "shouldIgnore": ignored})
                 };
-                let files: Vec<Value> = asked["files"].as_array().unwrap().iter().map(mode).collect();
+                let known = |file: &&Value| !file["path"].as_str().unwrap().ends_with(".lost");
+                let files = asked["files"].as_array().unwrap();
+                let files: Vec<Value> = files.iter().filter(known).map(mode).collect();
                 plain(200, json!({"files": files}))
             }
             _ if path.contains("/commit/") => {
@@ -373,6 +375,44 @@ fn refusals_come_before_the_work_and_say_what_to_do() {
     let hub = Hub::start(&[("/repos/create", Fault::Status(403))]);
     hub.state.lock().unwrap().repos.insert("me/model".to_owned(), true);
     hub.open().unwrap();
+}
+
+/// A file that the hub says nothing of is not one that it ignores: it must not stay behind unnoticed.
+#[test]
+fn a_file_that_the_hub_says_nothing_of_fails_the_upload() {
+    let hub = Hub::start(&[]);
+    let place = tempfile::tempdir().unwrap();
+    for name in ["config.json", "a.lost"] {
+        std::fs::write(place.path().join(name), "{}").unwrap();
+    }
+    let error = hub.open().unwrap().push(place.path(), "first", &mut |_| ()).unwrap_err();
+    assert!(format!("{error:#}").contains("a.lost is not in the answer"), "{error:#}");
+    assert!(hub.state.lock().unwrap().commits.is_empty());
+}
+
+/// What is wrong with the folder is said before a token is asked for, and before a repository is made.
+#[test]
+fn a_folder_with_nothing_to_upload_is_refused_first() {
+    let hub = Hub::start(&[]);
+    let place = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(place.path().join("out/checkpoint-1")).unwrap();
+    for file in ["out/checkpoint-1/model.safetensors", "out/.hidden"] {
+        std::fs::write(place.path().join(file), "x").unwrap();
+    }
+    for (folder, reason) in
+        [("absent", "no such folder"), ("out", "nothing to upload"), ("out/.hidden", "no such folder")]
+    {
+        let folder = place.path().join(folder);
+        for token in ["", TOKEN] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+            command.arg("push").arg(&folder).arg("me/model").env("HF_HOME", place.path());
+            let output = command.env("HF_ENDPOINT", &hub.endpoint).env("HF_TOKEN", token).output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{error}");
+            assert!(error.contains(reason) && error.contains(folder.to_str().unwrap()), "{error}");
+        }
+    }
+    assert!(hub.state.lock().unwrap().repos.is_empty());
 }
 
 /// The command: the export is there whatever the upload does, and the line it prints continues.

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::hub_env::hub_options;
 use super::sources::Transfers;
-use crate::io::hub::Upload;
+use crate::io::hub::{Upload, uploadable};
 
 /// Uploads a folder (an adapter, a checkpoint, GGUF files) to a repository of the Hugging Face hub, as one commit.
 ///
@@ -32,6 +32,7 @@ pub struct PushArgs {
 
 /// Runs what the flags ask for.
 pub fn run(args: &PushArgs) -> Result<()> {
+    uploadable(&args.folder)?; // before the hub is asked for anything
     open(&args.repository, args.hub_private, &args.hub_revision)?.push(&args.folder)
 }
 

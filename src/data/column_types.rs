@@ -13,6 +13,8 @@ enum Kind {
     Null,
     Bool,
     Int,
+    /// One of them is beyond 2^53, so that a float may not hold it.
+    LargeInt,
     Float,
     Text,
     List(Box<Kind>),
@@ -25,7 +27,9 @@ impl Kind {
         match self {
             Kind::Null => "nulls",
             Kind::Bool => "booleans",
-            Kind::Int | Kind::Float => "numbers",
+            Kind::Int => "numbers",
+            Kind::LargeInt => "integers beyond 2^53",
+            Kind::Float => "fractions",
             Kind::Text => "strings",
             Kind::List(_) => "lists",
             Kind::Struct(_) => "objects",
@@ -39,16 +43,27 @@ impl Kind {
             (Kind::Bool, Value::Bool(_)) | (Kind::Text, Value::String(_)) => {}
             (Kind::List(items), Value::Array(values)) => values.iter().for_each(|value| items.see(value)),
             (Kind::Struct(fields), Value::Object(object)) => see_fields(fields, object),
-            (Kind::Int | Kind::Float, Value::Number(number)) => {
-                if number.as_i64().is_none() {
-                    *self = Kind::Float;
+            (known @ (Kind::Int | Kind::LargeInt | Kind::Float), Value::Number(_)) => {
+                let mut other = Kind::Null;
+                other.see(value);
+                match (&*known, &other) {
+                    (Kind::Int, Kind::LargeInt | Kind::Float) => *known = other,
+                    (Kind::LargeInt, Kind::Float) | (Kind::Float, Kind::LargeInt) => {
+                        *known = Kind::Mixed(known.name(), other.name());
+                    }
+                    (_, Kind::Mixed(..)) => *known = other,
+                    _ => {}
                 }
             }
             (Kind::Null, value) => {
                 *self = match value {
                     Value::Bool(_) => Kind::Bool,
-                    Value::Number(number) if number.as_i64().is_some() => Kind::Int,
-                    Value::Number(_) => Kind::Float,
+                    Value::Number(number) => match (number.as_i64(), number.is_u64()) {
+                        (Some(number), _) if number.unsigned_abs() <= 1 << 53 => Kind::Int,
+                        (Some(_), _) => Kind::LargeInt,
+                        (None, true) => Kind::Mixed("integers", "integers beyond 2^63"),
+                        (None, false) => Kind::Float,
+                    },
                     Value::String(_) => Kind::Text,
                     Value::Array(_) => Kind::List(Box::default()),
                     Value::Object(_) => Kind::Struct(Vec::new()),
@@ -71,7 +86,7 @@ impl Kind {
             // No value was seen, so any type that can be absent will do.
             Kind::Null | Kind::Text => DataType::Utf8,
             Kind::Bool => DataType::Boolean,
-            Kind::Int => DataType::Int64,
+            Kind::Int | Kind::LargeInt => DataType::Int64,
             Kind::Float => DataType::Float64,
             Kind::List(items) => {
                 DataType::List(Arc::new(Field::new("element", items.data_type(&format!("{path}[]"))?, true)))
@@ -139,7 +154,8 @@ impl ColumnTypes {
 
 fn describe(kind: &Kind) -> String {
     match kind {
-        Kind::Int => "integers".to_owned(),
+        Kind::Int | Kind::LargeInt => "integers".to_owned(),
+        Kind::Float => "numbers".to_owned(),
         Kind::List(items) if **items == Kind::Null => "empty lists".to_owned(),
         Kind::List(items) => format!("lists of {}", describe(items)),
         Kind::Struct(fields) => {

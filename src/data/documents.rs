@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::panic::catch_unwind;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use quick_xml::Reader;
 use quick_xml::events::Event;
+
+use super::pdf;
 
 /// The endings of files that are read as documents.
 pub const DOCUMENT_ENDINGS: [&str; 6] = ["txt", "md", "html", "htm", "pdf", "docx"];
@@ -25,7 +26,7 @@ pub fn read_document(path: &Path) -> Result<String> {
     let text = match ending.as_str() {
         "txt" | "md" => fs::read_to_string(path).map_err(anyhow::Error::from),
         "html" | "htm" => html(path),
-        "pdf" => pdf(path),
+        "pdf" => fs::read(path).map_err(anyhow::Error::from).and_then(|bytes| pdf::text(&bytes)),
         "docx" => docx(path),
         _ => bail!(
             "{}: unknown kind of document: expected {}",
@@ -49,14 +50,6 @@ fn html(path: &Path) -> Result<String> {
     // A ruler is drawn as wide as the page.
     let is_rule = |line: &str| line.starts_with(RULE) && line.chars().all(|c| c == RULE);
     Ok(text.lines().filter(|line| !is_rule(line)).flat_map(|line| [line, "\n"]).collect())
-}
-
-fn pdf(path: &Path) -> Result<String> {
-    let bytes = fs::read(path)?;
-    // The library panics on some broken fonts.
-    catch_unwind(|| pdf_extract::extract_text_from_mem(&bytes))
-        .map_err(|_| anyhow!("a PDF that cannot be read: convert it to text first"))?
-        .map_err(|error| anyhow!("not a PDF that can be read: {error}"))
 }
 
 /// The text of `word/document.xml`: runs `w:t`, paragraphs `w:p`, breaks `w:br`, tabs `w:tab`.

@@ -5,6 +5,7 @@
 //! [`Batch`] after another, shuffled and packed, from any [`Cursor`] on.
 
 mod batch;
+mod byte_bpe;
 mod chunks;
 mod column_types;
 mod documents;
@@ -22,9 +23,11 @@ mod minhash;
 mod named_templates;
 mod numpy_rng;
 mod order;
+mod panics;
 mod parallel;
 mod parquet;
 mod parquet_write;
+mod pdf;
 mod preference;
 mod prepare;
 mod preview;
@@ -58,7 +61,7 @@ pub(crate) use order::shuffle;
 pub use preference::{Preference, PreferenceKind, PreferenceOptions, prepare_preferences};
 pub use prepare::{DatasetOptions, DatasetReport, prepare, prepare_with};
 pub use preview::{PreviewSpan, preview};
-pub use records::{BrokenRow, Place, Record, Records, Row, is_data_file};
+pub use records::{BrokenRow, Place, Record, Records, Row, data_files, is_data_file};
 pub use responses::ResponseMarkers;
 pub use select::{Dedup, Mix, StoppingStrategy, held_out, sample_rows, split_rows};
 pub use share_gpt::{MergedPrompt, ShareGptOptions, to_sharegpt};

@@ -8,24 +8,35 @@ use anyhow::{Context, Result};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use chrono::DateTime;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row as ParquetRow};
 use serde_json::{Map, Value};
 
+use super::panics::without_panic;
 use super::records::{BrokenRow, Place, Record, Rows};
+
+const GAVE_UP: &str = "a broken page, on which the Parquet library gives up";
+
+/// The Parquet library panics on some broken files.
+fn checked<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> parquet::errors::Result<T> {
+    without_panic(work).unwrap_or_else(|| Err(ParquetError::General(GAVE_UP.to_owned())))
+}
 
 pub(super) fn rows<R>(source: R, file: Arc<Path>) -> Result<Rows>
 where
     R: ChunkReader + 'static,
 {
-    let reader: Box<dyn FileReader> =
-        Box::new(SerializedFileReader::new(source).context("not a whole Parquet file")?);
-    let mut rows = RowIter::from_file_into(reader);
+    let reader = checked(|| SerializedFileReader::new(source)).context("not a whole Parquet file")?;
+    let mut rows = RowIter::from_file_into(Box::new(reader));
     let mut number = 0;
     let mut broken = false;
     Ok(Box::new(std::iter::from_fn(move || {
-        let row = rows.next().filter(|_| !broken)?;
+        if broken {
+            return None;
+        }
+        let row = checked(|| rows.next().transpose()).transpose()?;
         number += 1;
         let place = Place { file: file.clone(), unit: "row", number };
         Some(match row {
@@ -41,18 +52,21 @@ where
 
 /// The rows of each row group of `file`.
 pub(super) fn group_rows(file: &Path) -> Result<Vec<u64>> {
-    let reader = SerializedFileReader::new(File::open(file)?).context("not a whole Parquet file")?;
-    Ok(reader.metadata().row_groups().iter().map(|group| group.num_rows() as u64).collect())
+    let source = File::open(file)?;
+    let reader = checked(|| SerializedFileReader::new(source)).context("not a whole Parquet file")?;
+    let rows = reader.metadata().row_groups().iter().map(|group| u64::try_from(group.num_rows()));
+    rows.collect::<Result<_, _>>().context("a row group with a negative number of rows")
 }
 
 /// The records of one row group, which `before` rows precede.
 pub(super) fn group(file: &Arc<Path>, group: usize, before: u64) -> Result<Vec<Record>> {
     let place = |number| Place { file: file.clone(), unit: "row", number };
     let shown = || file.display().to_string();
-    let reader = SerializedFileReader::new(File::open(file).with_context(shown)?).with_context(shown)?;
-    let group = reader.get_row_group(group).with_context(shown)?;
-    RowIter::from_row_group(None, group.as_ref())
-        .with_context(shown)?
+    let source = File::open(file).with_context(shown)?;
+    let reader = checked(|| SerializedFileReader::new(source)).with_context(shown)?;
+    let group = checked(|| reader.get_row_group(group)).with_context(shown)?;
+    let mut rows = checked(|| RowIter::from_row_group(None, group.as_ref())).with_context(shown)?;
+    std::iter::from_fn(|| checked(|| rows.next().transpose()).transpose())
         .zip(before + 1..)
         .map(|(row, number)| {
             let row = row.with_context(|| place(number).to_string())?;

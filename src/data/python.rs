@@ -13,7 +13,7 @@ pub(super) fn environment(markup: bool) -> Environment<'static> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.expect("the default delimiters are valid"));
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    env.set_formatter(print);
+    env.set_formatter(if markup { print_markup } else { print });
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: &Value| python_str(value));
@@ -53,12 +53,21 @@ pub(super) fn set_now(env: &mut Environment<'static>, now: NaiveDateTime) {
 
 /// Brackets around what `safe` marked, until it is printed. Jinja2's `Markup` escapes each string that `+` joins to it,
 /// even where templates are not HTML, and published templates show it (`&#34;` in Mistral's tool calls); MiniJinja has
-/// no such type without escaping all output. The two are Unicode noncharacters, which no text contains. `~` would have
-/// to take them away, which cannot be told from here: a template that uses `~` has plain strings instead.
-const MARKUP_START: char = '\u{fdd0}';
+/// no such type without escaping all output. The two are Unicode noncharacters; a message with the first is refused
+/// where a template marks anything. `~` would have to take them away, which cannot be told from here: a template that
+/// uses `~` has plain strings instead.
+pub(super) const MARKUP_START: char = '\u{fdd0}';
 const MARKUP_END: char = '\u{fdd1}';
 
 fn print(out: &mut Output, _: &mut State, value: &Value) -> Result<(), Error> {
+    match value.as_str() {
+        Some(text) => out.write_str(text)?,
+        None => out.write_str(&python_str(value))?,
+    }
+    Ok(())
+}
+
+fn print_markup(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
     match value.as_str() {
         Some(text) if text.contains(MARKUP_START) => {
             let mut rest = text;
@@ -69,11 +78,10 @@ fn print(out: &mut Output, _: &mut State, value: &Value) -> Result<(), Error> {
                 rest = after;
             }
             escape(out, rest)?;
+            Ok(())
         }
-        Some(text) => out.write_str(text)?,
-        None => out.write_str(&python_str(value))?,
+        _ => print(out, state, value),
     }
-    Ok(())
 }
 
 fn escape(out: &mut Output, text: &str) -> std::fmt::Result {

@@ -69,7 +69,7 @@ impl Records {
     /// # Errors
     /// A source that matches nothing, or a file whose ending is not of a known format.
     pub fn open<S: AsRef<str>>(sources: &[S]) -> Result<Records> {
-        Ok(Records { files: resolve_all(sources)?.into_iter(), open: None })
+        Ok(Records { files: data_files(sources)?.into_iter(), open: None })
     }
 }
 
@@ -93,8 +93,11 @@ impl Iterator for Records {
     }
 }
 
-/// The data files that all of `sources` name.
-pub(super) fn resolve_all<S: AsRef<str>>(sources: &[S]) -> Result<Vec<PathBuf>> {
+/// The data files that all of `sources` (files, folders, globs) name.
+///
+/// # Errors
+/// As [`Records::open`].
+pub fn data_files<S: AsRef<str>>(sources: &[S]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for source in sources {
         files.extend(resolve(source.as_ref())?);

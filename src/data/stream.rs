@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::json::parse_line;
 use super::order::shuffle;
 use super::parquet;
-use super::records::{Place, Record, ending, resolve_all};
+use super::records::{Place, Record, data_files, ending};
 
 /// How rows are streamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl RowStream {
             );
         }
         let mut blocks = Vec::new();
-        for file in resolve_all(sources)? {
+        for file in data_files(sources)? {
             blocks.extend(blocks_of(file)?);
         }
         let all: u64 = blocks.iter().map(|block| block.rows).sum();

@@ -44,6 +44,8 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     source: String,
     origin: String,
+    /// Uses the filter `safe`.
+    marks_safe: bool,
     variables: BTreeMap<String, String>,
     now: NaiveDateTime,
     /// By template name, the byte ranges of the rewritten source that stand in generation blocks.
@@ -118,8 +120,9 @@ impl ChatTemplate {
 
     fn from_named(named: &[(String, String)], origin: &str) -> Result<ChatTemplate> {
         // `~` joins the text of what it is given, `+` escapes it: see `python::MARKUP_START`.
-        let escapes_joined = !named.iter().any(|(_, source)| source.contains(" ~ "));
-        let mut env = python::environment(escapes_joined);
+        let holds = |word: &str| named.iter().any(|(_, source)| source.contains(word));
+        let marks_safe = holds("safe") && !holds(" ~ ");
+        let mut env = python::environment(marks_safe);
         let mut default = None;
         let mut generation = BTreeMap::new();
         for (name, source) in named {
@@ -140,6 +143,7 @@ impl ChatTemplate {
             env,
             source,
             origin: origin.to_owned(),
+            marks_safe,
             variables: BTreeMap::new(),
             now,
             generation,
@@ -203,6 +207,12 @@ impl ChatTemplate {
         let mut context = BTreeMap::new();
         for (name, value) in &self.variables {
             context.insert(name.as_str(), JinjaValue::from(value.as_str()));
+        }
+        if self.marks_safe && messages.iter().any(|one| one.to_string().contains(python::MARKUP_START)) {
+            bail!(
+                "chat template {}: a message holds U+FDD0, which stands for something else here",
+                self.origin
+            );
         }
         let messages: Vec<Value> = messages.iter().map(with_reasoning_names).collect();
         context.insert("messages", JinjaValue::from(Serde(messages)));

@@ -9,7 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::prepare::prepare_into;
-use super::records::resolve_all;
+use super::records::data_files;
 use super::{DatasetOptions, DatasetReport, TokenDataset, Tokenizer};
 use crate::io::{write_atomically, write_folder_atomically};
 
@@ -65,7 +65,7 @@ fn key<S: AsRef<str>>(sources: &[S], tokenizer: &Tokenizer, options: &DatasetOpt
         hasher.update(bytes);
     };
     add("version", VERSION.as_bytes());
-    for file in resolve_all(sources)? {
+    for file in data_files(sources)? {
         let mut contents = Sha256::new();
         let mut bytes = File::open(&file).with_context(|| format!("reading {}", file.display()))?;
         io::copy(&mut bytes, &mut contents).with_context(|| format!("reading {}", file.display()))?;

@@ -1,5 +1,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use chrono::NaiveDateTime;
@@ -9,6 +10,8 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::ChatTemplate;
+use super::byte_bpe::ByteBpe;
+use super::panics::without_panic;
 use crate::io::write_atomically;
 
 /// The files of a checkpoint that belong to the tokenizer.
@@ -41,6 +44,7 @@ pub struct Tokenizer {
     unk: Option<SpecialToken>,
     chat_template: Option<ChatTemplate>,
     template_replaced: bool,
+    fast: Option<Arc<ByteBpe>>,
 }
 
 impl Tokenizer {
@@ -57,7 +61,14 @@ impl Tokenizer {
             bail!("{}", missing_tokenizer(dir));
         }
         let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let read = || -> tokenizers::Result<tokenizers::Tokenizer> {
+            let inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // A template of special tokens that are not there is accepted, and panics when it is used.
+            let _ = inner.encode("a", true);
+            Ok(inner)
+        };
+        let mut inner = without_panic(read)
+            .unwrap_or_else(|| Err("the tokenizers library gave up".into()))
             .map_err(|e| anyhow!("{e}"))
             .with_context(|| format!("{} is not a tokenizer that this program can read", path.display()))?;
         // tokenizer.json may carry the truncation and padding of its last use; transformers ignores both, too.
@@ -94,6 +105,7 @@ impl Tokenizer {
             dir: dir.to_owned(),
             chat_template: None,
             template_replaced: false,
+            fast: ByteBpe::new(&inner).map(Arc::new),
             inner,
         };
         if let Some(template) = ChatTemplate::from_checkpoint(dir, &config)? {
@@ -110,7 +122,17 @@ impl Tokenizer {
         special: [Option<SpecialToken>; 4],
     ) -> Tokenizer {
         let [bos, eos, pad, unk] = special;
-        Tokenizer { inner, dir: origin, bos, eos, pad, unk, chat_template: None, template_replaced: false }
+        Tokenizer {
+            fast: ByteBpe::new(&inner).map(Arc::new),
+            inner,
+            dir: origin,
+            bos,
+            eos,
+            pad,
+            unk,
+            chat_template: None,
+            template_replaced: false,
+        }
     }
 
     /// Replaces the chat template; it sees this tokenizer's special tokens as `bos_token`, `eos_token`, ...
@@ -132,7 +154,7 @@ impl Tokenizer {
     /// The ids of `text`; `add_special_tokens` applies the post-processor of `tokenizer.json`, or what
     /// `add_bos_token` and `add_eos_token` say instead.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        Ok(self.encoding(text, add_special_tokens)?.get_ids().to_vec())
+        Ok(self.encode_with_offsets(text, add_special_tokens)?.0)
     }
 
     /// As [`encode`](Self::encode), with the byte range of `text` that each token covers: its start and end.
@@ -141,14 +163,14 @@ impl Tokenizer {
         text: &str,
         add_special_tokens: bool,
     ) -> Result<(Vec<u32>, Vec<Offsets>)> {
-        let encoding = self.encoding(text, add_special_tokens)?;
+        let fast = self.fast.as_ref().and_then(|fast| fast.encode(&self.inner, text, add_special_tokens));
+        if let Some(found) = fast {
+            return Ok(found);
+        }
+        let encoding = self.inner.encode(text, add_special_tokens).map_err(|e| {
+            anyhow!("{}: cannot encode a text of {} bytes: {e}", self.dir.display(), text.len())
+        })?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
-    }
-
-    fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding> {
-        self.inner
-            .encode(text, add_special_tokens)
-            .map_err(|e| anyhow!("{}: cannot encode a text of {} bytes: {e}", self.dir.display(), text.len()))
     }
 
     /// The text of `ids`; `skip_special_tokens` leaves special tokens out.

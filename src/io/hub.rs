@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use cache::RepoCache;
 use client::{Client, ListingError};
-pub use upload::Upload;
+pub use upload::{Upload, uploadable};
 
 /// Where the hub is, who asks, and where downloads are kept.
 #[derive(Clone, Debug)]

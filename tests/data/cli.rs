@@ -284,3 +284,37 @@ fn split_dedup_mix_sample_convert_and_chunk() {
         Some(2)
     );
 }
+
+/// It reads the dataset once for each of its outputs, so none of them may take the dataset's place.
+#[test]
+fn split_does_not_write_over_what_it_reads() {
+    let folder = TempDir::new().unwrap();
+    let all: Vec<Value> = (0..10).map(|n| chat(&format!("q{n}"), "a")).collect();
+    write(&folder, "rows.jsonl", lines(&all));
+    for (dataset, output, test_output, reason) in [
+        (
+            "rows.jsonl",
+            "./rows.jsonl",
+            "test.jsonl",
+            "--output: ./rows.jsonl is a file of the dataset itself",
+        ),
+        ("*.jsonl", "train.jsonl", "rows.jsonl", "--test-output: rows.jsonl is a file of the dataset itself"),
+        ("rows.jsonl", "a.jsonl", "./a.jsonl", "name one file"),
+    ] {
+        let args = [
+            "split",
+            "--dataset",
+            dataset,
+            "--test-size",
+            "3",
+            "--output",
+            output,
+            "--test-output",
+            test_output,
+        ];
+        let output = run(&folder, &args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && error.contains(reason), "{error}");
+    }
+    assert_eq!(rows(&folder, "rows.jsonl"), all);
+}

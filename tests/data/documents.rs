@@ -18,17 +18,24 @@ pub(super) fn docx(xml: &str) -> Vec<u8> {
     archive.finish().unwrap().into_inner()
 }
 
-/// A PDF of one page with one line.
-pub(super) fn pdf(line: &str) -> Vec<u8> {
-    let stream = format!("BT /F1 12 Tf 72 720 Td ({line}) Tj ET");
-    let objects = [
+/// The objects of a PDF of one page with this content.
+fn objects(content: &str) -> Vec<String> {
+    vec![
         "<< /Type /Catalog /Pages 2 0 R >>".to_owned(),
         "<< /Type /Pages /Kids [3 0 R] /Count 1 >>".to_owned(),
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>"
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> \
+         /XObject << /X 6 0 R >> >> >>"
             .to_owned(),
-        format!("<< /Length {} >>\nstream\n{stream}\nendstream", stream.len()),
+        stream("", content),
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>".to_owned(),
-    ];
+    ]
+}
+
+fn stream(keys: &str, content: &str) -> String {
+    format!("<< {keys}/Length {} >>\nstream\n{content}\nendstream", content.len())
+}
+
+fn file_of(objects: &[String]) -> Vec<u8> {
     let mut text = "%PDF-1.4\n".to_owned();
     let mut places = Vec::new();
     for (object, number) in objects.iter().zip(1..) {
@@ -42,6 +49,11 @@ pub(super) fn pdf(line: &str) -> Vec<u8> {
     }
     text += &format!("trailer\n<< /Size {} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n", objects.len() + 1);
     text.into_bytes()
+}
+
+/// A PDF of one page with one line.
+pub(super) fn pdf(line: &str) -> Vec<u8> {
+    file_of(&objects(&format!("BT /F1 12 Tf 72 720 Td ({line}) Tj ET")))
 }
 
 #[test]
@@ -81,6 +93,42 @@ fn broken_documents_are_named() {
     let whole = pdf("text");
     fails("c.pdf", &whole[..whole.len() / 3]);
     fails("c.docx", &docx("<w:document><w:p></w:document>"));
+}
+
+/// pdf-extract panics without a MediaBox, and goes round for ever where a page or a drawing refers to itself. A stack
+/// that overflows or a loop would end the test run.
+#[test]
+fn pdfs_that_panic_or_never_end_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let page = |from: &str, to: &str| {
+        let mut objects = objects("BT /F1 12 Tf (text) Tj ET");
+        assert!(objects[2].contains(from));
+        objects[2] = objects[2].replace(from, to);
+        file_of(&objects)
+    };
+    let drawing = |keys: &str| {
+        let mut objects = objects("/X Do");
+        objects.push(stream(&format!("/Type /XObject /Subtype /Form {keys}"), "/X Do"));
+        file_of(&objects)
+    };
+    let without_box = page("/MediaBox [0 0 612 792]", "");
+    for (bytes, reason) in [
+        (without_box.clone(), "cannot be read: convert it to text first"),
+        (page("/Parent 2 0 R /MediaBox [0 0 612 792]", "/Parent 3 0 R"), "pages lie in each other"),
+        (drawing(""), "drawings in each other"),
+        (drawing("/Resources << /XObject << /X 6 0 R >> >> "), "drawings in each other"),
+    ] {
+        let error = format!("{:#}", read(&folder, "odd.pdf", &bytes).unwrap_err());
+        assert!(error.contains("odd.pdf") && error.contains(reason), "{error}");
+    }
+    // The command says that and nothing else.
+    std::fs::write(folder.path().join("odd.pdf"), without_box).unwrap();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/data/bpe");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command.args(["data", "chunk", "--documents", "odd.pdf", "--model", model, "--output", "texts.jsonl"]);
+    let output = command.current_dir(&folder).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.lines().count() == 1 && error.contains("odd.pdf"), "{error}");
 }
 
 /// Every byte is in a chunk, no chunk is too long, and neighbours share about what was asked for.

@@ -1,6 +1,7 @@
 //! Tokenizers, chat templates, records, label masks and batches.
 
 mod batches;
+mod byte_bpe;
 mod cache;
 mod cli;
 mod documents;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use ferrotune::data::{Record, Records};
+use ferrotune::data::{Record, Records, RowStream, StreamOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -145,4 +145,16 @@ fn broken_files_are_named_with_the_line() {
         *byte ^= 0x55;
     }
     assert!(read(&write(&folder, "flipped.parquet", flipped)).is_err());
+}
+
+/// A column chunk of a negative length, on which the Parquet library panics: an error with file and row.
+#[test]
+fn a_file_on_which_the_parquet_library_panics_is_named() {
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/data/broken/negative_length.parquet");
+    let error = Records::open(&[golden]).unwrap().find_map(Result::err).unwrap();
+    let error = format!("{error:#}");
+    assert!(error.contains("negative_length.parquet") && error.contains("gives up"), "{error}");
+    let mut stream = RowStream::open(&[golden], StreamOptions::default()).unwrap();
+    let error = std::iter::repeat_with(|| stream.next_row()).take(100).find_map(Result::err).unwrap();
+    assert!(format!("{error:#}").contains("negative_length.parquet"), "{error:#}");
 }

@@ -91,3 +91,14 @@ fn golden_token_ids() {
         }
     }
 }
+
+/// U+FDD0 brackets what `safe` marked: elsewhere it is text like any other, and there it is refused.
+#[test]
+fn noncharacters_stay_text() {
+    let talk = [serde_json::json!({"role": "user", "content": "1 < 2 \u{fdd0}x\u{fdd1}"})];
+    let render =
+        |source: &str| ChatTemplate::new(source, "t").unwrap().render(&talk, &RenderOptions::default());
+    assert_eq!(render("{{ messages[0].content }}").unwrap(), "1 < 2 \u{fdd0}x\u{fdd1}");
+    let error = render("{{ messages[0].content + ('<' | safe) }}").unwrap_err().to_string();
+    assert!(error.contains("U+FDD0"), "{error}");
+}

@@ -184,3 +184,25 @@ fn broken_files_are_named() {
     let error = failure(torn.path());
     assert!(error.contains("tokenizer_config.json is not JSON"), "{error}");
 }
+
+/// Where the tokenizers library panics instead of returning an error: a decoder whose JSON is broken, and a template of
+/// special tokens that it does not define.
+#[test]
+fn a_tokenizer_on_which_the_library_panics_is_named() {
+    let text = fs::read_to_string(golden().join("tokenizer.json")).unwrap();
+    let folder = TempDir::new().unwrap();
+    let decoder = text.find("\"decoder\"").unwrap();
+    let template = r#""post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}"#;
+    let undefined = text.replace("\"post_processor\": null", template);
+    for broken in [
+        undefined,
+        text[..decoder + 20].to_owned(),
+        text.replace("\"decoder\": {", "\"decoder\": {\"a\u{1}\": 1, "),
+    ] {
+        assert_ne!(broken, text);
+        fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
+        let error = failure(folder.path());
+        assert!(error.contains("tokenizer.json is not a tokenizer that this program can read"), "{error}");
+    }
+}

@@ -74,6 +74,13 @@ fn what_cannot_be_written_is_said() {
     let mixed = [json!({"m": [{"content": "x"}]}), json!({"m": [{"content": [1]}]})];
     let error = fails("r.parquet", &mixed);
     assert!(error.contains("m[].content") && error.contains("strings and lists"), "{error}");
+    // No float holds 2^53 + 1: a column of both would lose it without a word.
+    let (large, fraction) = (json!({"n": (1i64 << 53) + 1}), json!({"n": 0.5}));
+    for rows in [[large.clone(), fraction.clone()], [fraction, large]] {
+        let error = fails("r.parquet", &rows);
+        assert!(error.contains("column n holds") && error.contains("integers beyond 2^53"), "{error}");
+    }
+    assert!(fails("r.parquet", &[json!({"n": u64::MAX})]).contains("integers beyond 2^63"));
     assert!(fails("r.parquet", &[json!({"m": {}})]).contains("column m holds only empty objects"));
     assert!(fails("r.txt", &[]).contains("names no format"));
     assert!(fails("r.parquet.gz", &[]).contains("compressed inside"));

@@ -378,3 +378,21 @@ fn adapters_as_gguf() {
     let paths = [("--model", &*root().join("llama")), ("--output-dir", &*place.path().join("none"))];
     refused(export(&["--format", "gguf-lora"], &paths), "needs --adapter");
 }
+
+#[test]
+fn a_tensor_without_elements_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("empty.gguf");
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    [1u64, 0, 1].iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+    bytes.push(b'x');
+    bytes.extend(2u32.to_le_bytes());
+    [0u64, 1].iter().for_each(|size| bytes.extend(size.to_le_bytes()));
+    bytes.extend(GgmlType::Q4_0.id().to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.resize(128, 0);
+    std::fs::write(&path, bytes).unwrap();
+    let error = format!("{:#}", Gguf::open(&path).err().expect("a refusal"));
+    assert!(error.contains("empty.gguf") && error.contains("tensor x has a size of 0"), "{error}");
+}

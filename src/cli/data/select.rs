@@ -1,7 +1,7 @@
 //! Some of a dataset's rows, or those of several.
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -10,7 +10,7 @@ use super::args::{SourceArgs, write};
 use crate::cli::format::count;
 use crate::cli::sources;
 use crate::data::{
-    Dedup, Mix, RowOptions, RowStream, StoppingStrategy, StreamOptions, sample_rows, split_rows,
+    Dedup, Mix, RowOptions, RowStream, StoppingStrategy, StreamOptions, data_files, sample_rows, split_rows,
 };
 use crate::error::Error;
 
@@ -41,10 +41,20 @@ pub fn run_split(args: SplitArgs) -> Result<()> {
     if !(args.test_size > 0.0 && args.test_size.is_finite()) {
         bail!(Error::Usage(format!("--test-size: {} is not above 0", args.test_size)));
     }
-    if args.output == args.test_output {
+    let place = |path: &Path| absolute(path).with_context(|| path.display().to_string());
+    if place(&args.output)? == place(&args.test_output)? {
         bail!(Error::Usage("--output and --test-output name one file".to_owned()));
     }
-    let (train, test) = split_rows(&args.source.files()?, args.test_size, args.seed)?;
+    let sources = args.source.files()?;
+    let files = data_files(&sources).context("--dataset")?;
+    // The dataset is read once for each output: the first must not take its place in between.
+    for (flag, output) in [("--output", &args.output), ("--test-output", &args.test_output)] {
+        let there = output.canonicalize().ok();
+        if there.is_some() && files.iter().any(|file| file.canonicalize().ok() == there) {
+            bail!(Error::Usage(format!("{flag}: {} is a file of the dataset itself", output.display())));
+        }
+    }
+    let (train, test) = split_rows(&sources, args.test_size, args.seed)?;
     write(&args.output, "splitting", train)?;
     write(&args.test_output, "splitting", test)
 }

@@ -3,7 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::lanes::{byte, clamp, floor};
+use super::lanes::{byte, floor};
 use super::{GgmlType, k_quants};
 
 /// Appends the blocks of `values`, which must be whole ones. F16, BF16 and Q8_0 are byte for byte what ggml writes.
@@ -76,11 +76,18 @@ fn extreme(x: &[f32; 32]) -> f32 {
     }
 }
 
-/// Levels 0..=top: the integer part of `x / d + shift`.
+/// Levels 0..=top: the integer part of `(x - low) / d + shift`, which is above 0 and below 33.
+///
+/// Of a float from 32 to 64 the bits 18 to 22 are the integer part less 32: no rounding, no conversion. The fraction has 18
+/// bits there; that only matters to an x within 2^-18 d of the middle between two levels.
 #[inline(always)]
 fn levels(x: &[f32; 32], low: f32, d: f32, shift: f32, top: u8) -> [u8; 32] {
-    let inverse = inverse(d);
-    x.map(|x| byte(clamp(floor((x - low) * inverse + shift), 0.0, f32::from(top))))
+    let (inverse, shift, top) = (inverse(d), 32.0 + shift, 32.5 + f32::from(top));
+    x.map(|x| {
+        let level = (x - low) * inverse + shift;
+        let level = if level > top { top } else { level };
+        (level.to_bits() >> 18) as u8 & 31
+    })
 }
 
 #[inline(always)]

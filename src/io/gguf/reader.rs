@@ -123,6 +123,7 @@ fn tensor_info(cursor: &mut Cursor) -> Result<TensorInfo> {
     let mut numel: i64 = 1;
     for _ in 0..dims {
         let size = i64::try_from(cursor.u64()?)?;
+        ensure!(size > 0, "tensor {name} has a size of {size}");
         numel = numel
             .checked_mul(size)
             .filter(|n| *n < 1 << 48)

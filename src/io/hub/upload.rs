@@ -109,17 +109,15 @@ impl Upload {
     /// What the hub refuses, and a connection that fails again and again. Nothing local is changed, and calling it again
     /// continues: contents that arrived whole are not sent again.
     pub fn push(&self, folder: &Path, message: &str, on_upload: OnTransfer) -> Result<String> {
-        let is_checkpoint =
-            |name: &str| name.split_once('/').is_some_and(|(top, _)| top.starts_with("checkpoint-"));
-        let names: Vec<String> = files_of(folder)?.into_iter().filter(|name| !is_checkpoint(name)).collect();
-        ensure!(!names.is_empty(), "{}: there is nothing to upload", folder.display());
+        let names = uploadable(folder)?;
         let mut commit = vec![json!({"key": "header", "value": {"summary": message, "description": ""}})];
         let mut large = Vec::new();
         for some in names.chunks(BATCH) {
             let modes = self.modes(folder, some)?;
             for name in some {
                 let path = folder.join(name);
-                match modes.get(name).map(String::as_str) {
+                let mode = modes.get(name);
+                match mode.with_context(|| format!("preupload: {name} is not in the answer"))?.as_deref() {
                     Some("lfs") => large.push(Large::read(path, name)?),
                     Some(_) => {
                         let content =
@@ -149,8 +147,8 @@ impl Upload {
         Ok(made["commitUrl"].as_str().map_or(page, str::to_owned))
     }
 
-    /// How the hub stores each file: "lfs" or "regular"; without those that it ignores.
-    fn modes(&self, folder: &Path, names: &[String]) -> Result<BTreeMap<String, String>> {
+    /// How the hub stores each file: "lfs" or "regular", or not at all.
+    fn modes(&self, folder: &Path, names: &[String]) -> Result<BTreeMap<String, Option<String>>> {
         let mut files = Vec::new();
         for name in names {
             let path = folder.join(name);
@@ -168,10 +166,11 @@ impl Upload {
         let mut modes = BTreeMap::new();
         for file in answer["files"].as_array().context("preupload: no files in the answer")? {
             let (name, mode) = (file["path"].as_str(), file["uploadMode"].as_str());
-            if let (Some(name), Some(mode), false) = (name, mode, file["shouldIgnore"] == true) {
+            if let (Some(name), Some(mode)) = (name, mode) {
                 // A storage server takes no empty object.
                 let empty = files.iter().any(|asked| asked["path"] == name && asked["size"] == 0);
-                modes.insert(name.to_owned(), if empty { "regular" } else { mode }.to_owned());
+                let mode = if empty { "regular" } else { mode }.to_owned();
+                modes.insert(name.to_owned(), Some(mode).filter(|_| file["shouldIgnore"] != true));
             }
         }
         Ok(modes)
@@ -378,6 +377,18 @@ impl Upload {
     fn api(&self, what: &str) -> String {
         self.at(&format!("/api/models/{}/{what}/{}", self.repo.id, escaped(&self.options.revision, "")))
     }
+}
+
+/// The files of `folder` that [`Upload::push`] sends: no hidden ones, no training checkpoints.
+///
+/// # Errors
+/// No such folder, and one without such files.
+pub fn uploadable(folder: &Path) -> Result<Vec<String>> {
+    ensure!(folder.is_dir(), "{}: no such folder", folder.display());
+    let mut names = files_of(folder)?;
+    names.retain(|name| !name.split_once('/').is_some_and(|(top, _)| top.starts_with("checkpoint-")));
+    ensure!(!names.is_empty(), "{}: there is nothing to upload", folder.display());
+    Ok(names)
 }
 
 impl Large {
