@@ -23,8 +23,6 @@ struct Norm {
 
   explicit Norm(const NormView& view) : weight(view.weight), eps(view.eps), offset(view.offset) {}
 
-  MadeOf made_of() const { return {weight, eps, offset, std::nullopt}; }
-
   // rstd is null where no backward will follow. `tail`: see linear_tail.
   Tensor forward(const Tensor& x, Tensor* rstd, int64_t tail = 0) const {
     if (!weight.defined()) return x;
@@ -175,7 +173,7 @@ struct AttentionBlock {
   Tensor forward_only(const Tensor& x) const {
     if (!pages.batch || !is_few_rows(x)) return forward(x, nullptr, true);
     Kept k;
-    k.projected = few_rows_linear(x, qkv, {}, norm.made_of());
+    k.projected = few_rows_linear(norm.forward(x, nullptr), qkv);
     turn(x, k, false);
     const Tensor attended = attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads),
                                             value_rows(k.projected), pages, spec);
@@ -351,10 +349,9 @@ struct MlpBlock {
 
   Tensor forward_only(const Tensor& x) const {
     if (is_few_rows(x)) {
-      const Tensor projected = few_rows_linear(x, gate_up, {}, norm.made_of());
-      const MadeOf gated{Tensor(), 0, 0, activation};
-      return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(projected, down, {}, gated), nullptr)
-                                        : few_rows_linear(projected, down, x, gated);
+      const Tensor product = swiglu(few_rows_linear(norm.forward(x, nullptr), gate_up), activation);
+      return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(product, down), nullptr)
+                                        : few_rows_linear(product, down, x);
     }
     if (!in_tiles(x)) return tile_forward(x);
     const Tensor y = at::empty_like(x);

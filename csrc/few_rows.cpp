@@ -81,43 +81,13 @@ Tensor by_kernel(KernelRows& rows, const Tensor& x, int64_t width, bool f32) {
   return y;
 }
 
-// The product of rows that the kernel makes itself, or undefined.
-Tensor made_and_multiplied(const Tensor& x, const Linear& l, const Tensor& residual, const MadeOf& made_of) {
-  const bool normed = made_of.norm_weight.defined();
-  if (!normed && !made_of.activation) return {};
-  bool some = false;
-  std::optional<KernelRows> rows = operands(x, l, residual, some);
-  if (!rows || some) return {};
-  if (normed) {
-    const Tensor& weight = made_of.norm_weight;
-    if (weight.scalar_type() != x.scalar_type() || !weight.is_contiguous() || weight.size(0) != rows->K) return {};
-    rows->made_of = KERNEL_NORMED_ROWS;
-    rows->norm_weight = weight.const_data_ptr();
-    rows->norm_eps = static_cast<float>(made_of.norm_eps);
-    rows->norm_offset = static_cast<float>(made_of.norm_offset);
-  } else {
-    rows->made_of = KERNEL_GATED_ROWS;
-    rows->activation = kernel_activation(*made_of.activation);
-    rows->K /= 2;
-    if (rows->M == 1) rows->x_stride = x.size(1);
-  }
-  return by_kernel(*rows, x, l.rows(), false);
-}
-
 }  // namespace
 
 bool is_few_rows(const Tensor& x) {
   return kernels_for(x) != nullptr && x.scalar_type() != at::kFloat && x.size(0) <= kFewRows && !at::GradMode::is_enabled();
 }
 
-Tensor MadeOf::made(const Tensor& x) const {
-  if (activation) return swiglu(x, *activation);
-  return norm_weight.defined() ? rms_norm(x, norm_weight, norm_eps, norm_offset) : x;
-}
-
-Tensor few_rows_linear(const Tensor& given, const Linear& l, const Tensor& residual, const MadeOf& made_of) {
-  if (const Tensor y = made_and_multiplied(given, l, residual, made_of); y.defined()) return y;
-  const Tensor x = made_of.made(given);
+Tensor few_rows_linear(const Tensor& x, const Linear& l, const Tensor& residual) {
   bool some = false;
   if (std::optional<KernelRows> rows = operands(x, l, residual, some)) {
     if (const Tensor y = by_kernel(*rows, x, l.rows(), false); y.defined()) {

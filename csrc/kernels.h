@@ -23,8 +23,6 @@ inline void load_kernels(rust::Str path) { load_kernels(std::string(path)); }
 const Kernels* kernels_for(const at::Tensor& x);
 
 int kernel_dtype(const at::Tensor& x);
-enum class Activation : std::uint8_t;
-int kernel_activation(Activation activation);
 
 // The launcher of a kernel that sets bytes to zero, a multiple of 4; nullptr where no library is loaded.
 int (*clear_memory())(void* to, int64_t bytes, void* stream);

@@ -13,17 +13,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-int kernel_activation(Activation activation) {
-  switch (activation) {
-    case Activation::Silu:
-      return KERNEL_SILU;
-    case Activation::GeluTanh:
-      return KERNEL_GELU_TANH;
-    default:
-      return KERNEL_GELU;
-  }
-}
-
 namespace {
 
 Tensor activate(const Tensor& gate, Activation activation) {
@@ -34,6 +23,17 @@ Tensor activate(const Tensor& gate, Activation activation) {
 Tensor activate_backward(const Tensor& dy, const Tensor& gate, Activation activation) {
   if (activation == Activation::Silu) return at::silu_backward(dy, gate);
   return at::gelu_backward(dy, gate, activation == Activation::GeluTanh ? "tanh" : "none");
+}
+
+int kernel_activation(Activation activation) {
+  switch (activation) {
+    case Activation::Silu:
+      return KERNEL_SILU;
+    case Activation::GeluTanh:
+      return KERNEL_GELU_TANH;
+    default:
+      return KERNEL_GELU;
+  }
 }
 
 void swiglu_forward_kernel(const Kernels& kernels, const Tensor& y, const Tensor& gate_up, Activation activation) {

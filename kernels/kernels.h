@@ -10,12 +10,10 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 10
+#define FERROTUNE_KERNELS_ABI 9
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
-// What the rows of a product are made of on their way in: x itself, x normed, x = [gate | up] activated.
-enum KernelMadeOf { KERNEL_ROWS = 0, KERNEL_NORMED_ROWS = 1, KERNEL_GATED_ROWS = 2 };
 enum KernelActivation { KERNEL_SILU = 0, KERNEL_GELU_TANH = 1, KERNEL_GELU = 2 };
 
 // The operands of attention: q [N, H, D], k and v [N, K, D] with heads side by side and token strides of their own. A query
@@ -89,7 +87,7 @@ struct KernelRowsPart {
   int lora_f32;
 };
 
-// x [M, K], or [M, 2 K] of gated rows; norm_weight [K] of the dtype; bias [rows of all parts], residual and y [M, rows of all parts]; bias and residual may be null. y is f32 where
+// x [M, K]; bias [rows of all parts], residual and y [M, rows of all parts]; bias and residual may be null. y is f32 where
 // y_f32, else of the dtype, which is a 16-bit one. workspace: as rows_linear_workspace says.
 struct KernelRows {
   struct KernelRowsPart parts[3];
@@ -97,9 +95,6 @@ struct KernelRows {
   const void *x, *bias, *residual;
   void *y, *workspace;
   int dtype, y_f32;
-  int made_of, activation;  // KernelMadeOf; KernelActivation of gated rows
-  const void* norm_weight;
-  float norm_eps, norm_offset;
 };
 
 // One new row of each of `sequences` sequences over pages. q [sequences, H, D], k and v [sequences, K, D] with token strides;
@@ -211,7 +206,7 @@ int attention_softcap_backward(const struct KernelAttention* attention, const vo
                                int64_t dk_stride, int64_t dv_stride, void* stream);
 
 // y = x W^T + bias + scale (x A^T) B^T + residual. The workspace's bytes; 0 where the kernel cannot run: more than 64 rows, K no
-// multiple of 64, R over 64, a GPU older than sm_80, .., or rows made of something that it does not make them of. It is zero at the first use; calls on
+// multiple of 64, R over 64, a GPU older than sm_80, .. It is zero at the first use; calls on
 // one stream share it.
 int rows_linear(const struct KernelRows* rows, void* stream);
 int64_t rows_linear_workspace(const struct KernelRows* rows);

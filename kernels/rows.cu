@@ -71,7 +71,7 @@ extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
     }
   }
   fits = fits && tiles * (rows->K / kBlock) < (int64_t{1} << 31) && ceil_div(tiles, 8) + 6 <= kMostTiles &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && (rows->made_of == KERNEL_ROWS || strips_make_rows(*rows)) &&
+         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kShared;
   if (!fits) return 0;
   const int64_t sums = int64_t{2} * device_attribute(cudaDevAttrMultiProcessorCount);

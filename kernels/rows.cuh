@@ -212,13 +212,13 @@ __device__ inline void prefetch_share_of_a(const Plan& plan, int task) {
   }
 }
 
-// A piece of A times eight columns of x, rows of `stride` elements, by one warp, which then says that it is there.
+// A piece of A times eight columns of x by one warp, which then says that it is there.
 template <typename T>
-__device__ inline void warp_share_of_a(const Plan& plan, const Workspace& workspace, int task, int eight, const T* x, int64_t stride) {
+__device__ inline void warp_share_of_a(const Plan& plan, const Workspace& workspace, int task, int eight) {
   const KernelRows& p = plan.rows;
   const int lane = threadIdx.x % 32;
   const WarpShare share = warp_share(plan, task);
-  x += min(kEight * eight + lane / 4, static_cast<int>(p.M) - 1) * stride + 16 * (lane % 4);
+  const T* const x = static_cast<const T*>(p.x) + min(kEight * eight + lane / 4, static_cast<int>(p.M) - 1) * p.x_stride + 16 * (lane % 4);
   put_sums(workspace.a_sums(plan, task / plan.pieces, task % plan.pieces, eight),
            piece_of_a<T>(p.parts[share.part], x, p.K, int64_t{share.tile} * kTileRows, share.from, share.to - share.from), kTileRows);
   __syncwarp();

@@ -3,7 +3,6 @@
 // computes this thread block's pieces of x A^T, waits for those of the others and has the products with A ready when the tiles are.
 #pragma once
 
-#include "activation.cuh"
 #include "rows.cuh"
 
 namespace ferrotune {
@@ -174,92 +173,16 @@ struct Nf4Block {
     }
   }
 
-  // x into shared memory, made of what it is made of, by all threads; `sums`: as many floats as warps and rows of x.
-  template <int MP>
-  __device__ void stage_x(float* sums) const {
-    using Eight = Vector<T, 8>;
-    const int M = static_cast<int>(p.M), pieces = static_cast<int>(p.K / 8);
-    const auto source = [&](int c) { return static_cast<const T*>(p.x) + c * p.x_stride; };
-    const auto copy = [&](int c) { return reinterpret_cast<Eight*>(bytes + in.x + c * in.x_stride); };
-    if (p.made_of == KERNEL_GATED_ROWS) {
-      const auto made = [&](auto activation) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < M * pieces; i += kStripThreads) {
-          const int c = i / pieces, at = i - c * pieces;
-          const auto gate = load<8>(source(c), at), up = load<8>(source(c) + p.K, at);
-          Eight out;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            out.v[j] = from_float<T>(activate<decltype(activation)::value>(to_float(gate.v[j])).value * to_float(up.v[j]));
-          }
-          copy(c)[at] = out;
-        }
-      };
-      if (p.activation == KERNEL_SILU) return made(Width<KERNEL_SILU>{});
-      return p.activation == KERNEL_GELU ? made(Width<KERNEL_GELU>{}) : made(Width<KERNEL_GELU_TANH>{});
-    }
-    for (int c = 0; c < M; ++c) {
-      const auto* const row = reinterpret_cast<const uint4*>(source(c));
-      for (int i = threadIdx.x; i < pieces; i += kStripThreads) copy_16_bytes(shared_address(copy(c) + i), row + i, true);
-    }
-    commit_copies();
-    if (p.made_of != KERNEL_NORMED_ROWS) return;
-    // As rms_norm.cu does it; a thread works on what it copied.
-    wait_copies<0>();
-    float sum[MP] = {};
-#pragma unroll
-    for (int c = 0; c < MP; ++c) {
-      if (c >= M) continue;
-      for (int i = threadIdx.x; i < pieces; i += kStripThreads) {
-        const Eight v = copy(c)[i];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[c] += to_float(v.v[j]) * to_float(v.v[j]);
-      }
-#pragma unroll
-      for (int other = 16; other > 0; other /= 2) sum[c] += __shfl_xor_sync(0xffffffff, sum[c], other);
-      if (threadIdx.x % 32 == 0) sums[c * (kStripWarps + 1) + threadIdx.x / 32] = sum[c];
-    }
-    __syncthreads();
-    float r[MP];
-#pragma unroll
-    for (int c = 0; c < MP; ++c) {
-      if (c >= M) continue;
-      float total = 0;
-#pragma unroll
-      for (int k = 0; k <= kStripWarps; ++k) total += sums[c * (kStripWarps + 1) + k];
-      r[c] = rsqrtf(total / static_cast<float>(p.K) + p.norm_eps);
-    }
-    for (int i = threadIdx.x; i < pieces; i += kStripThreads) {
-      const auto weight = load<8>(static_cast<const T*>(p.norm_weight), i);
-#pragma unroll
-      for (int c = 0; c < MP; ++c) {
-        if (c >= M) continue;
-        Eight v = copy(c)[i];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v.v[j] = from_float<T>(to_float(v.v[j]) * r[c] * (to_float(weight.v[j]) + p.norm_offset));
-        copy(c)[i] = v;
-      }
-    }
-  }
-
   // By one warp: A on its way; its products with x, of this thread block's share and then of all.
   __device__ void prefetch_a() const {
     for (int task = static_cast<int>(blockIdx.x); task < plan.a_blocks; task += static_cast<int>(gridDim.x)) prefetch_share_of_a(plan, task);
   }
-  // Of the norm's weights, which come from device memory once a step.
-  __device__ void prefetch_norm() const {
-    if (p.made_of != KERNEL_NORMED_ROWS) return;
-    for (int64_t i = threadIdx.x % 32 * 128; i < p.K * 2; i += 32 * 128) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.norm_weight) + i));
-    }
-  }
-  // x: of row 0, rows `stride` elements apart.
   template <int MP>
-  __device__ void multiply_by_a(const T* x, int64_t stride) const {
+  __device__ void multiply_by_a() const {
     const Workspace workspace{static_cast<char*>(p.workspace)};
     const int all = plan.a_blocks * plan.eights;
     for (int task = static_cast<int>(blockIdx.x); task < all; task += static_cast<int>(gridDim.x)) {
-      warp_share_of_a<T>(plan, workspace, task % plan.a_blocks, task / plan.a_blocks, x, stride);
+      warp_share_of_a<T>(plan, workspace, task % plan.a_blocks, task / plan.a_blocks);
     }
     if (w->a == nullptr) return;
     while (load_acquire(workspace.a_ready()) < all) {}

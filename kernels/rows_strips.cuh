@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
       fetched();
     }
     block.fetch_scales_and_b();
-    if (block.first_time() && warp == kStripWarps) block.prefetch_a(), block.prefetch_norm();
+    if (block.first_time() && warp == kStripWarps) block.prefetch_a();
     // Warp k begins at group k all / kStripWarps: the warps that a tile has, whose slots follow each other. Where there are more warps
     // than groups some have none, and their slots are zero.
     if (static_cast<int>(threadIdx.x) < tiles) {
@@ -131,16 +131,20 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
     if (block.first_time()) {
       block.template store_maps<kPairBytes>();
       inputs_ready();
-      if constexpr (kShared) block.template stage_x<MP>(block.z());
+      if (kShared) {
+        for (int c = 0; c < M; ++c) {
+          const auto* const row = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + c * p.x_stride);
+          const unsigned copy = shared_address(bytes + in.x + c * in.x_stride);
+          for (int i = threadIdx.x; i < p.K / 8; i += kStripThreads) copy_16_bytes(copy + 16 * i, row + i, true);
+        }
+        commit_copies();
+      }
     }
     wait_copies<0>();
     __syncthreads();
 
     if (warp == kStripWarps) {
-      if (block.first_time()) {
-        const T* const x = kShared ? reinterpret_cast<const T*>(bytes + in.x) : static_cast<const T*>(p.x);
-        block.template multiply_by_a<MP>(x, kShared ? in.x_stride / 2 : p.x_stride);
-      }
+      if (block.first_time()) block.template multiply_by_a<MP>();
     } else if (left > 0) {
       const unsigned table = in.table + lane * 4;
       const bool has = Use::has(g, t) && g % MP < M;
@@ -304,12 +308,13 @@ static_assert(kReserved + 256 * kMapCopies * 4 + 512 + 2 * kMostRank * 4 + (kStr
                   kRoundBytes <=
               kTableAt);
 
-inline int padded_rows(const KernelRows& rows) { return rows.M <= 1 ? 1 : rows.M <= 2 ? 2 : rows.M <= 4 ? 4 : 8; }
-
-// `shared`: whether x has room in shared memory, and is read there. Returns the number of thread blocks.
-inline int plan_of_strips(StripPlan& strip, bool& shared) {
+template <typename T>
+int launch_strips(const Plan& given, void* stream) {
+  StripPlan strip{};
+  strip.plan = given;
   const KernelRows& rows = strip.plan.rows;
-  const int MP = padded_rows(rows);
+  const bool nested = rows.parts[0].nf4.nested_absmax != nullptr;
+  const int MP = rows.M <= 1 ? 1 : rows.M <= 2 ? 2 : rows.M <= 4 ? 4 : 8;
   const int blocks = plan_strips(strip, 2 * kMostPieces, kMostAtOnce, MP * kMostRank * 4 + (MP > 2 ? kPieceClasses * MP * kTileRows * 4 : 0),
                                  [&](int tiles) { return (kStripWarps + tiles) * MP * kSumStride * 4; });
   StripShared& at = strip.at;
@@ -319,33 +324,8 @@ inline int plan_of_strips(StripPlan& strip, bool& shared) {
   // A row has a multiple of 128 bytes: two are in different banks.
   at.x_stride = static_cast<int>(rows.K * 2 + 16);
   const int64_t x_bytes = rows.M * at.x_stride;
-  shared = at.x + x_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const bool shared = at.x + x_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   at.all = at.x + (shared ? static_cast<int>(x_bytes) : 0);
-  return blocks;
-}
-
-// Whether these rows are made of what they are made of while they are put into shared memory.
-inline bool strips_make_rows(const KernelRows& rows) {
-  bool nf4 = false, shared = false;
-  int tiles;
-  StripPlan strip{};
-  strip.plan = plan_of(rows, kTileRows, nf4, tiles);
-  for (int64_t i = 0; i < rows.count; ++i) nf4 = nf4 && rows.parts[i].w == nullptr;
-  if (!nf4 || rows.M > kEight || !fits_strips(rows)) return false;
-  plan_of_strips(strip, shared);
-  return shared;
-}
-
-template <typename T>
-int launch_strips(const Plan& given, void* stream) {
-  StripPlan strip{};
-  strip.plan = given;
-  const KernelRows& rows = strip.plan.rows;
-  const bool nested = rows.parts[0].nf4.nested_absmax != nullptr;
-  const int MP = padded_rows(rows);
-  bool shared = false;
-  const int blocks = plan_of_strips(strip, shared);
-  const StripShared& at = strip.at;
   const auto launch = [&](auto* kernel) { return launch_with(kernel, dim3(static_cast<unsigned>(blocks)), kStripThreads, at.all, stream, strip); };
   const auto with_rows = [&](auto columns, auto is_nested) {
     constexpr int kColumns = decltype(columns)::value;

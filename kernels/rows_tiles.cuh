@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) tiles_kernel(const __grid_co
     __syncthreads();
 
     if (warp == kStripWarps) {
-      if (block.first_time()) block.template multiply_by_a<8>(static_cast<const T*>(p.x), p.x_stride);
+      if (block.first_time()) block.template multiply_by_a<8>();
     } else if (works) {
       // x, by the warps of this piece.
       const unsigned x_ring = in.x + piece * stages * kStageBytes;

@@ -10,13 +10,32 @@
 //   gelu:      P = (1 + erf(g / sqrt 2)) / 2, act = g P, act' = P + g e^(-g^2 / 2) / sqrt(2 pi)
 //   gelu_tanh: t = tanh(k (g + a g^3)), k = sqrt(2 / pi), a = 0.044715,
 //              act = g (1 + t) / 2, act' = (1 + t) / 2 + g (1 - t^2) k (1 + 3 a g^2) / 2
-#include "activation.cuh"
 #include "chain.cuh"
 
 namespace ferrotune {
 namespace {
 
 // ---- device
+
+struct Activated {
+  float value, slope;
+};
+
+template <int kActivation>
+__device__ inline Activated activate(float g) {
+  if constexpr (kActivation == KERNEL_SILU) {
+    const float s = 1.0f / (1.0f + expf(-g));
+    return {g * s, s * (1.0f + g * (1.0f - s))};
+  } else if constexpr (kActivation == KERNEL_GELU) {
+    constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
+    const float p = 0.5f * (1.0f + erff(g * kInvSqrt2));
+    return {g * p, p + g * kInvSqrt2Pi * expf(-0.5f * g * g)};
+  } else {
+    constexpr float k = 0.79788456080286536f, a = 0.044715f;
+    const float t = tanhf(k * (g + a * g * g * g)), p = 0.5f * (1.0f + t);
+    return {g * p, p + 0.5f * g * (1.0f - t * t) * k * (1.0f + 3.0f * a * g * g)};
+  }
+}
 
 // A block covers blockDim.x vectors of columns of blockDim.y rows; tiles of one row follow each other in the grid.
 struct Place {
