@@ -78,13 +78,15 @@ fn extreme(x: &[f32; 32]) -> f32 {
 
 /// Levels 0..=top: the integer part of `(x - low) / d + shift`, which is above 0 and below 33.
 ///
-/// Of a float from 32 to 64 the bits 18 to 22 are the integer part less 32: no rounding, no conversion. The fraction has 18
-/// bits there; that only matters to an x within 2^-18 d of the middle between two levels.
+/// Of a float from 32 to 64 the bits 18 to 22 are the integer part less 32: no rounding, no conversion. The bits behind
+/// them count 2^-18, so half of that is taken off before the sum is rounded: what is just below an integer stays below
+/// it, and an integer is halfway between two sums, of which it is the even one.
 #[inline(always)]
 fn levels(x: &[f32; 32], low: f32, d: f32, shift: f32, top: u8) -> [u8; 32] {
-    let (inverse, shift, top) = (inverse(d), 32.0 + shift, 32.5 + f32::from(top));
+    const TO_BITS: f32 = 32.0 - 1.0 / (1 << 19) as f32;
+    let (inverse, top) = (inverse(d), 32.5 + f32::from(top));
     x.map(|x| {
-        let level = (x - low) * inverse + shift;
+        let level = (x - low) * inverse + shift + TO_BITS;
         let level = if level > top { top } else { level };
         (level.to_bits() >> 18) as u8 & 31
     })
@@ -153,4 +155,22 @@ fn q8_0(x: &[f32; 32], bytes: &mut Vec<u8>) {
         let rounded = floor(level.abs() + 0.5);
         byte(if level < 0.0 { -rounded } else { rounded })
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::levels;
+
+    /// In the middle between two levels and one step of f32 beside it, where a rounded sum could tip over.
+    #[test]
+    fn levels_are_integer_parts() {
+        for level in 1..32u8 {
+            let edge = f32::from(level);
+            let below = |x: f32| f32::from_bits(x.to_bits() - 1);
+            for (x, expected) in [(edge, level), (below(edge), level - 1), (below(below(edge)), level - 1)] {
+                assert_eq!(levels(&[x; 32], 0.0, 1.0, 0.0, 31), [expected; 32], "{x}");
+            }
+        }
+        assert_eq!(levels(&[16.5; 32], 0.0, 1.0, 0.0, 15), [15; 32]);
+    }
 }
