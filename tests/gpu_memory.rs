@@ -42,7 +42,10 @@ fn the_loss_of_long_completions() {
     if gpu("the loss of long completions").is_none() {
         return;
     }
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    // In a bundle the executable lies beside the tests.
+    let beside = std::env::current_exe().unwrap().with_file_name("ferrotune");
+    let built = std::path::Path::new(env!("CARGO_BIN_EXE_ferrotune"));
+    let mut command = std::process::Command::new(if beside.exists() { &beside } else { built });
     let output = command.args(["bench", "loss", "--device", "cuda", "--json"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
