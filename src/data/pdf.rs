@@ -3,9 +3,11 @@
 //! pdf-extract follows whatever a file refers to, in circles as well: what may not end is refused before it begins.
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use flate2::read::ZlibDecoder;
 use pdf_extract::content::Content;
 use pdf_extract::{Dictionary, Document, Object, ObjectId, PlainTextOutput, output_doc};
 
@@ -15,20 +17,55 @@ use super::panics::without_panic;
 const DEEPEST: usize = 64;
 /// Drawings on all pages.
 const MOST_DRAWINGS: u64 = 1 << 20;
+/// What the streams of a file may come to unpacked, and that many times the file: more is a bomb, not a document.
+const MOST_UNPACKED: u64 = 256 << 20;
+const MOST_TIMES: u64 = 32;
 /// Objects in each other take stack; only what is used of it becomes memory.
 const STACK: usize = 256 << 20;
 
 /// The text of a PDF file in the order of the file.
 ///
 /// # Errors
-/// A file that is broken, encrypted, or goes in circles.
+/// A file that is broken, encrypted, unpacks to far more than it is, or goes in circles.
 pub(super) fn text(bytes: &[u8]) -> Result<String> {
+    check_unpacked(bytes)?;
     let text = thread::scope(|scope| {
         let thread = thread::Builder::new().stack_size(STACK);
         let thread = thread.spawn_scoped(scope, || without_panic(|| extract(bytes)));
         anyhow::Ok(thread.context("starting a thread")?.join().ok().flatten())
     })?;
     text.context("a PDF that cannot be read: convert it to text first")?
+}
+
+/// Unpacks every zlib stream of the file, and what is packed twice, without keeping it: the library keeps all of it.
+fn check_unpacked(bytes: &[u8]) -> Result<()> {
+    const MARK: &[u8] = b"stream";
+    let most = MOST_UNPACKED.saturating_add(MOST_TIMES.saturating_mul(bytes.len() as u64));
+    let mut left = most;
+    let mut count = |packed: &mut dyn Read| -> Result<[u8; 2]> {
+        let (mut buffer, mut start, mut all) = (vec![0; 1 << 16], [0; 2], 0);
+        // What is not zlib after all, or broken, unpacks to no more.
+        while let Ok(read @ 1..) = packed.read(&mut buffer) {
+            if all == 0 && read >= 2 {
+                start.copy_from_slice(&buffer[..2]);
+            }
+            all += read as u64;
+            ensure!(all <= left, "a PDF that unpacks to more than {most} bytes");
+        }
+        left -= all;
+        Ok(start)
+    };
+    let zlib =
+        |start: &[u8]| matches!(start, [a, b, ..] if a & 15 == 8 && u16::from_be_bytes([*a, *b]) % 31 == 0);
+    let mut rest = bytes;
+    while let Some(found) = rest.windows(MARK.len()).position(|window| window == MARK) {
+        rest = &rest[found + MARK.len()..];
+        let packed = rest.strip_prefix(b"\r\n").or_else(|| rest.strip_prefix(b"\n")).unwrap_or(rest);
+        if zlib(packed) && zlib(&count(&mut ZlibDecoder::new(packed))?) {
+            count(&mut ZlibDecoder::new(ZlibDecoder::new(packed)))?;
+        }
+    }
+    Ok(())
 }
 
 fn extract(bytes: &[u8]) -> Result<String> {

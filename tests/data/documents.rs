@@ -1,8 +1,10 @@
 //! Documents into texts, and texts into chunks.
 
-use std::io::Write;
+use std::io::{Read, Write};
 
 use ferrotune::data::{ChunkOptions, chunks, read_document};
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
 use tempfile::TempDir;
 
 use super::{test_data, tokenizer, write};
@@ -93,6 +95,25 @@ fn broken_documents_are_named() {
     let whole = pdf("text");
     fails("c.pdf", &whole[..whole.len() / 3]);
     fails("c.docx", &docx("<w:document><w:p></w:document>"));
+}
+
+/// Packed once and packed twice.
+#[test]
+fn a_pdf_bomb_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let pack = |bytes: &mut dyn Read| {
+        let mut packed = ZlibEncoder::new(Vec::new(), Compression::fast());
+        std::io::copy(bytes, &mut packed).unwrap();
+        packed.finish().unwrap()
+    };
+    let once = pack(&mut std::io::repeat(0).take(400 << 20));
+    let twice = pack(&mut &once[..]);
+    for (name, packed) in [("once.pdf", once), ("twice.pdf", twice)] {
+        let start = b"%PDF-1.4\n9 0 obj\n<< /Filter /FlateDecode >>\nstream\n";
+        let bytes = [&start[..], &packed, b"\nendstream\nendobj\n", &pdf("text")].concat();
+        let error = format!("{:#}", read(&folder, name, &bytes).unwrap_err());
+        assert!(error.contains(name) && error.contains("unpacks to more than"), "{error}");
+    }
 }
 
 /// pdf-extract panics without a MediaBox, and goes round for ever where a page or a drawing refers to itself. A stack
