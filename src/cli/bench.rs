@@ -147,12 +147,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Loss(args) => return super::bench_loss::run(&args),
     };
     let report = measure(&args)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report));
-    }
-    Ok(())
+    super::show(&report, args.json, render)
 }
 
 fn measure(args: &BenchTrainArgs) -> Result<Report> {

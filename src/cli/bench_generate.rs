@@ -93,12 +93,7 @@ struct Report {
 
 pub fn run(args: &BenchGenerateArgs) -> Result<()> {
     let report = measure(args)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report));
-    }
-    Ok(())
+    super::show(&report, args.json, render)
 }
 
 fn measure(args: &BenchGenerateArgs) -> Result<Report> {

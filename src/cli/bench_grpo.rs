@@ -136,12 +136,7 @@ impl Reward for EvenIds {
 
 pub fn run(args: &BenchGrpoArgs) -> Result<()> {
     let report = measure(args)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report));
-    }
-    Ok(())
+    super::show(&report, args.json, render)
 }
 
 fn measure(args: &BenchGrpoArgs) -> Result<Report> {

@@ -56,12 +56,7 @@ struct Report {
 
 pub fn run(args: &BenchLossArgs) -> Result<()> {
     let report = measure(args)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report));
-    }
-    Ok(())
+    super::show(&report, args.json, render)
 }
 
 fn measure(args: &BenchLossArgs) -> Result<Report> {

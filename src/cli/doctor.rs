@@ -100,11 +100,7 @@ struct Problem {
 /// Prints the report. An error, hence exit code 1, when not even the CPU path works.
 pub fn run(args: DoctorArgs) -> Result<()> {
     let report = examine()?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report));
-    }
+    super::show(&report, args.json, render)?;
     ensure!(report.cpu_works, "this machine cannot run ferrotune yet: see `to mend` above");
     Ok(())
 }

@@ -41,7 +41,9 @@ pub mod train_serve;
 
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::error::Error;
@@ -92,6 +94,16 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Check every fused op against its reference on this machine, with its speed
     Selftest(selftest::SelftestArgs),
+}
+
+/// The report as JSON, or as `render` shows it.
+fn show<R: Serialize>(report: &R, json: bool, render: impl FnOnce(&R) -> String) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+    } else {
+        print!("{}", render(report));
+    }
+    Ok(())
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed, 2 usage, 130 interrupted.

@@ -151,11 +151,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
         plan,
         fits,
     };
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", render(&report, &args));
-    }
+    super::show(&report, args.json, |report| render(report, &args))?;
     if !fits {
         bail!("the run does not fit --max-memory and --max-host-memory");
     }

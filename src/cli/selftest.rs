@@ -62,10 +62,7 @@ pub fn run(args: SelftestArgs) -> Result<()> {
     // The same operands each time, so that a failure repeats.
     tch::manual_seed(0);
     let report = measure(cases::cases(), device)?;
-    match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{}", render(&report)),
-    }
+    super::show(&report, args.json, render)?;
     verdict(&report)
 }
 

@@ -10,6 +10,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use flate2::read::ZlibDecoder;
 use pdf_extract::content::Content;
 use pdf_extract::{Dictionary, Document, Object, ObjectId, PlainTextOutput, output_doc};
+use weezl::decode::Decoder;
+use weezl::{BitOrder, LzwStatus};
 
 use super::panics::without_panic;
 
@@ -20,6 +22,8 @@ const MOST_DRAWINGS: u64 = 1 << 20;
 /// What the streams of a file may come to unpacked, and that many times the file: more is a bomb, not a document.
 const MOST_UNPACKED: u64 = 256 << 20;
 const MOST_TIMES: u64 = 32;
+/// Before a stream: what says how it is packed.
+const DICTIONARY: usize = 1024;
 /// Objects in each other take stack; only what is used of it becomes memory.
 const STACK: usize = 256 << 20;
 
@@ -37,35 +41,62 @@ pub(super) fn text(bytes: &[u8]) -> Result<String> {
     text.context("a PDF that cannot be read: convert it to text first")?
 }
 
-/// Unpacks every zlib stream of the file, and what is packed twice, without keeping it: the library keeps all of it.
+/// Unpacks every zlib stream of the file, what is packed twice, and what is said to be LZW, without keeping it: the library
+/// keeps all of it.
 fn check_unpacked(bytes: &[u8]) -> Result<()> {
     const MARK: &[u8] = b"stream";
     let most = MOST_UNPACKED.saturating_add(MOST_TIMES.saturating_mul(bytes.len() as u64));
     let mut left = most;
-    let mut count = |packed: &mut dyn Read| -> Result<[u8; 2]> {
-        let (mut buffer, mut start, mut all) = (vec![0; 1 << 16], [0; 2], 0);
-        // What is not zlib after all, or broken, unpacks to no more.
+    let mut take = |bytes: usize| -> Result<()> {
+        ensure!(bytes as u64 <= left, "a PDF that unpacks to more than {most} bytes");
+        left -= bytes as u64;
+        Ok(())
+    };
+    let mut buffer = vec![0; 1 << 16];
+    // Gives the first two bytes. What is not zlib after all, or broken, unpacks to no more.
+    let mut count = |packed: &mut dyn Read, take: &mut dyn FnMut(usize) -> Result<()>| -> Result<[u8; 2]> {
+        let mut start = None;
         while let Ok(read @ 1..) = packed.read(&mut buffer) {
-            if all == 0 && read >= 2 {
-                start.copy_from_slice(&buffer[..2]);
-            }
-            all += read as u64;
-            ensure!(all <= left, "a PDF that unpacks to more than {most} bytes");
+            start.get_or_insert([buffer[0], buffer[1]]);
+            take(read)?;
         }
-        left -= all;
-        Ok(start)
+        Ok(start.unwrap_or_default())
     };
     let zlib =
         |start: &[u8]| matches!(start, [a, b, ..] if a & 15 == 8 && u16::from_be_bytes([*a, *b]) % 31 == 0);
     let mut rest = bytes;
     while let Some(found) = rest.windows(MARK.len()).position(|window| window == MARK) {
+        let before = bytes.len() - rest.len() + found;
+        let dictionary = &bytes[before.saturating_sub(DICTIONARY)..before];
         rest = &rest[found + MARK.len()..];
         let packed = rest.strip_prefix(b"\r\n").or_else(|| rest.strip_prefix(b"\n")).unwrap_or(rest);
-        if zlib(packed) && zlib(&count(&mut ZlibDecoder::new(packed))?) {
-            count(&mut ZlibDecoder::new(ZlibDecoder::new(packed)))?;
+        if zlib(packed) && zlib(&count(&mut ZlibDecoder::new(packed), &mut take)?) {
+            count(&mut ZlibDecoder::new(ZlibDecoder::new(packed)), &mut take)?;
+        }
+        if dictionary.windows(3).any(|word| word == b"LZW") {
+            for decoder in [Decoder::with_tiff_size_switch(BitOrder::Msb, 8), Decoder::new(BitOrder::Msb, 8)]
+            {
+                count_lzw(decoder, packed, &mut take)?;
+            }
         }
     }
     Ok(())
+}
+
+fn count_lzw(
+    mut decoder: Decoder,
+    mut packed: &[u8],
+    take: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let step = decoder.decode_bytes(packed, &mut buffer);
+        take(step.consumed_out)?;
+        packed = &packed[step.consumed_in..];
+        if !matches!(step.status, Ok(LzwStatus::Ok)) {
+            return Ok(());
+        }
+    }
 }
 
 fn extract(bytes: &[u8]) -> Result<String> {

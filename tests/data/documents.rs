@@ -97,7 +97,7 @@ fn broken_documents_are_named() {
     fails("c.docx", &docx("<w:document><w:p></w:document>"));
 }
 
-/// Packed once and packed twice.
+/// Packed once, packed twice, and by LZW.
 #[test]
 fn a_pdf_bomb_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -108,9 +108,17 @@ fn a_pdf_bomb_is_refused() {
     };
     let once = pack(&mut std::io::repeat(0).take(400 << 20));
     let twice = pack(&mut &once[..]);
-    for (name, packed) in [("once.pdf", once), ("twice.pdf", twice)] {
-        let start = b"%PDF-1.4\n9 0 obj\n<< /Filter /FlateDecode >>\nstream\n";
-        let bytes = [&start[..], &packed, b"\nendstream\nendobj\n", &pdf("text")].concat();
+    let mut lzw = Vec::new();
+    let zeros = std::io::BufReader::new(std::io::repeat(0).take(400 << 20));
+    let mut encoder = weezl::encode::Encoder::with_tiff_size_switch(weezl::BitOrder::Msb, 8);
+    encoder.into_stream(&mut lzw).encode_all(zeros).status.unwrap();
+    for (name, filter, packed) in [
+        ("once.pdf", "FlateDecode", once),
+        ("twice.pdf", "FlateDecode", twice),
+        ("lzw.pdf", "LZWDecode", lzw),
+    ] {
+        let start = format!("%PDF-1.4\n9 0 obj\n<< /Filter /{filter} >>\nstream\n");
+        let bytes = [start.as_bytes(), &packed, b"\nendstream\nendobj\n", &pdf("text")].concat();
         let error = format!("{:#}", read(&folder, name, &bytes).unwrap_err());
         assert!(error.contains(name) && error.contains("unpacks to more than"), "{error}");
     }
