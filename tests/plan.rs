@@ -291,7 +291,7 @@ fn a_plan_of_grpo_shows_both_phases() {
     for (more, message) in [
         (
             ["--per-device-train-batch-size", "6"],
-            "the 6 completions that are written at once must be whole groups",
+            "the 6 completions that are written at once must be whole groups: give a --per-device-train-batch-size",
         ),
         (["--num-generations", "0"], "--num-generations: 0, expected at least 1"),
         (["--max-seq-length", "384"], "'--max-completion-length <N>'"),

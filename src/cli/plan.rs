@@ -165,7 +165,8 @@ fn rollout(args: &PlanArgs) -> Result<Option<Rollout>> {
     let sequences = args.per_device_train_batch_size * steps;
     if !sequences.is_multiple_of(args.num_generations) {
         bail!(Error::Usage(format!(
-            "--num-generations {}: the {sequences} completions that are written at once must be whole groups",
+            "--num-generations {}: the {sequences} completions that are written at once must be whole groups: give a \
+             --per-device-train-batch-size that is a multiple of it",
             args.num_generations
         )));
     }

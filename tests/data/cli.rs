@@ -44,9 +44,15 @@ fn names_of_nothing_are_refused() {
     write(&folder, "rows.jsonl", lines(&[chat("a", "b")]));
     let apply =
         ["apply-chat-template", "--dataset", "rows.jsonl", "--model", MODEL, "--output", "texts.jsonl"];
+    let shuffle = ["shuffle", "--dataset", "rows.jsonl", "--output", "texts.jsonl"];
     for (args, expected) in [
         (vec!["inspect", "--dataset", "nothere.jsonl"], "--dataset: nothere.jsonl: no such file"),
         ([&apply[..], &["--chat-template", "chatlm"]].concat(), "none of the known formats: chatml, "),
+        (
+            [&shuffle[..], &["--rank", "4", "--world-size", "4"]].concat(),
+            "--rank 4: expected one below --world-size",
+        ),
+        ([&shuffle[..], &["--buffer-rows", "0"]].concat(), "--buffer-rows 0: "),
     ] {
         let output = run(&folder, &args);
         let error = String::from_utf8_lossy(&output.stderr);

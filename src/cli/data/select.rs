@@ -3,7 +3,7 @@
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf, absolute};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use super::args::{SourceArgs, write};
@@ -210,6 +210,9 @@ pub struct ShuffleArgs {
 
 /// Runs what the flags ask for.
 pub fn run_shuffle(args: ShuffleArgs) -> Result<()> {
+    let (rank, world_size) = (args.rank, args.world_size);
+    ensure!(rank < world_size, "--rank {rank}: expected one below --world-size, which is {world_size}");
+    ensure!(args.buffer_rows > 0, "--buffer-rows 0: expected at least 1");
     let options = StreamOptions {
         seed: Some(args.seed),
         buffer_rows: args.buffer_rows,
