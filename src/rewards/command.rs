@@ -19,6 +19,7 @@ const LONGEST_LINE: u64 = 1 << 20;
 const LAST_WORDS: usize = 2000;
 /// How long stderr may take to end after the process has.
 const PATIENCE: Duration = Duration::from_millis(500);
+const TOO_MUCH: &str = "it wrote more than one line for this sample, and was ended";
 
 /// A command line for `sh`, kept running. It reads a line of JSON for each sample,
 /// `{"id", "prompt", "completion", "truncated", "columns"}`, and writes one for it before it is given the next: a number, null
@@ -77,19 +78,18 @@ impl Reward for Command {
 
     fn score(&mut self, samples: &[Sample]) -> Vec<Result<Option<f64>>> {
         let mut results: Vec<Result<Option<f64>>> = Vec::with_capacity(samples.len());
-        let too_much = || Err(anyhow!("it wrote more than one line for this sample, and was ended"));
         for sample in samples {
             if self.said_too_much()
                 && let Some(before) = results.last_mut()
             {
-                *before = too_much();
+                *before = Err(anyhow!(TOO_MUCH));
             }
             results.push(self.ask(sample));
         }
         if self.said_too_much()
             && let Some(last) = results.last_mut()
         {
-            *last = too_much();
+            *last = Err(anyhow!(TOO_MUCH));
         }
         results
     }
@@ -99,11 +99,17 @@ impl Reward for Command {
     }
 }
 
+/// A line, and whether more came with it.
+struct Said {
+    line: Vec<u8>,
+    more: bool,
+}
+
 /// A running command. Threads stand at its pipes, so that none of them can make us wait beyond the limit.
 struct Process {
     child: Child,
     questions: Sender<Vec<u8>>,
-    lines: Receiver<Result<Vec<u8>>>,
+    lines: Receiver<Result<Said>>,
     last_words: Receiver<String>,
 }
 
@@ -142,7 +148,10 @@ impl Process {
         // Its thread is gone where the process is: the answer below says so.
         let _ = self.questions.send(question);
         match self.lines.recv_timeout(timeout) {
-            Ok(line) => line,
+            Ok(said) => match said? {
+                Said { more: true, .. } => bail!(TOO_MUCH),
+                Said { line, .. } => Ok(line),
+            },
             Err(RecvTimeoutError::Timeout) => bail!(
                 "no answer within {} s, and it was ended (does it flush every line?)",
                 timeout.as_secs_f64()
@@ -177,19 +186,19 @@ impl Drop for Process {
 }
 
 /// Sends each line without its end, until the pipe ends or nobody listens.
-fn read_lines(mut stdout: impl BufRead, said: &SyncSender<Result<Vec<u8>>>) {
+fn read_lines(mut stdout: BufReader<impl Read>, said: &SyncSender<Result<Said>>) {
     loop {
         let mut line = Vec::new();
         let read = (&mut stdout).take(LONGEST_LINE).read_until(b'\n', &mut line);
         let message = match (read, line.pop()) {
             (Ok(0) | Err(_), _) | (_, None) => return,
-            (_, Some(b'\n')) => Ok(line),
+            (_, Some(b'\n')) => Ok(Said { line, more: !stdout.buffer().is_empty() }),
             (Ok(length), _) if length as u64 == LONGEST_LINE => {
                 Err(anyhow!("an answer of more than {LONGEST_LINE} bytes without a line's end"))
             }
             (_, Some(last)) => {
                 line.push(last);
-                Ok(line)
+                Ok(Said { line, more: false })
             }
         };
         let broken = message.is_err();
