@@ -20,7 +20,7 @@ use crate::export::{
     TorchScript,
 };
 use crate::io::{write_atomically, write_folder_atomically};
-use crate::models::FastLanguageModel;
+use crate::models::StreamedModel;
 use crate::nn::{LoadOptions, RopeScaling};
 use crate::train::Dtype;
 
@@ -170,7 +170,7 @@ fn export_checkpoint(
         let sizes = sizes?;
         let written = started.elapsed().as_secs_f64();
         let _busy = Busy::new("reading back and comparing");
-        let exported = FastLanguageModel::from_pretrained_with(folder, source.options)
+        let exported = StreamedModel::from_pretrained(folder, None, source.options)
             .context("reading the export back")?;
         let agreement = reference.compare(&exported)?;
         let threshold = args.max_kl.unwrap_or(threshold);
@@ -224,8 +224,8 @@ fn export_gguf(args: &ExportArgs, source: &Source, merged: &Merged) -> Result<()
         let written = started.elapsed().as_secs_f64();
         let mut reports = Vec::new();
         for (file, size) in files.iter().zip(sizes?) {
-            let exported = FastLanguageModel::from_gguf(&file.path, source.options)
-                .context("reading the export back")?;
+            let exported =
+                StreamedModel::from_gguf(&file.path, source.options).context("reading the export back")?;
             let agreement = reference.compare(&exported).with_context(|| file_name(&file.quantization))?;
             let threshold = args.max_kl.unwrap_or(file.quantization.max_kl());
             let path = args.output_dir.join(file_name(&file.quantization));
@@ -299,15 +299,13 @@ fn export_torchscript(args: &ExportArgs, source: &Source, merged: &Merged) -> Re
 }
 
 impl Source {
-    /// The scores of the model with its adapter, which is loaded for it and dropped again.
+    /// The scores of the model with its adapter.
     fn reference(&self, load_in_4bit: bool) -> Result<Reference> {
         let _busy = Busy::new("scoring the model");
         let options = LoadOptions { load_in_4bit, ..self.options };
-        let mut model = FastLanguageModel::from_pretrained_with(&self.model, options).context("--model")?;
-        if let Some(adapter) = &self.adapter {
-            model.load_adapter(adapter).context("--adapter")?;
-        }
-        Reference::of(&model)
+        let adapter = self.adapter.as_deref();
+        let model = StreamedModel::from_pretrained(&self.model, adapter, options).context("--model")?;
+        Reference::of(&model).context("--model")
     }
 }
 

@@ -6,15 +6,14 @@
 //! KL = mean_t sum_v p_v (log p_v - log q_v)      (nats a token, f64)
 //! ```
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::dynamic::CALIBRATION_TEXT;
 use crate::data::{RenderOptions, Tokenizer, end_of_turn};
-use crate::models::{FastLanguageModel, Input};
-use crate::ops::Pass;
+use crate::models::StreamedModel;
 
 /// Stands beside what was exported.
 pub const EXPORT_REPORT: &str = "export_report.json";
@@ -65,33 +64,33 @@ struct Words {
 
 impl Reference {
     /// Scores the prompts with `model`.
-    pub fn of(model: &FastLanguageModel) -> Result<Reference> {
-        let prompts = match model.tokenizer() {
-            Ok(tokenizer) => prompts(tokenizer)?,
-            Err(_) => synthetic_prompts(model.decoder.config.vocab_size),
+    pub fn of(model: &StreamedModel) -> Result<Reference> {
+        let mut prompts = match model.tokenizer() {
+            Some(tokenizer) => prompts(tokenizer)?,
+            None => synthetic_prompts(model.config().vocab_size),
         };
-        let longest = model.decoder.config.max_position_embeddings.max(1) as usize;
-        let mut prompts: Vec<Vec<i64>> = prompts;
+        let longest = model.config().max_position_embeddings.max(1) as usize;
         prompts.iter_mut().for_each(|ids| ids.truncate(longest.min(TOKENS)));
         prompts.retain(|ids| !ids.is_empty());
-        let logits = prompts.iter().map(|ids| logits(model, ids)).collect::<Result<_>>()?;
-        let words = model.tokenizer().ok().map(Words::of).transpose()?;
-        Ok(Reference { prompts, logits, words })
+        let words = model.tokenizer().map(Words::of).transpose()?;
+        Ok(Reference { logits: model.logits(&prompts)?, prompts, words })
     }
 
     /// Scores the same prompts with `exported`.
     ///
     /// # Errors
-    /// A tokenizer that cuts a text differently, another BOS, EOS or end of turn, another rendered chat.
-    pub fn compare(&self, exported: &FastLanguageModel) -> Result<Agreement> {
+    /// A tokenizer that is not there or cuts a text differently, another BOS, EOS or end of turn, another rendered chat.
+    pub fn compare(&self, exported: &StreamedModel) -> Result<Agreement> {
         if let Some(ours) = &self.words {
-            ours.expect(&Words::of(exported.tokenizer()?)?)?;
+            let tokenizer = exported.tokenizer().context("the export has no tokenizer")?;
+            ours.expect(&Words::of(tokenizer)?)?;
         }
-        self.compare_logits(|ids| logits(exported, ids))
+        let mut logits = exported.logits(&self.prompts)?.into_iter();
+        self.compare_logits(|_| logits.next().context("a prompt without logits"))
     }
 
     /// The same of anything that gives logits `[T, V]`, f32 on the CPU, of a sequence of ids.
-    pub fn compare_logits(&self, exported: impl Fn(&[i64]) -> Result<Tensor>) -> Result<Agreement> {
+    pub fn compare_logits(&self, mut exported: impl FnMut(&[i64]) -> Result<Tensor>) -> Result<Agreement> {
         let (mut tokens, mut largest, mut kl, mut same) = (0, 0f64, 0.0, 0.0);
         for (ids, ours) in self.prompts.iter().zip(&self.logits) {
             let theirs = exported(ids)?;
@@ -139,15 +138,6 @@ fn conversation() -> [serde_json::Value; 3] {
 fn synthetic_prompts(vocab_size: i64) -> Vec<Vec<i64>> {
     let id = |i: i64| (i * 7919 + i * i * 31) % vocab_size.max(1);
     (0..PROMPTS as i64).map(|p| (0..TOKENS as i64).map(|t| id(p * TOKENS as i64 + t)).collect()).collect()
-}
-
-fn logits(model: &FastLanguageModel, ids: &[i64]) -> Result<Tensor> {
-    let _no_grad = tch::no_grad_guard();
-    let positions: Vec<i64> = (0..ids.len() as i64).collect();
-    let input =
-        Input { input_ids: ids, position_ids: &positions, cu_seqlens: &[0, ids.len() as i32], prefixes: &[] };
-    let hidden = model.decoder.hidden(input, Pass::INFERENCE)?;
-    Ok(model.decoder.logits(&hidden)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?)
 }
 
 impl Words {

@@ -24,7 +24,20 @@ impl Mmap {
         &self.0
     }
 
-    /// Lends the bytes of `range` to `use_tensor` as a CPU tensor without copying them. `range` must hold exactly the
+    /// Says that the pages of `range` were read and are not needed soon: they leave the process's memory, not the system's cache.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        // Shorter ranges are not worth a call of the system.
+        const LEAST: usize = 1 << 20;
+        if range.len() >= LEAST {
+            // SAFETY: a map of a file that is never written to reads the same bytes from it again. That it cannot be done costs
+            // nothing but memory.
+            let _ = unsafe {
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+    }
+
+    /// Lends the bytes of `range` to `use_tensor` as a CPU tensor without copying them, and releases them. `range` must hold exactly the
     /// elements of `shape`.
     pub(crate) fn with_tensor<T>(
         &self,
@@ -33,7 +46,7 @@ impl Mmap {
         kind: Kind,
         use_tensor: impl FnOnce(&Tensor) -> Result<T>,
     ) -> Result<T> {
-        let bytes = &self.0[range];
+        let bytes = &self.0[range.clone()];
         let elements: i64 = shape.iter().product();
         assert_eq!(bytes.len(), elements as usize * kind.elt_size_in_bytes(), "caller checks the extent");
         if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) || bytes.is_empty() {
@@ -47,6 +60,8 @@ impl Mmap {
             Ok(tensor) => tensor,
             Err(_) => Tensor::f_from_data_size(bytes, shape, kind)?,
         };
-        use_tensor(&tensor)
+        let result = use_tensor(&tensor);
+        self.release(range);
+        result
     }
 }

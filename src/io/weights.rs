@@ -13,7 +13,10 @@ use super::mmap::Mmap;
 use super::write_atomically_with;
 use crate::error::Error;
 
-/// The tensors of one or several safetensors files, read on demand.
+/// Bytes of a file that are read before their pages leave the process's memory.
+const RELEASED: usize = 1 << 25;
+
+/// The tensors of one or several safetensors files, read on demand. What was read leaves the process's memory again.
 pub struct Weights {
     files: Vec<Mapped>,
     /// Tensor name -> index into `files`.
@@ -153,21 +156,31 @@ impl Weights {
         let (start, end) = info.data_offsets;
         file.map.with_tensor(file.data_start + start..file.data_start + end, &shape, kind, |stored| {
             let rows = shape.first().copied().unwrap_or(1);
+            let bytes = (end - start) / rows.max(1) as usize;
             // On the CPU in pieces that are still in the cache when they are summed.
             let step = match destination.device() {
                 Device::Cpu if rows > 0 => (rows * (1 << 17) / destination.numel().max(1) as i64).max(1),
                 _ => rows.max(1),
             };
-            for start in (0..rows).step_by(step as usize) {
+            let mut released = 0;
+            for first in (0..rows).step_by(step as usize) {
+                let last = (first + step).min(rows);
                 let piece = |tensor: &Tensor| match shape.is_empty() {
                     true => Ok(tensor.shallow_clone()),
-                    false => tensor.f_narrow(0, start, step.min(rows - start)),
+                    false => tensor.f_narrow(0, first, last - first),
                 };
                 let mut to = piece(destination)?;
                 to.f_copy_(&piece(stored)?)?;
                 if !is_finite(&to)? {
                     let reason = format!("tensor {name} holds NaN or infinite values");
                     return Err(Error::Corrupt { file: file.path.display().to_string(), reason }.into());
+                }
+                // A matrix of a gigabyte is not to stand in memory beside its copy.
+                let read = last as usize * bytes;
+                if read - released >= RELEASED {
+                    let begin = file.data_start + start;
+                    file.map.release(begin + released..begin + read);
+                    released = read;
                 }
             }
             Ok(())
@@ -197,12 +210,20 @@ impl Weights {
     pub fn with_bytes<T>(&self, name: &str, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         let (file, info) = self.find(name)?;
         let (start, end) = info.data_offsets;
-        read(&file.map.bytes()[file.data_start + start..file.data_start + end])
+        let range = file.data_start + start..file.data_start + end;
+        let result = read(&file.map.bytes()[range.clone()]);
+        file.map.release(range);
+        result
     }
 
     /// The file that holds tensor `name`.
     pub fn file(&self, name: &str) -> Result<String> {
         Ok(self.find(name)?.0.path.display().to_string())
+    }
+
+    /// The file, or the first of several.
+    pub fn first_file(&self) -> String {
+        self.files.first().map_or(String::new(), |file| file.path.display().to_string())
     }
 
     /// An error about tensor `name`, naming its file too.
@@ -229,10 +250,7 @@ impl Weights {
     }
 
     fn find(&self, name: &str) -> Result<(&Mapped, &safetensors::tensor::TensorInfo)> {
-        let missing = || Error::MissingTensor {
-            file: self.files.first().map_or(String::new(), |file| file.path.display().to_string()),
-            name: name.to_string(),
-        };
+        let missing = || Error::MissingTensor { file: self.first_file(), name: name.to_string() };
         let file = &self.files[*self.place.get(name).ok_or_else(missing)?];
         Ok((file, file.metadata.info(name).ok_or_else(missing)?))
     }

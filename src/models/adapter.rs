@@ -1,9 +1,9 @@
 //! LoRA adapters that stand beside the model: several in memory, chosen row by row.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use tch::{Kind, Tensor};
 
 use super::{Decoder, FastLanguageModel, LoraModule};
@@ -105,11 +105,34 @@ impl Decoder {
 /// # Errors
 /// A tensor that the file lacks, or one that belongs to no module.
 pub(super) fn fill_adapter(folder: &Path, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+    let weights = open_adapter(folder)?;
+    match fill(&weights, state)?.first() {
+        Some(name) => Err(no_module(&weights, name)),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn open_adapter(folder: &Path) -> Result<Weights> {
     let path = folder.join(ADAPTER_WEIGHTS);
     if !path.is_file() {
         bail!("{}: there is no {ADAPTER_WEIGHTS} in this adapter folder", folder.display());
     }
-    let weights = Weights::open_files(std::slice::from_ref(&path))?;
+    Weights::open_files(&[path])
+}
+
+pub(super) fn no_module(weights: &Weights, name: &str) -> anyhow::Error {
+    let file = weights.file(name).unwrap_or_default();
+    anyhow!("{file}: tensor {name} belongs to no module that adapter_config.json targets")
+}
+
+/// Reads `state`, tensors under peft's names, and returns the names of the tensors that stand for none of it.
+///
+/// # Errors
+/// A tensor that the file lacks.
+pub(super) fn fill(
+    weights: &Weights,
+    state: impl IntoIterator<Item = (String, Tensor)>,
+) -> Result<BTreeSet<String>> {
     // Vision-language checkpoints name the same module in several ways: compare by the text model's names.
     let mut ours: HashMap<(String, AdapterTensor), Tensor> = HashMap::new();
     for (name, tensor) in state {
@@ -118,15 +141,20 @@ pub(super) fn fill_adapter(folder: &Path, state: impl IntoIterator<Item = (Strin
         }
     }
     let _no_grad = tch::no_grad_guard();
+    let mut others = BTreeSet::new();
     for name in weights.names() {
-        let tensor = AdapterTensor::parse(name).and_then(|key| ours.remove(&key));
-        let Some(tensor) = tensor else {
-            bail!("{}: tensor {name} belongs to no module that adapter_config.json targets", path.display());
-        };
-        weights.copy_into(name, &tensor)?;
+        match AdapterTensor::parse(name).and_then(|key| ours.remove(&key)) {
+            Some(tensor) => weights.copy_into(name, &tensor)?,
+            None => {
+                others.insert(name.to_string());
+            }
+        }
     }
     match ours.keys().min() {
-        Some((module, tensor)) => bail!("{}: no tensor named {}", path.display(), tensor.key(module)),
-        None => Ok(()),
+        Some((module, tensor)) => {
+            let name = tensor.key(module);
+            bail!(Error::MissingTensor { file: weights.first_file(), name })
+        }
+        None => Ok(others),
     }
 }

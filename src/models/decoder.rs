@@ -1,6 +1,7 @@
 //! The decoder: embedding, layers of two ops each, final norm, head.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use anyhow::{Result, bail};
 use rayon::prelude::*;
@@ -59,6 +60,15 @@ pub struct Decoder {
     pub(super) nf4_head: Option<Nf4>,
 }
 
+/// What of a model a [`Decoder`] holds. What it lacks are layers, or tensors that are not defined.
+pub(super) enum Extent {
+    Whole,
+    Embedding,
+    Layers(Range<usize>),
+    /// The last norm and the head.
+    Head,
+}
+
 /// Sees each layer (none for the embedding) with its input and its output.
 pub(super) type Watch<'a> = dyn FnMut(Option<&DecoderLayer>, &Tensor, &Tensor) -> Result<()> + 'a;
 
@@ -92,9 +102,19 @@ impl Decoder {
         options: LoadOptions,
         kept: &BTreeSet<String>,
     ) -> Result<Decoder> {
+        Decoder::load_extent(config, weights, options, kept, &Extent::Whole)
+    }
+
+    pub(super) fn load_extent(
+        config: Config,
+        weights: &Weights,
+        options: LoadOptions,
+        kept: &BTreeSet<String>,
+        extent: &Extent,
+    ) -> Result<Decoder> {
         let prefix = prefix_of(weights)?;
-        let decoder =
-            Decoder::build(config, prefix, &Loader { init: Init::Checkpoint(weights), options, kept })?;
+        let loader = Loader { init: Init::Checkpoint(weights), options, kept };
+        let decoder = Decoder::build(config, prefix, &loader, extent)?;
         // The reading threads worked on a stream of their own.
         crate::device::synchronize(options.device)?;
         // What they freed only they could use again.
@@ -122,22 +142,24 @@ impl Decoder {
     /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
     pub fn random_with(config: Config, options: LoadOptions, generator: Device) -> Result<Decoder> {
         let init = Init::Random { std: config.initializer_range, generator };
-        Decoder::build(config, PREFIXES[0], &Loader { init, options, kept: &BTreeSet::new() })
+        let loader = Loader { init, options, kept: &BTreeSet::new() };
+        Decoder::build(config, PREFIXES[0], &loader, &Extent::Whole)
     }
 
     /// A decoder whose tensors have no values yet.
     ///
     /// # Errors
     /// Options that quantise: there is nothing to quantise.
-    pub(super) fn unset(config: Config, options: LoadOptions) -> Result<Decoder> {
+    pub(super) fn unset(config: Config, options: LoadOptions, extent: &Extent) -> Result<Decoder> {
         if options.load_in_4bit || options.nf4_head {
             let what = "quantising a GGUF file to NF4 while it loads".to_string();
             return Err(Error::Unsupported { what, supported: "a checkpoint folder".to_string() }.into());
         }
-        Decoder::build(config, PREFIXES[0], &Loader { init: Init::Unset, options, kept: &BTreeSet::new() })
+        let loader = Loader { init: Init::Unset, options, kept: &BTreeSet::new() };
+        Decoder::build(config, PREFIXES[0], &loader, extent)
     }
 
-    fn build(config: Config, prefix: &str, loader: &Loader) -> Result<Decoder> {
+    fn build(mut config: Config, prefix: &str, loader: &Loader, extent: &Extent) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let LoadOptions { kind, device, offload_embedding, nf4_head, .. } = loader.options;
         if kind == Kind::Half && config.overflows_f16() {
@@ -154,32 +176,41 @@ impl Decoder {
         // Some tools keep only the head of a tied pair.
         let stored = head.filter(|_| config.tie_word_embeddings && !named(&embed)).unwrap_or(&embed);
         let embedding_device = if offload_embedding { Device::Cpu } else { device };
-        let embed_tokens = loader.matrix(stored, [vocab, hidden], embedding_device)?;
+        let ties = config.tie_word_embeddings;
+        let embed_tokens = match extent {
+            Extent::Whole | Extent::Embedding => loader.matrix(stored, [vocab, hidden], embedding_device)?,
+            Extent::Head if ties => loader.matrix(stored, [vocab, hidden], device)?,
+            Extent::Head | Extent::Layers(_) => Tensor::new(),
+        };
+        let range = match extent {
+            Extent::Whole => 0..config.layers.len(),
+            Extent::Layers(range) => range.clone(),
+            Extent::Embedding | Extent::Head => 0..0,
+        };
         let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
         let layers = match loader.init {
             Init::Checkpoint(_) => crate::device::reading_threads()?
-                .install(|| (0..config.layers.len()).into_par_iter().map(build).collect::<Result<_>>())?,
+                .install(|| range.clone().into_par_iter().map(build).collect::<Result<_>>())?,
             // One generator: in order.
-            Init::Random { .. } | Init::Unset => {
-                (0..config.layers.len()).map(build).collect::<Result<_>>()?
-            }
+            Init::Random { .. } | Init::Unset => range.clone().map(build).collect::<Result<_>>()?,
         };
+        config.layers = config.layers[range].to_vec();
         let norm =
             loader.norm(format!("{prefix}norm.weight"), hidden, config.rms_norm_eps, config.norm_offset)?;
         let (mut lm_head, mut in_4_bits) = (None, None);
-        if nf4_head {
+        let has_head = matches!(extent, Extent::Whole | Extent::Head);
+        if nf4_head && has_head {
             in_4_bits = Some(match &loader.init {
-                Init::Random { .. } if config.tie_word_embeddings => {
+                Init::Random { .. } if ties => {
                     let known = if kind == Kind::Double { Kind::Float } else { kind };
                     Nf4::quantize(&embed_tokens.f_to_device(device)?.f_to_kind(known)?)?
                 }
                 _ => {
                     let own = head.unwrap_or("lm_head.weight");
-                    loader
-                        .nf4_matrix(if config.tie_word_embeddings { stored } else { own }, [vocab, hidden])?
+                    loader.nf4_matrix(if ties { stored } else { own }, [vocab, hidden])?
                 }
             });
-        } else if !config.tie_word_embeddings {
+        } else if !ties && has_head {
             lm_head = Some(loader.matrix(head.unwrap_or("lm_head.weight"), [vocab, hidden], device)?);
         }
         Ok(Decoder {

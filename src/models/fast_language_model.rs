@@ -10,8 +10,7 @@ use tch::{Device, Kind};
 use super::adapter::fill_adapter;
 use super::{Config, Decoder, LoraModule};
 use crate::data::{ChatTemplate, Tokenizer};
-use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig, text_module};
-use crate::io::lora_spec::LoraSpec;
+use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig};
 use crate::io::{Weights, write_safetensors};
 use crate::nn::LoadOptions;
 
@@ -117,21 +116,7 @@ impl FastLanguageModel {
 
     /// The LoRA that `config` asks for, by the names of the modules.
     pub(super) fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
-        let spec = LoraSpec::new(config)?;
-        let mut chosen = HashMap::new();
-        for (module, ..) in self.decoder.linear_modules() {
-            let name = self.decoder.peft_module(&module);
-            // A pattern may also have been written for the text model alone.
-            let lora = match spec.for_module(&name)? {
-                Some(lora) => Some(lora),
-                None => spec.for_module(&text_module(&name))?,
-            };
-            if let Some(lora) = lora {
-                let module_lora =
-                    LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
-                chosen.insert(module, module_lora);
-            }
-        }
+        let chosen = self.decoder.lora_modules(config)?;
         let names = || self.decoder.linear_modules().into_iter().map(|(module, ..)| module);
         if chosen.is_empty() {
             let known: std::collections::BTreeSet<String> =
@@ -209,7 +194,7 @@ impl FastLanguageModel {
 }
 
 /// The folder's tokenizer, if it has one. Every id that it can give must have a row in the embedding.
-fn load_tokenizer(config: &Config, dir: &Path) -> Result<Option<Tokenizer>> {
+pub(super) fn load_tokenizer(config: &Config, dir: &Path) -> Result<Option<Tokenizer>> {
     if !dir.join("tokenizer.json").is_file() {
         return Ok(None);
     }

@@ -16,6 +16,7 @@ mod phi3;
 mod qwen;
 mod sensitivity;
 mod sequence_classifier;
+mod streamed;
 
 use anyhow::Result;
 
@@ -31,6 +32,7 @@ pub use gguf::{
 pub use parameters::{LoraModule, Parameter, ParameterRole};
 pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
 pub use sequence_classifier::SequenceClassifier;
+pub use streamed::StreamedModel;
 
 /// A row a `model_type`: how its config.json is read.
 pub struct Architecture {

@@ -1,11 +1,14 @@
 //! What of a decoder trains, under which name it is saved, and how LoRA gets into it.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
-use crate::io::adapter::InitLoraWeights;
+use crate::io::adapter::{AdapterConfig, InitLoraWeights, text_module};
+use crate::io::lora_spec::LoraSpec;
 use crate::ops::{Head, Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.
@@ -49,6 +52,26 @@ impl Decoder {
     /// Index of the layer that `module` belongs to.
     pub fn layer_of(&self, module: &str) -> Option<usize> {
         module.strip_prefix(&self.prefix)?.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+    }
+
+    /// The LoRA that `config` asks for, by the names of the modules; none where it targets nothing that is here.
+    pub(super) fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
+        let spec = LoraSpec::new(config)?;
+        let mut chosen = HashMap::new();
+        for (module, ..) in self.linear_modules() {
+            let name = self.peft_module(&module);
+            // A pattern may also have been written for the text model alone.
+            let lora = match spec.for_module(&name)? {
+                Some(lora) => Some(lora),
+                None => spec.for_module(&text_module(&name))?,
+            };
+            if let Some(lora) = lora {
+                let module_lora =
+                    LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
+                chosen.insert(module, module_lora);
+            }
+        }
+        Ok(chosen)
     }
 
     /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose.
@@ -143,7 +166,7 @@ impl Decoder {
     pub fn trainable(&self) -> Vec<Parameter> {
         let mut parameters = Vec::new();
         let mut add = |name: String, tensor: &Tensor| {
-            if tensor.requires_grad() {
+            if tensor.defined() && tensor.requires_grad() {
                 let role = if tensor.dim() == 1 { ParameterRole::Vector } else { ParameterRole::Matrix };
                 parameters.push(Parameter { name, tensor: tensor.shallow_clone(), role });
             }
@@ -238,7 +261,9 @@ impl Decoder {
     /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; those in 4 bits
     /// dequantised to the decoder's dtype, one at a time.
     pub fn each_weight(&self, mut visit: impl FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
-        visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
+        if self.embed_tokens.defined() {
+            visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
+        }
         for layer in &self.layers {
             for norm in layer.norms() {
                 visit(&norm.name, &norm.weight)?;

@@ -2,6 +2,7 @@
 
 mod gguf;
 mod merged;
+mod streamed;
 mod torchscript;
 
 use std::path::{Path, PathBuf};

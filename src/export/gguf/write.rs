@@ -121,6 +121,8 @@ fn for_each_piece(
     }
     let step = match tensor.change {
         Change::Pairs(_) => rows,
+        // Taken back from 4 bits as a whole, once.
+        _ if merged.is_dequantized() && merged.projection(&tensor.checkpoint).is_some() => rows,
         Change::None | Change::PlusOne => (PIECE / length.max(1)).clamp(1, rows),
     };
     for first in (0..rows).step_by(step) {

@@ -1,6 +1,7 @@
 //! Reading a GGUF file: metadata in memory, tensors mapped.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -64,13 +65,22 @@ impl Gguf {
     /// All elements of tensor `name` in f32, on all cores.
     pub fn dequantize(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.info(name)?;
-        let bytes = self.bytes(name)?;
-        let mut values = vec![0f32; info.numel()];
+        self.dequantize_rows(name, 0..info.numel() / info.row_len().max(1))
+    }
+
+    /// Those of its `rows`, runs of as many elements as its last dimension has.
+    pub fn dequantize_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let info = self.info(name)?;
         let row = info.row_len().max(1);
+        let stored = info.kind.bytes(row);
+        let start = self.data_start + info.offset as usize + rows.start * stored;
+        let range = start..start + rows.len() * stored;
+        let mut values = vec![0f32; rows.len() * row];
         values
             .par_chunks_mut(row)
-            .zip(bytes.par_chunks(info.kind.bytes(row)))
+            .zip(self.map.bytes()[range.clone()].par_chunks(stored))
             .for_each(|(values, bytes)| dequantize_row(info.kind, bytes, values));
+        self.map.release(range);
         Ok(values)
     }
 
