@@ -286,6 +286,9 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 ThreeTensors loss_forward(const Tensor& hidden, const Tensor& weight, const Tensor& labels, double softcap, bool need_dh,
                           bool need_dw) {
+  // The kernels take labels for what they are; on a GPU this does not wait.
+  const Tensor known = labels.ge(0).logical_and(labels.lt(weight.size(0))).logical_or(labels.eq(-100));
+  at::_assert_async(known.all(), "linear_cross_entropy: a label is no word of the head, and not -100");
   return linear_cross_entropy_forward(hidden.contiguous(), weight.contiguous(), labels.contiguous(), softcap, need_dh,
                                       need_dw);
 }

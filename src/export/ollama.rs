@@ -11,7 +11,7 @@ use crate::error::Error;
 /// message of conversations that bring none.
 ///
 /// # Errors
-/// A template that is none of the known formats; a system message with three quotes in a row, which end it.
+/// A template that is none of the known formats; a system message with three quotes in a row, or one at its end.
 pub fn modelfile(
     gguf: &str,
     template: &ChatTemplate,
@@ -25,8 +25,10 @@ pub fn modelfile(
     }
     writeln!(text, "PARAMETER num_ctx {context_length}")?;
     if let Some(system) = system.or(named.default_system) {
-        if system.contains("\"\"\"") {
-            bail!(Error::Usage("--system: three quotes in a row cannot stand in a Modelfile".to_string()));
+        // A quote at its end would be taken for the first of the three that close it.
+        if system.contains("\"\"\"") || system.ends_with('"') {
+            let what = "--system: three quotes in a row, or one at the end, cannot stand in a Modelfile";
+            bail!(Error::Usage(what.to_string()));
         }
         writeln!(text, "SYSTEM \"\"\"{system}\"\"\"")?;
     }

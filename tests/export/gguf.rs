@@ -174,6 +174,12 @@ fn modelfiles() {
         "FROM ./model.Q8_0.gguf\nTEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}\
          <|im_start|>assistant\n\"\"\"\nPARAMETER stop \"<|im_end|>\"\nPARAMETER num_ctx 512\nSYSTEM \"\"\"Be brief.\"\"\"\n"
     );
+    let out = place.path().join("quoted");
+    let flags_of = |system| ["--format", "gguf", "--modelfile", "--system", system];
+    for system in ["say \"\"\"", "say \"hello\""] {
+        refused(export(&flags_of(system), &[("--model", &tiny()), ("--output-dir", &out)]), "--system");
+        assert!(!out.exists());
+    }
     // A template of its own beside the adapter, or in the checkpoint, that nobody knows.
     let strange = place.path().join("strange");
     fs::create_dir(&strange).unwrap();
