@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
 use safetensors::tensor::{Metadata, SafeTensors};
 use safetensors::{Dtype, View};
 use serde::Deserialize;
@@ -162,26 +163,37 @@ impl Weights {
                 Device::Cpu if rows > 0 => (rows * (1 << 17) / destination.numel().max(1) as i64).max(1),
                 _ => rows.max(1),
             };
+            let copy = |(mut to, from): (Tensor, Tensor)| -> Result<()> {
+                to.f_copy_(&from)?;
+                if !is_finite(&to)? {
+                    let reason = format!("tensor {name} holds NaN or infinite values");
+                    return Err(Error::Corrupt { file: file.path.display().to_string(), reason }.into());
+                }
+                Ok(())
+            };
             let mut released = 0;
+            let mut pieces = Vec::new();
             for first in (0..rows).step_by(step as usize) {
                 let last = (first + step).min(rows);
                 let piece = |tensor: &Tensor| match shape.is_empty() {
                     true => Ok(tensor.shallow_clone()),
                     false => tensor.f_narrow(0, first, last - first),
                 };
-                let mut to = piece(destination)?;
-                to.f_copy_(&piece(stored)?)?;
-                if !is_finite(&to)? {
-                    let reason = format!("tensor {name} holds NaN or infinite values");
-                    return Err(Error::Corrupt { file: file.path.display().to_string(), reason }.into());
-                }
-                // A matrix of a gigabyte is not to stand in memory beside its copy.
+                pieces.push((piece(destination)?, piece(stored)?));
                 let read = last as usize * bytes;
-                if read - released >= RELEASED {
-                    let begin = file.data_start + start;
-                    file.map.release(begin + released..begin + read);
-                    released = read;
+                if read - released < RELEASED && last < rows {
+                    continue;
                 }
+                // In a thread of a pool libtorch's ops have one thread each (device::reading_threads).
+                match rayon::current_thread_index() {
+                    Some(_) => pieces.into_par_iter().try_for_each(copy)?,
+                    None => pieces.into_iter().try_for_each(copy)?,
+                }
+                pieces = Vec::new();
+                // A matrix of a gigabyte is not to stand in memory beside its copy.
+                let begin = file.data_start + start;
+                file.map.release(begin + released..begin + read);
+                released = read;
             }
             Ok(())
         })
