@@ -23,6 +23,8 @@ double elapsed_ms(const Event& start, const Event& end) {
   return start.elapsedTime(end);
 }
 
+void wait_for(const Event& event) { event.synchronize(); }
+
 void start_profile(std::int32_t index) {
   namespace profiler = torch::autograd::profiler;
   at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index));

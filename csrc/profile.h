@@ -18,6 +18,8 @@ using Event = c10::Event;
 std::unique_ptr<Event> record_event(std::int32_t index);
 // From one mark to another, once the device has passed both.
 double elapsed_ms(const Event& start, const Event& end);
+// Waits for the work that was enqueued before the event, not for what came after it.
+void wait_for(const Event& event);
 
 // Records every kernel, copy and memset from here to stop_profile, which waits for the device and returns them.
 void start_profile(std::int32_t index);

@@ -347,6 +347,30 @@ pub fn upload_rows(table: &tch::Tensor, rows: &[i64], device: tch::Device) -> Re
     }
 }
 
+/// A tensor on its way from a GPU: what is enqueued after it does not delay it.
+pub struct Download {
+    host: tch::Tensor,
+    arrived: UniquePtr<bridge::Event>,
+}
+
+impl Download {
+    /// Enqueues the copy of `tensor`.
+    ///
+    /// # Errors
+    /// It is not on a GPU.
+    pub fn new(tensor: &tch::Tensor) -> Result<Download> {
+        let (_, index) = cuda_device(tensor.device()).context("only what is on a GPU is downloaded")?;
+        let host = take(bridge::download(crate::ffi::borrow(tensor))?);
+        Ok(Download { host, arrived: bridge::record_event(index)? })
+    }
+
+    /// The tensor on the CPU; the calling thread waits for it.
+    pub fn wait(self) -> Result<tch::Tensor> {
+        bridge::wait_for(&self.arrived)?;
+        Ok(self.host)
+    }
+}
+
 /// Milliseconds that the device takes for `work`: between two events of its own on a GPU, by the clock on the CPU.
 pub fn milliseconds(device: tch::Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let Some((_, index)) = cuda_device(device) else {

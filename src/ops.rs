@@ -35,7 +35,7 @@ pub use optim::{
 pub use pages::{LayerPages, PagedBatch};
 pub use pass::{DropoutKey, LoraRun, LoraSet, Pass};
 pub use policy::Policy;
-pub use sample::{Draw, Drawn, sample};
+pub use sample::{Draw, Drawn, Draws, sample};
 pub use script::save_script;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685

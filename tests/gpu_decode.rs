@@ -1,6 +1,10 @@
 //! Decoding on the GPU: the products of few rows, attention over pages, drawing, and the engine beside the trainer's forward.
 
-use ferrotune::generate::{Engine, EngineOptions, EventKind, KvBudget, Request, Sampler, SamplingParams};
+use std::collections::HashMap;
+
+use ferrotune::generate::{
+    Engine, EngineOptions, EventKind, KvBudget, Request, RequestId, Sampler, SamplingParams,
+};
 use ferrotune::models::FastLanguageModel;
 use ferrotune::models::{Config, Decoder};
 use ferrotune::nn::LoadOptions;
@@ -321,7 +325,7 @@ fn the_gpu_draws_as_the_host_does() {
                 Sampler::new(params, 0, &[], vocab as usize).probabilities(&mut values).unwrap();
             expected.push((probabilities, uniform));
         }
-        let drawn = ops::sample(&random.to_device(device), &draws).unwrap();
+        let drawn = ops::sample(&random.to_device(device), &draws).unwrap().wait().unwrap();
         let log_softmax = random.to_kind(Kind::Double).log_softmax(-1, Kind::Double);
         for (row, (drawn, (probabilities, uniform))) in drawn.iter().zip(&expected).enumerate() {
             let id = drawn.id.unwrap() as usize;
@@ -346,10 +350,10 @@ fn the_gpu_draws_as_the_host_does() {
     let _ = broken.get(2).fill_(f64::NEG_INFINITY);
     let greedy = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, uniform: 0.0 };
     let ids: Vec<Option<i64>> =
-        ops::sample(&broken, &[greedy; 3]).unwrap().iter().map(|drawn| drawn.id).collect();
+        ops::sample(&broken, &[greedy; 3]).unwrap().wait().unwrap().iter().map(|drawn| drawn.id).collect();
     assert_eq!(ids, [None, Some(0), None]);
     broken = broken.get(1).view([1, -1]).copy();
-    assert_eq!(ops::sample(&broken, &[greedy]).unwrap()[0].id, Some(0));
+    assert_eq!(ops::sample(&broken, &[greedy]).unwrap().wait().unwrap()[0].id, Some(0));
 }
 
 /// Penalties, several samples, an adapter beside the model, requests that come and go: what the CPU gives in f32.
@@ -403,7 +407,22 @@ fn graphs_serve_any_batch() {
     let decoder = &model.decoder;
     let options = EngineOptions { kv_budget: KvBudget::Tokens(96 * 128), max_num_seqs: 96 };
     let mut engine = Engine::new(decoder, options).unwrap();
-    let (mut tokens, mut finished) = (0, 0);
+    let mut answers: HashMap<RequestId, (Vec<i64>, Vec<f32>, bool)> = HashMap::new();
+    let take = |engine: &mut Engine, answers: &mut HashMap<_, (Vec<i64>, Vec<f32>, bool)>| {
+        for event in engine.step(decoder).unwrap() {
+            // A cancelled one may have had its last token.
+            let Some((ids, logprobs, finished)) = answers.get_mut(&event.request) else { continue };
+            match event.kind {
+                EventKind::Token(token) => {
+                    ids.push(token.id);
+                    logprobs.push(token.sampling_logprob);
+                }
+                EventKind::Finished(_) => *finished = true,
+                EventKind::Failed(error) => panic!("{error:#}"),
+            }
+        }
+    };
+    let mut prompts = HashMap::new();
     for wave in 0..40_usize {
         for at in 0..(wave * 7) % 11 {
             let prompt: Vec<i64> = (0..10 + at as i64).map(|i| (i * 3 + wave as i64) % 512).collect();
@@ -411,28 +430,44 @@ fn graphs_serve_any_batch() {
                 temperature: 1.0,
                 max_new_tokens: 10 + (wave + at) % 60,
                 seed: (wave * 16 + at) as u64,
+                // Some end where nobody expects it.
+                stop_token_ids: (0..if at % 2 == 0 { 30 } else { 0 }).collect(),
                 ..Default::default()
             };
-            engine.submit(decoder, Request::new(&prompt, &params)).unwrap();
+            let id = engine.submit(decoder, Request::new(&prompt, &params)).unwrap();
+            prompts.insert(id, prompt);
+            answers.insert(id, Default::default());
+            if at == 7 {
+                engine.cancel(id);
+                answers.remove(&id);
+            }
         }
         for _ in 0..8 {
-            for event in engine.step(decoder).unwrap() {
-                match event.kind {
-                    EventKind::Token(_) => tokens += 1,
-                    EventKind::Finished(_) => finished += 1,
-                    EventKind::Failed(error) => panic!("{error:#}"),
-                }
-            }
+            take(&mut engine, &mut answers);
+        }
+        if wave % 8 == 3 {
+            // The same weights, but nobody knows: all is read again.
+            engine.weights_changed();
         }
     }
     while !engine.is_idle() {
-        finished += engine
-            .step(decoder)
-            .unwrap()
-            .iter()
-            .filter(|event| matches!(event.kind, EventKind::Finished(_)))
-            .count();
+        take(&mut engine, &mut answers);
     }
     assert_eq!(engine.stats().pages_held, 0);
-    println!("{finished} requests, {tokens} tokens in waves");
+    let (mut ours, mut trainers) = (Vec::new(), Vec::new());
+    for (id, (ids, logprobs, finished)) in &answers {
+        assert!(finished);
+        let all = decoder.log_probs(&[&prompts[id][..], ids].concat()).unwrap().to_device(Device::Cpu);
+        trainers.push(all.narrow(0, prompts[id].len() as i64 - 1, ids.len() as i64));
+        ours.push(Tensor::from_slice(logprobs));
+    }
+    let (ours, trainers) = (Tensor::cat(&ours, 0), Tensor::cat(&trainers, 0));
+    let most = (&ours - &trainers).abs().max().double_value(&[]);
+    println!(
+        "{} requests, {} tokens in waves, log-probabilities {most:.2e} apart at most",
+        answers.len(),
+        ours.numel()
+    );
+    let apart = rel(&ours, &trainers)[0];
+    assert!(apart < 3e-2, "{apart:.2e}");
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use anyhow::{Context, Result, bail};
 use tch::Tensor;
 
+use super::ahead::Ahead;
 use super::graphs::DecodeGraphs;
 use super::pages::PagePool;
 use super::request::RequestId;
@@ -85,6 +86,8 @@ pub struct Engine {
     pub(super) pool: PagePool,
     pub(super) ropes: RopeTables,
     pub(super) graphs: DecodeGraphs,
+    /// The pass after the last one, launched before its tokens were known here.
+    pub(super) ahead: Option<Ahead>,
     pub(super) waiting: VecDeque<Sequence>,
     /// In the order of their admission.
     pub(super) running: Vec<Sequence>,
@@ -121,6 +124,7 @@ impl Engine {
             pool: PagePool::new(pages),
             ropes: RopeTables::default(),
             graphs: DecodeGraphs::new(decoder),
+            ahead: None,
             waiting: VecDeque::new(),
             running: Vec::new(),
             adapters: BTreeMap::new(),

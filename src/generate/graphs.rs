@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 
 use anyhow::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::device::{self, Graph};
 use crate::models::{Decoder, DeviceRows};
@@ -52,6 +52,7 @@ const MOST_GRAPHS: usize = 64;
 
 pub(super) struct DecodeGraphs {
     enabled: bool,
+    device: Device,
     recorded: HashMap<Shape, Recorded>,
 }
 
@@ -60,12 +61,23 @@ impl DecodeGraphs {
         let enabled = Graph::available(decoder.device)
             && matches!(decoder.kind, Kind::BFloat16 | Kind::Half)
             && !decoder.offloads_embedding();
-        DecodeGraphs { enabled, recorded: HashMap::new() }
+        DecodeGraphs { enabled, device: decoder.device, recorded: HashMap::new() }
     }
 
     /// Forgets what was recorded with adapters that `keeps` does not know.
     pub(super) fn retain(&mut self, keeps: impl Fn(u64) -> bool) {
-        self.recorded.retain(|shape, _| shape.adapter.is_none_or(&keeps));
+        let keep = |shape: &Shape| shape.adapter.is_none_or(&keeps);
+        if !self.recorded.keys().all(keep) {
+            self.finish();
+            self.recorded.retain(|shape, _| keep(shape));
+        }
+    }
+
+    /// A graph must not go while the GPU runs it.
+    fn finish(&self) {
+        if let Err(error) = device::synchronize(self.device) {
+            tracing::warn!("waiting for the GPU: {error:#}");
+        }
     }
 
     /// Logits `[at least rows, V]` of the new tokens, f32; none where this batch is for the ordinary way. `lora` is that of the
@@ -77,21 +89,10 @@ impl DecodeGraphs {
         (pages, ropes): (&KvPages, &mut RopeTables),
         (adapter, lora): (Option<u64>, Option<&LoraSet>),
     ) -> Result<Option<Tensor>> {
-        let longest = rows.iter().map(|row| row.length).max().unwrap_or(0);
-        let regime = decoder.rope_regime(longest);
-        let alike = || rows.iter().all(|row| decoder.rope_regime(row.length) == regime);
-        if !self.enabled || rows.len() > MOST_ROWS || rows.is_empty() || !alike() {
-            return Ok(None);
-        }
-        let context = decoder.config.max_position_embeddings as usize;
-        let shape = Shape {
-            rows: padded(rows.len()),
-            longest: bucket(longest).min(context.next_multiple_of(PAGE_SIZE)),
-            adapter,
-            regime,
-        };
+        let Some(shape) = self.shape(decoder, rows, adapter) else { return Ok(None) };
         if !self.recorded.contains_key(&shape) {
             if self.recorded.len() >= MOST_GRAPHS {
+                self.finish();
                 self.recorded.clear();
             }
             let batch = Batch::new(decoder, &shape, ropes)?;
@@ -126,10 +127,55 @@ impl DecodeGraphs {
         Ok(Some(logits))
     }
 
+    /// The same for rows whose ids are still to be drawn, `tokens` (int64 `[rows]` on the GPU, any for a negative one); none where
+    /// this batch has not been recorded.
+    pub(super) fn logits_of_drawn(
+        &mut self,
+        decoder: &Decoder,
+        rows: &[Row],
+        tokens: &Tensor,
+        adapter: Option<u64>,
+    ) -> Result<Option<Tensor>> {
+        let shape = self.shape(decoder, rows, adapter);
+        let Some((shape, recorded)) =
+            shape.and_then(|shape| self.recorded.get_mut(&shape).map(|it| (shape, it)))
+        else {
+            return Ok(None);
+        };
+        let Some((graph, logits)) = &mut recorded.graph else { return Ok(None) };
+        recorded.batch.assign(&shape, rows)?;
+        let ids = recorded.batch.rows.input_ids.f_narrow(0, 0, rows.len() as i64)?;
+        ids.shallow_clone().f_copy_(&tokens.f_clamp_min(0)?)?;
+        graph.replay()?;
+        Ok(Some(logits.shallow_clone()))
+    }
+
+    /// What a batch is recorded as; none where it cannot be.
+    fn shape(&self, decoder: &Decoder, rows: &[Row], adapter: Option<u64>) -> Option<Shape> {
+        let longest = rows.iter().map(|row| row.length).max().unwrap_or(0);
+        let regime = decoder.rope_regime(longest);
+        let alike = || rows.iter().all(|row| decoder.rope_regime(row.length) == regime);
+        if !self.enabled || rows.len() > MOST_ROWS || rows.is_empty() || !alike() {
+            return None;
+        }
+        let context = decoder.config.max_position_embeddings as usize;
+        let longest = bucket(longest).min(context.next_multiple_of(PAGE_SIZE));
+        Some(Shape { rows: padded(rows.len()), longest, adapter, regime })
+    }
+
     fn give_up(&mut self, error: &anyhow::Error) {
         tracing::warn!("decoding is launched kernel by kernel, not as CUDA graphs: {error:#}");
         self.enabled = false;
+        self.finish();
         self.recorded.clear();
+    }
+}
+
+impl Drop for DecodeGraphs {
+    fn drop(&mut self) {
+        if !self.recorded.is_empty() {
+            self.finish();
+        }
     }
 }
 

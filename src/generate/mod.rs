@@ -24,6 +24,7 @@
 //! # }
 //! ```
 
+mod ahead;
 mod engine;
 mod grammar;
 mod graphs;

@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow};
 use tch::{Device, Kind, Tensor};
 
 use super::ModelRef;
+use super::ahead::LaunchedRows;
 use super::engine::Engine;
 use super::graphs::Row;
 use super::request::{Event, EventKind, Logprobs, RequestId};
@@ -14,13 +15,13 @@ use super::sequence::Sequence;
 use crate::device;
 use crate::models::{Decoder, NewRows};
 use crate::nn::PAGE_SIZE;
-use crate::ops::{self, Drawn, LoraRun};
+use crate::ops::{self, Draws, LoraRun};
 
 /// New rows for the sequence at a place of the batch.
 #[derive(Debug, Clone, Copy)]
-struct Feed {
-    at: usize,
-    rows: usize,
+pub(super) struct Feed {
+    pub(super) at: usize,
+    pub(super) rows: usize,
 }
 
 /// Rows of one forward pass on a GPU: enough for the products to be limited by arithmetic.
@@ -46,8 +47,13 @@ impl Engine {
             return Ok(Vec::new());
         }
         let (mut events, mut gone) = (Vec::new(), HashSet::new());
-        for batch in self.batches(model.decoder, feeds) {
-            if let Err(error) = self.pass(model, &batch, &mut events, &mut gone) {
+        let (launched, feeds) = self.launched(feeds);
+        let batches = self.batches(model.decoder, feeds);
+        // Several passes in turns would go on as several.
+        let alone = usize::from(launched.is_some()) + batches.len() == 1;
+        let passes = launched.map(|(batch, rows)| (batch, Some(rows)));
+        for (batch, rows) in passes.into_iter().chain(batches.into_iter().map(|batch| (batch, None))) {
+            if let Err(error) = self.pass(model, &batch, rows, alone, &mut events, &mut gone) {
                 // No row of this pass can be trusted.
                 for feed in &batch {
                     let sequence = &self.running[feed.at];
@@ -159,7 +165,7 @@ impl Engine {
         Ok(reserved)
     }
 
-    fn try_reserve(&mut self, Feed { at, rows }: Feed) -> Result<bool> {
+    pub(super) fn try_reserve(&mut self, Feed { at, rows }: Feed) -> Result<bool> {
         let sequence = &mut self.running[at];
         // The page that its next token goes into may be shared with samples of the same prompt.
         let written = sequence.cached / PAGE_SIZE;
@@ -193,39 +199,19 @@ impl Engine {
         batches
     }
 
-    /// One pass, and the tokens of the sequences that it brought to their end.
+    /// One pass, unless its logits were `launched` before, and the tokens of the sequences that it brought to their end.
     fn pass(
         &mut self,
         model: ModelRef,
         batch: &[Feed],
+        launched: Option<LaunchedRows>,
+        alone: bool,
         events: &mut Vec<Event>,
         gone: &mut HashSet<(RequestId, Option<usize>)>,
     ) -> Result<()> {
-        // Of the sequences that are at their end: their place, and their last row.
-        let (mut ends, mut last_rows) = (Vec::new(), Vec::new());
-        let mut row = 0;
-        for feed in batch {
-            let sequence = &self.running[feed.at];
-            row += feed.rows;
-            if sequence.cached + feed.rows == sequence.ids.len() {
-                ends.push(feed.at);
-                last_rows.push(row as i64 - 1);
-            }
-        }
-        let logits = match self.recorded_logits(model.decoder, batch)? {
-            Some(logits) => Some(logits),
-            None => {
-                let hidden = self.hidden(model.decoder, batch)?;
-                let _no_grad = tch::no_grad_guard();
-                let wanted = if last_rows.is_empty() {
-                    None
-                } else if last_rows.len() == row {
-                    Some(hidden)
-                } else {
-                    Some(hidden.f_index_select(0, &device::upload(&last_rows, model.decoder.device)?)?)
-                };
-                wanted.map(|hidden| model.decoder.logits(&hidden)).transpose()?
-            }
+        let (ends, logits) = match launched {
+            Some(LaunchedRows { logits, ends }) => (ends, Some(logits)),
+            None => self.logits(model.decoder, batch)?,
         };
         for feed in batch {
             let sequence = &mut self.running[feed.at];
@@ -234,7 +220,34 @@ impl Engine {
             sequence.fed(feed.rows, &mut self.pool);
         }
         let Some(logits) = logits else { return Ok(()) };
-        self.choose(model, &ends, &logits, events, gone)
+        self.choose(model, &ends, &logits, alone, events, gone)
+    }
+
+    /// Of the sequences of a pass that are at their end: their place, and their row of the logits.
+    fn logits(&mut self, decoder: &Decoder, batch: &[Feed]) -> Result<(Vec<(usize, usize)>, Option<Tensor>)> {
+        let (mut ends, mut last_rows) = (Vec::new(), Vec::new());
+        let mut row = 0;
+        for feed in batch {
+            let sequence = &self.running[feed.at];
+            row += feed.rows;
+            if sequence.cached + feed.rows == sequence.ids.len() {
+                ends.push((feed.at, ends.len()));
+                last_rows.push(row as i64 - 1);
+            }
+        }
+        if let Some(logits) = self.recorded_logits(decoder, batch)? {
+            return Ok((ends, Some(logits)));
+        }
+        let hidden = self.hidden(decoder, batch)?;
+        let _no_grad = tch::no_grad_guard();
+        let wanted = if last_rows.is_empty() {
+            None
+        } else if last_rows.len() == row {
+            Some(hidden)
+        } else {
+            Some(hidden.f_index_select(0, &device::upload(&last_rows, decoder.device)?)?)
+        };
+        Ok((ends, wanted.map(|hidden| decoder.logits(&hidden)).transpose()?))
     }
 
     /// The logits of a pass by a CUDA graph, if there is one for it: every sequence has one new token, on one adapter.
@@ -279,19 +292,20 @@ impl Engine {
         decoder.decode(&rows, &self.pages, &mut self.ropes, &lora)
     }
 
-    /// Chooses the next tokens of the sequences at `ends` from their rows of logits, and first tokens of the samples that start
-    /// from them.
+    /// Chooses the next tokens of the sequences at `ends`, given with their rows of logits, and first tokens of the samples that
+    /// start from them.
     fn choose(
         &mut self,
         model: ModelRef,
-        ends: &[usize],
+        ends: &[(usize, usize)],
         logits: &Tensor,
+        alone: bool,
         events: &mut Vec<Event>,
         gone: &mut HashSet<(RequestId, Option<usize>)>,
     ) -> Result<()> {
         // The sequences that get a token, and their rows.
         let mut choosing: Vec<(usize, usize)> = Vec::with_capacity(ends.len());
-        for (row, &at) in ends.iter().enumerate() {
+        for &(at, row) in ends {
             choosing.push((at, row));
             let forks = std::mem::take(&mut self.running[at].forks);
             for sample in 1..=forks {
@@ -306,7 +320,15 @@ impl Engine {
             .partition(|&(at, _)| on_device && self.running[at].sampler_on_device().is_some());
         // Before the penalties change the logits.
         let host = host_rows(logits, &rest)?;
-        let outcomes = self.draw(logits, &drawn)?;
+        let outcomes = match self.draw(logits, &drawn)? {
+            Some(draws) => {
+                if alone && rest.is_empty() {
+                    self.launch_ahead(model.decoder, &drawn, draws.tokens())?;
+                }
+                draws.wait()?
+            }
+            None => Vec::new(),
+        };
         for ((at, _), outcome) in drawn.into_iter().zip(outcomes) {
             let chosen = self.running[at].chosen_on_device(outcome);
             self.advance(model, at, chosen, events, gone);
@@ -319,9 +341,9 @@ impl Engine {
     }
 
     /// Tokens for the sequences and rows of `choosing`, by the GPU.
-    fn draw(&mut self, logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Vec<Drawn>> {
+    fn draw(&mut self, logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Option<Draws>> {
         if choosing.is_empty() {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let _no_grad = tch::no_grad_guard();
         let rows: Vec<i64> = choosing.iter().map(|&(_, row)| row as i64).collect();
@@ -352,7 +374,7 @@ impl Engine {
                 values.f_mul(&divisors)?.f_where_self(&values.f_lt(0.0)?, &values.f_div(&divisors)?)?;
             let _ = flat.f_index_copy_(0, &places, &scaled.f_sub(&taken)?)?;
         }
-        ops::sample(&logits, &draws)
+        Ok(Some(ops::sample(&logits, &draws)?))
     }
 
     /// Appends what was chosen for the sequence at `at`.

@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::op_error;
+use crate::device::Download;
 use crate::ffi::{self, bridge};
 
 /// How one row's token is drawn: the rules and their order of `generate::Sampler`, without the penalties.
@@ -28,8 +29,14 @@ pub struct Drawn {
     pub sampling_logprob: f32,
 }
 
-/// Draws a token of each row of `logits` (f32 `[N, V]` on a GPU) by a kernel, and waits for them.
-pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Drawn>> {
+/// Tokens that a GPU draws.
+pub struct Draws {
+    tokens: Tensor,
+    download: Download,
+}
+
+/// Draws a token of each row of `logits` (f32 `[N, V]` on a GPU) by a kernel; the calling thread does not wait.
+pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Draws> {
     let n = draws.len() as i64;
     let words: Vec<i64> = draws
         .iter()
@@ -44,14 +51,29 @@ pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Drawn>> {
     let logprobs = out.f_narrow(0, n, n)?.f_view_dtype(Kind::Float)?.f_view([2, n])?;
     let [logits, params, tokens, logprobs] = [logits, &params, &tokens, &logprobs].map(ffi::borrow);
     bridge::sample(logits, params, tokens, logprobs).map_err(op_error)?;
-    let mut values = vec![0_i64; 2 * draws.len()];
-    out.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, 2 * draws.len())?;
-    let (ids, packed) = values.split_at(draws.len());
-    let logprob = |at: usize| f32::from_bits((packed[at / 2] as u64 >> (32 * (at % 2))) as u32);
-    let drawn = |(at, &id): (usize, &i64)| Drawn {
-        id: (id >= 0).then_some(id),
-        logprob: logprob(at),
-        sampling_logprob: logprob(draws.len() + at),
-    };
-    Ok(ids.iter().enumerate().map(drawn).collect())
+    Ok(Draws { tokens: out.f_narrow(0, 0, n)?, download: Download::new(&out)? })
+}
+
+impl Draws {
+    /// int64 `[N]` on the GPU, -1 for none.
+    pub fn tokens(&self) -> &Tensor {
+        &self.tokens
+    }
+
+    /// The tokens, once they are drawn.
+    pub fn wait(self) -> Result<Vec<Drawn>> {
+        let host = self.download.wait()?;
+        let mut values = vec![0_i64; host.numel()];
+        let count = values.len();
+        host.f_copy_data(&mut values, count)?;
+        let n = count / 2;
+        let (ids, packed) = values.split_at(n);
+        let logprob = |at: usize| f32::from_bits((packed[at / 2] as u64 >> (32 * (at % 2))) as u32);
+        let drawn = |(at, &id): (usize, &i64)| Drawn {
+            id: (id >= 0).then_some(id),
+            logprob: logprob(at),
+            sampling_logprob: logprob(n + at),
+        };
+        Ok(ids.iter().enumerate().map(drawn).collect())
+    }
 }
