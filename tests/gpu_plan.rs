@@ -232,7 +232,7 @@ fn run_of_another_kind(runs: &mut Runs, kind: usize, deterministic: bool) {
 
 #[test]
 fn random_admitted_runs_of_other_kinds_stay_within_their_budget() {
-    const RUNS: usize = 120;
+    const RUNS: usize = 72;
     let Some(device) = gpu("random plans of other kinds") else { return };
     const KINDS: [&str; 6] = ["full", "full f32", "dropout", "modules_to_save", "f32", "both"];
     let card = measured(device);

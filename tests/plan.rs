@@ -349,3 +349,62 @@ fn a_plan_of_grpo_shows_both_phases() {
         assert!(output.status.code() == Some(2) && error.contains(message), "{error}");
     }
 }
+
+#[test]
+fn weights_in_training_are_counted_by_class() {
+    let memory = |flags: &[&str]| json(&[&["--shape", "llama-3.2-1b"], flags].concat())["memory"].clone();
+    let class = |memory: &serde_json::Value, name: &str| memory[name].as_u64().unwrap();
+    let (all, embedding): (u64, u64) = (1_235_814_400, 128_256 * 2048);
+    let norms = 33 * 2048;
+    let full = memory(&["--full-finetuning"]);
+    assert_eq!(class(&full, "trained"), 4 * all);
+    assert_eq!(class(&full, "optimizer"), 8 * all);
+    assert_eq!([class(&full, "weights"), class(&full, "lora")], [0, 0]);
+    // The embedding, which is the head, has moments in f32, and so have norms.
+    let large = all - embedding - norms;
+    let in_8bit = class(&memory(&["--full-finetuning", "--optim", "adamw_8bit"]), "optimizer");
+    assert_eq!(in_8bit, 2 * large + large / 256 * 8 + 8 * (embedding + norms));
+    // peft's copies: a tied head stays what the embedding was.
+    let lora = memory(&[]);
+    let saved = memory(&["--modules-to-save", "embed_tokens"]);
+    assert_eq!(class(&saved, "trained"), 4 * embedding);
+    assert_eq!(class(&saved, "weights"), class(&lora, "weights"));
+    assert_eq!(class(&saved, "optimizer"), class(&lora, "optimizer") + 8 * embedding);
+    let both = memory(&["--modules-to-save", "embed_tokens,lm_head"]);
+    assert_eq!(class(&both, "trained"), 8 * embedding);
+    assert_eq!(class(&both, "weights"), class(&lora, "weights") - 2 * embedding);
+    for (flags, message) in [
+        (&["--full-finetuning", "--load-in-4bit"][..], "full fine-tuning of a 4-bit model"),
+        (&["--modules-to-save", "lm_head", "--nf4-head"], "training a head with nf4_head"),
+        (&["--modules-to-save", "q_proj"], "modules_to_save \"q_proj\""),
+        (&["--lora-dropout", "1"], "--lora-dropout 1: must be at least 0 and below 1"),
+        (&["--r", "0"], "--r: 0, expected at least 1"),
+    ] {
+        let output = plan(&[&["--shape", "llama-3.2-1b"], flags].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(message), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn full_fine_tuning_that_does_not_fit_is_told_of_lora() {
+    let run = |flags: &[&str]| json(&[&["--shape", "llama-3.1-8b"], flags].concat());
+    let fits = |flags: &[&str]| run(flags)["fits"] == true;
+    for (memory, change, then) in [
+        ("60GiB", "LoRA, without --full-finetuning", &[][..]),
+        ("9GiB", "LoRA, without --full-finetuning, --load-in-4bit", &["--load-in-4bit"]),
+    ] {
+        let budget = ["--max-memory", memory, "--per-device-train-batch-size", "1"];
+        let report = run(&[&["--full-finetuning"], &budget[..]].concat());
+        assert_eq!(report["smallest_change"], change, "{memory}");
+        assert!(report["change_with_auto"].is_null());
+        assert!(fits(&[&budget[..], then].concat()), "{memory}");
+    }
+    // Another policy is named beside what fits with the one asked for.
+    let report = run(&["--load-in-4bit", "--use-gradient-checkpointing", "off", "--max-memory", "20GiB"]);
+    assert_eq!(
+        report["smallest_change"],
+        "--per-device-train-batch-size 1 (with more --gradient-accumulation-steps)"
+    );
+    assert_eq!(report["change_with_auto"], "--use-gradient-checkpointing auto");
+}

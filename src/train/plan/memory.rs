@@ -69,7 +69,7 @@ pub(super) const LASTING: u64 = 10 << 20;
 /// What the allocator holds in pieces that are too small for anything, whatever the size of the model; and the same where no step
 /// is recorded, so that there are no pieces of graphs.
 const PIECES: u64 = 160 << 20;
-const PIECES_UNRECORDED: u64 = 64 << 20;
+const PIECES_UNRECORDED: u64 = 96 << 20;
 
 /// csrc/blocks.cpp: where a query sees as many keys, attention's output is quicker to fetch from the host than to compute.
 pub(super) const KEYS_FOR_HOST: u64 = 2048;
