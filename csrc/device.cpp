@@ -29,8 +29,8 @@ const c10::CachingAllocator::Stat& total(const c10::CachingAllocator::StatArray&
   return stats[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
 }
 
-// cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
-constexpr int kMajor = 75, kMinor = 76;
+// cuda.h's CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT.
+constexpr int kMajor = 75, kMinor = 76, kMultiprocessors = 16;
 // A function of a loaded library; false where there is none.
 template <typename Function>
 bool find_symbol(void* library, Function*& function, const char* name) {
@@ -83,7 +83,8 @@ CudaProbe probe_cuda() {
     size_t bytes = 0;
     CudaDevice found{};
     if (device(&handle, i) || name(text, sizeof text, handle) || attribute(&found.major, kMajor, handle) ||
-        attribute(&found.minor, kMinor, handle) || memory(&bytes, handle)) {
+        attribute(&found.minor, kMinor, handle) ||
+        attribute(&found.multiprocessors, kMultiprocessors, handle) || memory(&bytes, handle)) {
       continue;
     }
     found.name = text;

@@ -453,7 +453,13 @@ mod tests {
 
     #[test]
     fn what_lacks_is_named() {
-        let gpu = |major, minor| CudaDevice { name: "a GPU".into(), major, minor, total_memory: 1 << 34 };
+        let gpu = |major, minor| CudaDevice {
+            name: "a GPU".into(),
+            major,
+            minor,
+            multiprocessors: 132,
+            total_memory: 1 << 34,
+        };
         let with = |driver_version, devices| CudaProbe { driver_version, devices, problem: "no GPU".into() };
         assert!(check(&with(13000, vec![gpu(7, 5)]), 0).is_ok());
         for (probe, index, says) in [

@@ -135,6 +135,7 @@ pub(crate) mod bridge {
         /// Compute capability `major.minor`.
         major: i32,
         minor: i32,
+        multiprocessors: i32,
         /// Bytes.
         total_memory: u64,
     }

@@ -75,3 +75,42 @@ fn the_loss_holds_chunks_of_logits() {
         assert!(logits == 16384 * 8000 * 4 && beyond < logits / 2, "{report}");
     }
 }
+
+#[test]
+fn what_trains_is_chosen_and_the_cpu_has_no_budget() {
+    let model = root().join(&checkpoints()[0]);
+    for method in [
+        &["--full-finetuning", "--optim", "adamw_8bit"][..],
+        &["--lora-dropout", "0.1", "--modules-to-save", "embed_tokens,lm_head"],
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
+            .args([
+                "bench",
+                "train",
+                "--batch",
+                "1",
+                "--seq",
+                "9",
+                "--steps",
+                "2",
+                "--warm-up",
+                "1",
+                "--json",
+            ])
+            .args(["--device", "cpu", "--max-memory", "1GiB", "--model", model.to_str().unwrap()])
+            .args(method)
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        assert!(
+            errors.contains("--max-memory bounds runs on a GPU: on the CPU nothing is bounded"),
+            "{errors}"
+        );
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["full_finetuning"], method.contains(&"--full-finetuning"));
+        let terms = report["floor"]["terms"].as_array().unwrap();
+        let trains = terms.iter().any(|term| term["name"] == "down weight gradient");
+        assert_eq!(trains, method.contains(&"--full-finetuning"), "{report}");
+    }
+}

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use ferrotune::models::Config;
 use ferrotune::train::GradientCheckpointing::{self, Off, On, Unsloth};
 use ferrotune::train::Recording;
-use ferrotune::train::plan::{Budget, Card, Rollout, Work};
+use ferrotune::train::plan::{Budget, Card, Rates, Rollout, Work};
 
 fn plan(arguments: &[&str]) -> Output {
     // No measurement of this machine.
@@ -27,9 +27,18 @@ const QLORA: &[&str] = &["--load-in-4bit"];
 const OFFLOADED: &[&str] = &["--load-in-4bit", "--offload-embedding"];
 const SPARING: &[&str] = &["--load-in-4bit", "--offload-embedding", "--nf4-head"];
 
+const FULL: &[&str] = &["--full-finetuning"];
+const FULL_8BIT: &[&str] = &["--full-finetuning", "--optim", "adamw_8bit"];
+const TWO_PASSES: &[&str] = &["--full-finetuning", "--gradient-accumulation-steps", "2"];
+const DROPOUT: &[&str] = &["--lora-dropout", "0.1"];
+const QLORA_DROPOUT: &[&str] = &["--load-in-4bit", "--lora-dropout", "0.1"];
+const SAVED: &[&str] = &["--modules-to-save", "embed_tokens,lm_head"];
+const IN_F32: &[&str] = &["--dtype", "f32"];
+const DETERMINISTIC: &[&str] = &["--load-in-4bit", "--deterministic"];
+
 /// The last before there were runs of columns and LoRA inside the products, which change little there.
 #[allow(clippy::approx_constant)] // 6.28 GiB is not tau
-const MEASURED: [Measured; 14] = [
+const MEASURED: [Measured; 27] = [
     ("llama-3.1-8b", 2, 2048, Unsloth, QLORA, 6.14, 7.15),
     ("llama-3.1-8b", 2, 2048, On, QLORA, 8.04, 9.10),
     ("llama-3.1-8b", 2, 2048, Off, QLORA, 23.17, 24.92),
@@ -43,6 +52,19 @@ const MEASURED: [Measured; 14] = [
     ("phi-4", 2, 2048, Off, QLORA, 36.18, 37.95),
     ("llama-3.2-1b", 8, 1024, Off, &[], 12.26, 13.18),
     ("llama-3.2-1b", 8, 1024, Unsloth, &[], 3.23, 4.20),
+    ("llama-3.2-1b", 2, 1024, Off, FULL, 19.47, 20.68),
+    ("llama-3.2-1b", 2, 1024, On, FULL, 19.47, 20.56),
+    ("llama-3.2-1b", 2, 1024, Off, FULL_8BIT, 14.06, 15.27),
+    ("llama-3.2-1b", 2, 1024, On, FULL_8BIT, 14.06, 15.12),
+    ("llama-3.2-1b", 2, 1024, Off, TWO_PASSES, 22.54, 23.50),
+    ("llama-3.2-1b", 2, 1024, Off, DROPOUT, 5.20, 6.04),
+    ("llama-3.2-1b", 2, 1024, On, DROPOUT, 3.23, 4.11),
+    ("llama-3.1-8b", 2, 2048, On, QLORA_DROPOUT, 9.18, 10.73),
+    ("llama-3.2-1b", 2, 1024, Off, SAVED, 12.04, 12.96),
+    ("llama-3.2-1b", 2, 1024, On, SAVED, 9.98, 11.63),
+    ("llama-3.2-1b", 2, 1024, Off, IN_F32, 9.73, 10.62),
+    ("llama-3.2-1b", 2, 1024, On, IN_F32, 5.60, 6.60),
+    ("llama-3.1-8b", 2, 2048, Unsloth, DETERMINISTIC, 6.31, 7.14),
     ("llama-3.1-8b", 1, 16384, Off, QLORA, 74.78, 78.82),
 ];
 
@@ -74,9 +96,12 @@ fn predicted_peaks_are_within_5_percent_of_measured_ones() {
 fn card() -> Card {
     Card {
         name: "a card".into(),
+        processors: 132,
         product_tflops: 700.0,
-        attention_forward_tflops: 480.0,
-        attention_backward_tflops: 360.0,
+        product_f32_tflops: 50.0,
+        attention_tflops: Rates { forward: 480.0, backward: 360.0 },
+        flash_tflops: Rates { forward: 250.0, backward: 210.0 },
+        attention_f32_tflops: Rates { forward: 20.0, backward: 15.0 },
         memory_gb_per_s: 4100.0,
         bus_gb_per_s: 51.0,
         gap_us: 0.6,
@@ -98,6 +123,18 @@ fn works() -> Vec<Work> {
         let config = Config::from_json(&text(family, layers)).unwrap();
         for (rows, length, load_in_4bit) in [(2, 2048, true), (8, 300, false), (1, 20_000, true)] {
             works.push(Work::uniform(&config, (rows, length), 16, load_in_4bit, None));
+        }
+        if !["llama", "gemma2"].contains(&family) {
+            continue;
+        }
+        for (passes, rows, length) in [(4, 2, 1024), (1, 1, 20_000)] {
+            let work = Work::uniform(&config, (rows, length), 16, false, None);
+            let work = Work { gradient_accumulation_steps: passes, ..work };
+            works.push(work.clone().training_all().unwrap());
+            works.push(work.clone().in_f32());
+            works.push(Work { dropout: true, ..work.clone() });
+            works.push(Work { deterministic: Some(132), ..work.clone() });
+            works.push(work.saving(&["embed_tokens".into(), "lm_head".into()]).unwrap());
         }
     }
     works
@@ -182,11 +219,21 @@ fn rollouts_are_planned_beside_steps() {
 fn what_does_not_fit_is_refused_with_the_smallest_change() {
     let (quantised, one) = ("--load-in-4bit", "--per-device-train-batch-size=1");
     let (grpo, gathered) = ("--max-completion-length=100000", "--gradient-accumulation-steps=8");
+    let full = "--full-finetuning";
     for (flags, change) in [
         (
             &[quantised, "--use-gradient-checkpointing=off", "--max-memory=12GiB"][..],
-            "--use-gradient-checkpointing",
+            "--per-device-train-batch-size 1 --max-seq-length",
         ),
+        // Nothing else does.
+        (
+            &[quantised, "--use-gradient-checkpointing=off", "--max-memory=5800MiB", "--nf4-head", one],
+            "--use-gradient-checkpointing auto",
+        ),
+        (&[full, "--max-memory=120GiB"], "--optim adamw_8bit"),
+        (&["--modules-to-save=embed_tokens,lm_head", "--max-memory=29500MiB", one], "--optim adamw_8bit"),
+        (&["--deterministic", "--max-memory=17200MiB", one], "--offload-embedding"),
+        (&[quantised, "--lora-dropout=0.1", "--max-memory=7500MiB"], "--per-device-train-batch-size 1"),
         (&[quantised, "--max-memory=8500MiB", "--max-host-memory=1MiB"], "--max-host-memory"),
         (
             &[quantised, "--max-memory=9GiB", "--per-device-train-batch-size=64"],
@@ -234,7 +281,8 @@ fn what_does_not_fit_is_refused_with_the_smallest_change() {
         if found.contains("a smaller model") {
             continue;
         }
-        let words: Vec<&str> = found.split(" (").next().unwrap().split_whitespace().collect();
+        let first = found.lines().next().unwrap();
+        let words: Vec<&str> = first.split(" (").next().unwrap().split_whitespace().collect();
         let others = flags.iter().filter(|flag| !words.contains(&flag.split('=').next().unwrap()));
         let changed = run(&[&others.copied().collect::<Vec<_>>()[..], &words].concat());
         assert!(changed.status.success(), "{words:?}: {}", String::from_utf8_lossy(&changed.stderr));
@@ -300,4 +348,63 @@ fn a_plan_of_grpo_shows_both_phases() {
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(2) && error.contains(message), "{error}");
     }
+}
+
+#[test]
+fn weights_in_training_are_counted_by_class() {
+    let memory = |flags: &[&str]| json(&[&["--shape", "llama-3.2-1b"], flags].concat())["memory"].clone();
+    let class = |memory: &serde_json::Value, name: &str| memory[name].as_u64().unwrap();
+    let (all, embedding): (u64, u64) = (1_235_814_400, 128_256 * 2048);
+    let norms = 33 * 2048;
+    let full = memory(&["--full-finetuning"]);
+    assert_eq!(class(&full, "trained"), 4 * all);
+    assert_eq!(class(&full, "optimizer"), 8 * all);
+    assert_eq!([class(&full, "weights"), class(&full, "lora")], [0, 0]);
+    // The embedding, which is the head, has moments in f32, and so have norms.
+    let large = all - embedding - norms;
+    let in_8bit = class(&memory(&["--full-finetuning", "--optim", "adamw_8bit"]), "optimizer");
+    assert_eq!(in_8bit, 2 * large + large / 256 * 8 + 8 * (embedding + norms));
+    // peft's copies: a tied head stays what the embedding was.
+    let lora = memory(&[]);
+    let saved = memory(&["--modules-to-save", "embed_tokens"]);
+    assert_eq!(class(&saved, "trained"), 4 * embedding);
+    assert_eq!(class(&saved, "weights"), class(&lora, "weights"));
+    assert_eq!(class(&saved, "optimizer"), class(&lora, "optimizer") + 8 * embedding);
+    let both = memory(&["--modules-to-save", "embed_tokens,lm_head"]);
+    assert_eq!(class(&both, "trained"), 8 * embedding);
+    assert_eq!(class(&both, "weights"), class(&lora, "weights") - 2 * embedding);
+    for (flags, message) in [
+        (&["--full-finetuning", "--load-in-4bit"][..], "full fine-tuning of a 4-bit model"),
+        (&["--modules-to-save", "lm_head", "--nf4-head"], "training a head with nf4_head"),
+        (&["--modules-to-save", "q_proj"], "modules_to_save \"q_proj\""),
+        (&["--lora-dropout", "1"], "--lora-dropout 1: must be at least 0 and below 1"),
+        (&["--r", "0"], "--r: 0, expected at least 1"),
+    ] {
+        let output = plan(&[&["--shape", "llama-3.2-1b"], flags].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(message), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn full_fine_tuning_that_does_not_fit_is_told_of_lora() {
+    let run = |flags: &[&str]| json(&[&["--shape", "llama-3.1-8b"], flags].concat());
+    let fits = |flags: &[&str]| run(flags)["fits"] == true;
+    for (memory, change, then) in [
+        ("60GiB", "LoRA, without --full-finetuning", &[][..]),
+        ("9GiB", "LoRA, without --full-finetuning, --load-in-4bit", &["--load-in-4bit"]),
+    ] {
+        let budget = ["--max-memory", memory, "--per-device-train-batch-size", "1"];
+        let report = run(&[&["--full-finetuning"], &budget[..]].concat());
+        assert_eq!(report["smallest_change"], change, "{memory}");
+        assert!(report["change_with_auto"].is_null());
+        assert!(fits(&[&budget[..], then].concat()), "{memory}");
+    }
+    // Another policy is named beside what fits with the one asked for.
+    let report = run(&["--load-in-4bit", "--use-gradient-checkpointing", "off", "--max-memory", "20GiB"]);
+    assert_eq!(
+        report["smallest_change"],
+        "--per-device-train-batch-size 1 (with more --gradient-accumulation-steps)"
+    );
+    assert_eq!(report["change_with_auto"], "--use-gradient-checkpointing auto");
 }

@@ -11,24 +11,25 @@ use serde::Serialize;
 use tch::Device;
 
 use super::banner::table;
-use super::budget::{budget, plan_for};
+use super::budget::{budget, plan_for, warn_without_gpu};
+use super::cards;
 use super::format::{bytes, percent, rate};
+use super::method_args::MethodArgs;
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::progress::BARS;
 use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::data::Batch;
 use crate::device;
 use crate::error::Error;
-use crate::io::adapter::InitLoraWeights;
-use crate::models::{Config, FastLanguageModel};
+use crate::models::Config;
 use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
-use crate::train::plan::{Plan, Work};
-use crate::train::{Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
+use crate::train::plan::Plan;
+use crate::train::{GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// Steps of LoRA training on random weights and tokens: time, memory, where the time goes, and the floor beside it
+    /// Steps of training on random weights and tokens: time, memory, where the time goes, and the floor beside it
     Train(BenchTrainArgs),
     /// The same steps under many budgets of memory, beside what was predicted of them
     Plan(super::bench_plan::BenchPlanArgs),
@@ -40,7 +41,7 @@ pub enum BenchCommand {
     Loss(super::bench_loss::BenchLossArgs),
 }
 
-/// Measures LoRA training: r 16 on every linear layer, the step that `ferrotune train` runs.
+/// Measures training, the step that `ferrotune train` runs.
 #[derive(Debug, Args)]
 pub struct BenchTrainArgs {
     #[command(flatten)]
@@ -72,17 +73,10 @@ pub struct BenchTrainArgs {
     pub max_host_memory: Option<Size>,
     #[arg(long, help = "Launch every kernel by itself, no CUDA graph: to compare with")]
     pub without_graphs: bool,
-    #[arg(long, help = "The kernels that repeat a run bit for bit")]
-    pub deterministic: bool,
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
-    #[arg(long, value_enum)]
-    pub optim: Option<Optim>,
-    #[arg(long, help = "LoRA rank", default_value_t = 16)]
-    pub r: u32,
-    #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
-    pub dtype: Dtype,
+    #[command(flatten)]
+    pub method: MethodArgs,
     #[command(flatten)]
     pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
@@ -98,6 +92,9 @@ struct Report {
     load_in_4bit: bool,
     offload_embedding: bool,
     nf4_head: bool,
+    full_finetuning: bool,
+    lora_dropout: f64,
+    modules_to_save: Vec<String>,
     parameters: i64,
     batch: usize,
     sample_lengths: Vec<usize>,
@@ -131,7 +128,7 @@ struct Report {
     device_memory: u64,
     /// Of steps that are profiled and not timed; none on the CPU.
     gpu: Option<KernelTimes>,
-    /// What was predicted, of 16 bits on a GPU.
+    /// What was predicted, on a GPU.
     plan: Option<Plan>,
     floor: Floor,
     /// ms_per_step over the floor.
@@ -165,30 +162,21 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
             bail!(Error::Usage(format!("{flag}: too small")));
         }
     }
+    args.method.check()?;
     let device = args.machine.init()?;
+    warn_without_gpu(device, args.max_memory, args.max_host_memory);
     let arguments = TrainingArguments {
         use_gradient_checkpointing: args.use_gradient_checkpointing,
-        deterministic: args.deterministic,
-        optim: args.optim,
-        r: args.r,
-        // Both matrices random: with B zero half of the gradients would be zeros, on which a GPU runs faster.
-        init_lora_weights: InitLoraWeights::Random,
-        learning_rate: Some(1e-4),
-        ..TrainingArguments::default()
+        ..args.method.arguments()
     };
     let planned = plan(args, &config, device)?;
     let bar = ProgressBar::new((args.warm_up + args.steps + args.profiled) as u64)
         .with_style(ProgressStyle::with_template("{bar:20.cyan/blue} {pos}/{len} {wide_msg}")?);
     let bar = BARS.add(bar);
     bar.set_message("random weights");
-    let kind = kind_of(args.dtype, device, config.overflows_f16());
-    let options = args.weights.options(kind, device);
-    let mut model = FastLanguageModel::untrained(config, options)?;
-    model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
+    let kind = kind_of(args.method.dtype, device, config.overflows_f16());
+    let model = args.method.model(config, &name, args.weights.options(kind, device), &arguments)?;
     let decoder = &model.decoder;
-    device::synchronize(device)?;
-    device::empty_cache(device)?;
-    device::reset_peak_memory(device)?;
     let model_memory = device::memory(device)?.allocated;
 
     let mut stepper = Stepper::new(&Sft, &arguments, decoder)?;
@@ -244,6 +232,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         config: &decoder.config,
         cu_seqlens: &batch.cu_seqlens,
         load_in_4bit: args.weights.load_in_4bit,
+        trains_all: args.method.full_finetuning,
         kind,
         device,
     };
@@ -263,12 +252,15 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         load_in_4bit: args.weights.load_in_4bit,
         offload_embedding: args.weights.offload_embedding,
         nf4_head: args.weights.nf4_head,
+        full_finetuning: args.method.full_finetuning,
+        lora_dropout: args.method.lora_dropout,
+        modules_to_save: args.method.modules_to_save.clone(),
         parameters: decoder.num_parameters(),
         batch: args.rows.batch,
         sample_lengths,
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         use_gradient_checkpointing: args.use_gradient_checkpointing,
-        deterministic: args.deterministic,
+        deterministic: args.method.deterministic,
         optim: arguments.optim_for(decoder.is_quantized()),
         tokens_per_step,
         graphs,
@@ -296,20 +288,20 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
 
 /// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() || kind_of(args.dtype, device, config.overflows_f16()) == tch::Kind::Float {
+    if !device.is_cuda() {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
         Some(longest) => (args.rows.batch * args.packing.iter().sum::<usize>(), *longest),
         None => (args.rows.batch * args.rows.seq, args.rows.seq),
     };
-    let mut work = Work::uniform(config, (1, sample), args.r, args.weights.load_in_4bit, args.optim)
-        .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
+    let card = cards::of_gpu(device)?;
+    let kind = kind_of(args.method.dtype, device, config.overflows_f16());
+    let mut work = args.method.work(config, (1, sample), &args.weights, kind, &card)?;
     work.tokens = tokens as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;
-    let (plan, run, _) = plan_for(&work, args.use_gradient_checkpointing, budget, device)?;
-    Ok(Some((plan, run)))
+    plan_for(&work, args.use_gradient_checkpointing, budget, (device, &card)).map(Some)
 }
 
 /// Rows of samples of `lengths` with random tokens, every one of them a target.

@@ -11,23 +11,23 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use super::banner::table;
-use super::budget::{budget, plan_for};
+use super::budget::{budget, plan_for, warn_without_gpu};
+use super::cards;
 use super::format::{bytes, rate};
+use super::method_args::MethodArgs;
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::device;
 use crate::error::Error;
-use crate::io::adapter::InitLoraWeights;
-use crate::models::{Config, FastLanguageModel};
+use crate::models::Config;
 use crate::rewards::{Reward, Rewards, Sample};
 use crate::train::grpo::{Grpo, GrpoArguments, Prompt, Prompts, Rollouts};
-use crate::train::plan::{Plan, Rollout, RolloutMemory, Work};
+use crate::train::plan::{Plan, Rollout, RolloutMemory};
 use crate::train::{
-    Dtype, GradientCheckpointing, Objective, Optim, RunPlan, Size, StepSource, Stepper, TrainingArguments,
-    memory,
+    GradientCheckpointing, Objective, RunPlan, Size, StepSource, Stepper, TrainingArguments, memory,
 };
 
-/// Measures GRPO: LoRA on every linear layer, completions of one length (no stop token), a reward that costs nothing.
+/// Measures GRPO: completions of one length (no stop token), a reward that costs nothing.
 #[derive(Debug, Args)]
 pub struct BenchGrpoArgs {
     #[command(flatten)]
@@ -69,13 +69,8 @@ pub struct BenchGrpoArgs {
     pub max_host_memory: Option<Size>,
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// Optimizer [default: adamw_8bit on weights in 4 bits, else adamw_torch]
-    #[arg(long, value_enum)]
-    pub optim: Option<Optim>,
-    #[arg(long, help = "LoRA rank", default_value_t = 16)]
-    pub r: u32,
-    #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
-    pub dtype: Dtype,
+    #[command(flatten)]
+    pub method: MethodArgs,
     #[command(flatten)]
     pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
@@ -145,13 +140,10 @@ fn measure(args: &BenchGrpoArgs) -> Result<Report> {
     let arguments = arguments(args, &config)?;
     let training = &arguments.training;
     let device = args.machine.init()?;
-    let kind = kind_of(args.dtype, device, config.overflows_f16());
+    warn_without_gpu(device, args.max_memory, args.max_host_memory);
+    let kind = kind_of(args.method.dtype, device, config.overflows_f16());
     let planned = plan(args, &arguments, &config, (device, kind))?;
-    let mut model = FastLanguageModel::untrained(config, args.weights.options(kind, device))?;
-    model.get_peft_model(training.adapter_config(&name), training.seed)?;
-    device::synchronize(device)?;
-    device::empty_cache(device)?;
-    device::reset_peak_memory(device)?;
+    let model = args.method.model(config, &name, args.weights.options(kind, device), training)?;
     let model_memory = device::memory(device)?.allocated;
 
     let rollout = planned.as_ref().and_then(|(plan, _)| plan.memory.rollout);
@@ -224,6 +216,7 @@ fn measure(args: &BenchGrpoArgs) -> Result<Report> {
 }
 
 fn arguments(args: &BenchGrpoArgs, config: &Config) -> Result<GrpoArguments> {
+    args.method.check()?;
     let rows = args.per_device_train_batch_size.unwrap_or(args.num_generations);
     let context = config.max_position_embeddings.max(0) as usize;
     for (flag, wrong) in [
@@ -247,11 +240,7 @@ fn arguments(args: &BenchGrpoArgs, config: &Config) -> Result<GrpoArguments> {
             per_device_train_batch_size: rows,
             gradient_accumulation_steps: args.gradient_accumulation_steps,
             use_gradient_checkpointing: args.use_gradient_checkpointing,
-            optim: args.optim,
-            r: args.r,
-            // As if it had been trained: with B zero half of the gradients would be zeros.
-            init_lora_weights: InitLoraWeights::Random,
-            ..TrainingArguments::default()
+            ..args.method.arguments()
         },
         num_generations: args.num_generations,
         max_completion_length: args.completion,
@@ -287,9 +276,10 @@ fn plan(
     config: &Config,
     (device, kind): (Device, Kind),
 ) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() || kind == Kind::Float {
+    if !device.is_cuda() {
         return Ok(None);
     }
+    let card = cards::of_gpu(device)?;
     let batch = (arguments.training.per_device_train_batch_size, args.prompt + args.completion);
     let rollout = Rollout::new(
         arguments.generation_batch_size() as u64,
@@ -297,13 +287,10 @@ fn plan(
         args.prompt as u64,
         None,
     );
-    let mut work = Work::uniform(config, batch, args.r, args.weights.load_in_4bit, args.optim)
-        .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?
-        .with_rollout(rollout);
+    let mut work = args.method.work(config, batch, &args.weights, kind, &card)?.with_rollout(rollout);
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;
-    let (plan, run, _) = plan_for(&work, args.use_gradient_checkpointing, budget, device)?;
-    Ok(Some((plan, run)))
+    plan_for(&work, args.use_gradient_checkpointing, budget, (device, &card)).map(Some)
 }
 
 fn render(report: &Report) -> String {

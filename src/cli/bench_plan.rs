@@ -13,25 +13,25 @@ use super::bench::random_batch;
 use super::budget::budget;
 use super::cards;
 use super::format::bytes;
+use super::method_args::MethodArgs;
 use super::model_args::{MachineArgs, kind_of};
-use super::shapes::{RowsArgs, ShapeArgs};
+use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::device;
 use crate::error::Error;
-use crate::io::adapter::InitLoraWeights;
-use crate::models::FastLanguageModel;
-use crate::nn::LoadOptions;
-use crate::train::plan::{Budget, Memory, Work};
-use crate::train::{Dtype, Sft, Size, Stepper, TrainingArguments};
+use crate::train::plan::{Budget, Memory};
+use crate::train::{Sft, Size, Stepper};
 
-/// LoRA training, r 16 on every linear layer, under budgets from the least to what everything needs.
+/// Training under budgets from the least to what everything needs.
 #[derive(Debug, Args)]
 pub struct BenchPlanArgs {
     #[command(flatten)]
     pub shape: ShapeArgs,
     #[command(flatten)]
     pub rows: RowsArgs,
-    #[arg(long, help = "Quantise the weights of the layers to NF4")]
-    pub load_in_4bit: bool,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    #[command(flatten)]
+    pub method: MethodArgs,
     /// Budgets, at equal distances
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub budgets: usize,
@@ -71,26 +71,23 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
     if args.budgets < 2 || args.steps == 0 {
         bail!(Error::Usage("--budgets and --steps: too small".into()));
     }
+    args.method.check()?;
     let device = args.machine.init()?;
     if !device.is_cuda() {
         bail!("only a GPU's memory is planned");
     }
     let (name, config) = args.shape.config()?;
     let card = cards::of_gpu(device)?;
-    let work = Work::uniform(&config, (args.rows.batch, args.rows.seq), 16, args.load_in_4bit, None);
-    let arguments =
-        TrainingArguments { init_lora_weights: InitLoraWeights::Random, ..TrainingArguments::default() };
-    let kind = kind_of(Dtype::Auto, device, false);
-    let options = LoadOptions { load_in_4bit: args.load_in_4bit, ..LoadOptions::new(kind, device) };
+    let kind = kind_of(args.method.dtype, device, config.overflows_f16());
+    let batch = (args.rows.batch, args.rows.seq);
+    let work = args.method.work(&config, batch, &args.weights, kind, &card)?;
+    let arguments = args.method.arguments();
     let most = budget(None, args.max_host_memory, device)?;
     device::limit_memory(device, Memory::allocator_limit(most.device), most.host, work.tokens)?;
-    let mut model = FastLanguageModel::untrained(config, options)?;
-    model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
+    let model = args.method.model(config, &name, args.weights.options(kind, device), &arguments)?;
     let decoder = &model.decoder;
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
     let batch = random_batch(&mut random, args.rows.batch, &[args.rows.seq], decoder.config.vocab_size);
-    device::synchronize(device)?;
-    device::empty_cache(device)?;
 
     let least = work.smallest(&card, most.host).memory.device();
     let everything = work.fastest(&card, Budget { device: u64::MAX, ..most });

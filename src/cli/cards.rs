@@ -11,7 +11,7 @@ use tch::Device;
 use crate::device;
 use crate::error::Error;
 use crate::io::write_atomically;
-use crate::train::plan::Card;
+use crate::train::plan::{Card, Rates};
 
 /// What `Card::measure` gave on one.
 type Measure = fn() -> Card;
@@ -23,9 +23,12 @@ const CARDS: [(&str, Measure); 2] = [("h200", h200), ("h100", h100)];
 fn h200() -> Card {
     Card {
         name: "NVIDIA H200".into(),
+        processors: 132,
         product_tflops: 720.1,
-        attention_forward_tflops: 540.1,
-        attention_backward_tflops: 436.8,
+        product_f32_tflops: 50.4,
+        attention_tflops: Rates { forward: 540.1, backward: 436.8 },
+        flash_tflops: Rates { forward: 228.2, backward: 243.2 },
+        attention_f32_tflops: Rates { forward: 41.1, backward: 34.1 },
         memory_gb_per_s: 4225.0,
         bus_gb_per_s: 54.3,
         gap_us: 0.6,
@@ -36,9 +39,12 @@ fn h200() -> Card {
 fn h100() -> Card {
     Card {
         name: "NVIDIA H100".into(),
+        processors: 132,
         product_tflops: 744.9,
-        attention_forward_tflops: 533.3,
-        attention_backward_tflops: 407.3,
+        product_f32_tflops: 50.1,
+        attention_tflops: Rates { forward: 533.3, backward: 407.3 },
+        flash_tflops: Rates { forward: 223.1, backward: 236.4 },
+        attention_f32_tflops: Rates { forward: 40.8, backward: 33.6 },
         memory_gb_per_s: 2971.0,
         bus_gb_per_s: 42.8,
         gap_us: 0.6,
@@ -67,7 +73,8 @@ struct Record {
 pub fn of_gpu(device: Device) -> Result<Card> {
     let probe = device::probe();
     let index = if let Device::Cuda(index) = device { index } else { 0 };
-    let name = probe.devices.get(index).context("the driver does not know this GPU")?.name.clone();
+    let found = probe.devices.get(index).context("the driver does not know this GPU")?;
+    let (name, processors) = (found.name.clone(), found.multiprocessors as u64);
     let ours = env!("CARGO_PKG_VERSION");
     let mut measured = read();
     let found = measured.cards.iter().find(|record| {
@@ -76,8 +83,10 @@ pub fn of_gpu(device: Device) -> Result<Card> {
     if let Some(record) = found {
         return Ok(record.card.clone());
     }
-    let card = Card::measure(name.clone(), device).context("measuring the GPU")?;
+    let card = Card::measure(name.clone(), processors, device).context("measuring the GPU")?;
     device::empty_cache(device)?;
+    // It is no part of the run.
+    device::reset_peak_memory(device)?;
     measured.cards.retain(|record| record.card.name != name);
     measured.cards.push(Record { driver: probe.driver_version, ferrotune: ours.into(), card: card.clone() });
     if let Some(file) = file() {

@@ -407,8 +407,13 @@ mod tests {
     fn what_a_gpu_lacks_is_no_problem_of_the_cpu() {
         let mut report = examine().unwrap();
         report.driver = Some(Driver { version: Some("535.54.03".into()), cuda: "12.2".into() });
-        let volta =
-            device::CudaDevice { name: "Tesla V100".into(), major: 7, minor: 0, total_memory: 16 << 30 };
+        let volta = device::CudaDevice {
+            name: "Tesla V100".into(),
+            major: 7,
+            minor: 0,
+            multiprocessors: 80,
+            total_memory: 16 << 30,
+        };
         let probe = CudaProbe { driver_version: 12020, devices: vec![volta], problem: String::new() };
         let found = problems(&report, &probe);
         for says in ["driver 535.54.03 supports CUDA 12.2", "Tesla V100 has compute capability 7.0"] {

@@ -1,15 +1,14 @@
 //! `ferrotune dpo`: preference training.
 
-use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
+use super::resume::{checkpoint_to_resume, warn_of_changes};
 use super::train::{
-    banner, checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, run_planned,
-    show_sample,
+    banner, dense_modules, finish, last_part, load_model, load_tokenizer, run_planned, show_sample,
 };
 use super::train_plan::{Sizes, train_plan};
 use super::train_serve::ServeBetweenSteps;
@@ -18,7 +17,7 @@ use crate::data::{BatchOptions, BatchStream, DatasetReport, TokenDataset, Tokeni
 use crate::error::Error;
 use crate::models::Decoder;
 use crate::nn::LoadOptions;
-use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
+use crate::train::checkpoint::Checkpoint;
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
 use crate::train::preference::{
@@ -39,7 +38,10 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
     }
     let resume = if preference.train.dry_run { None } else { checkpoint_to_resume(&mut preference.train)? };
     if let Some(checkpoint) = &resume {
-        warn_of_changes(&preference, checkpoint)?;
+        // The words of every training run were compared before.
+        warn_of_changes(checkpoint, |text, file| {
+            Ok(PreferenceArguments::from_yaml(text, file)?.own_differences(&preference))
+        })?;
     }
     let args = &mut preference.train;
     let threads = args.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
@@ -116,19 +118,6 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
     let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);
     finish(args, &model, &results)
-}
-
-/// Says which words of the loss differ from those that the checkpoint was made with.
-fn warn_of_changes(now: &PreferenceArguments, checkpoint: &Checkpoint) -> Result<()> {
-    let file = checkpoint.folder.join(RUN_CONFIG);
-    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-    let options = serde_saphyr::options! { strict_booleans: true };
-    let before: PreferenceArguments = serde_saphyr::from_str_with_options(&text, options)
-        .with_context(|| format!("{}: not a configuration", file.display()))?;
-    for change in before.own_differences(now) {
-        tracing::warn!("{}: the run was started with other settings: {change}", checkpoint.folder.display());
-    }
-    Ok(())
 }
 
 /// Pairs to train on, and to evaluate on.

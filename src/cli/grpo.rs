@@ -1,6 +1,5 @@
 //! `ferrotune grpo`: reinforcement learning from rewards.
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,9 +11,8 @@ use super::engine_args::kv_bytes;
 use super::format::count;
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::Progress;
-use super::train::{
-    checkpoint_to_resume, dense_modules, finish, last_part, load_model, load_tokenizer, run_planned,
-};
+use super::resume::{checkpoint_to_resume, warn_of_changes};
+use super::train::{dense_modules, finish, last_part, load_model, load_tokenizer, run_planned};
 use super::train_banner::{machine_lines, model_lines};
 use super::train_plan::{Sizes, TrainPlan, train_plan};
 use super::{signals, sources};
@@ -23,7 +21,6 @@ use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
 use crate::rewards::{self, RewardOptions};
 use crate::train::Trainer;
-use crate::train::checkpoint::{Checkpoint, RUN_CONFIG};
 use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
@@ -45,7 +42,17 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     }
     let resume = if args.training.dry_run { None } else { checkpoint_to_resume(&mut args.training)? };
     if let Some(checkpoint) = &resume {
-        warn_of_changes(&args, checkpoint)?;
+        // The words of every training run were compared before.
+        warn_of_changes(checkpoint, |text, file| {
+            let mut before = GrpoArguments::from_yaml(text, file)?;
+            ensure!(
+                !before.rewards().is_empty(),
+                "--resume-from-checkpoint: {} is not a checkpoint of ferrotune grpo",
+                checkpoint.folder.display()
+            );
+            before.training = args.training.clone();
+            Ok(before.differences(&args))
+        })?;
     }
     let threads = args.training.threads.or(resume.as_ref().map(|checkpoint| checkpoint.state.threads));
     let device = init_device(&args.training.device)?;
@@ -140,23 +147,6 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);
     finish(&args.training, &model, &results)
-}
-
-/// What of the run's own words differs from the checkpoint's; the words of every training run were compared before.
-fn warn_of_changes(args: &GrpoArguments, checkpoint: &Checkpoint) -> Result<()> {
-    let file = checkpoint.folder.join(RUN_CONFIG);
-    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-    let mut before = GrpoArguments::from_yaml(&text, &file)?;
-    ensure!(
-        !before.rewards().is_empty(),
-        "--resume-from-checkpoint: {} is not a checkpoint of ferrotune grpo",
-        checkpoint.folder.display()
-    );
-    before.training = args.training.clone();
-    for change in before.differences(args) {
-        tracing::warn!("{}: the run was started with other settings: {change}", checkpoint.folder.display());
-    }
-    Ok(())
 }
 
 fn load_prompts(

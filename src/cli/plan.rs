@@ -4,18 +4,21 @@ use anyhow::{Result, bail};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use serde::Serialize;
+use tch::Kind;
 
 use super::banner::table;
-use super::budget::{chosen, rollout_line, smallest_change};
+use super::budget::rollout_line;
 use super::cards;
+use super::changes::changes;
 use super::format::{bytes, count};
+use super::method_args::MethodArgs;
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::error::Error;
-use crate::train::plan::{Budget, Card, Moment, Plan, Rollout, Work};
-use crate::train::{GradientCheckpointing, Optim, Size};
+use crate::train::plan::{Budget, Card, Moment, Plan, Rollout};
+use crate::train::{Dtype, GradientCheckpointing, Size};
 
-/// Predicts memory and time of LoRA training on a GPU in bf16, every linear layer tuned; needs no GPU. With --max-completion-length
-/// it is a GRPO run, whose rollouts are planned too.
+/// Predicts memory and time of training on a GPU: LoRA on every linear layer, or all weights; needs no GPU. With
+/// --max-completion-length it is a GRPO run, whose rollouts are planned too.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
@@ -41,14 +44,12 @@ pub struct PlanArgs {
     /// In GRPO, forward passes whose completions are written at once [default: gradient_accumulation_steps]
     #[arg(long, value_name = "N", requires = "max_completion_length")]
     pub steps_per_generation: Option<usize>,
-    #[arg(long, help = "LoRA rank", default_value_t = 16)]
-    pub r: u32,
+    #[command(flatten)]
+    pub method: MethodArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
-    #[arg(long, help = "Optimizer [default: adamw_8bit with 4-bit weights, else adamw_torch]", value_enum)]
-    pub optim: Option<Optim>,
     /// Of the GPU, for this process: 8GiB, 24GB, 500MiB [default: no bound]
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<Size>,
@@ -83,6 +84,8 @@ struct Report {
     fits: bool,
     /// Where it does not fit.
     smallest_change: Option<String>,
+    /// Where that is with another policy than auto, the smallest with auto.
+    change_with_auto: Option<String>,
     /// The longest samples of this batch size that fit max_memory.
     longest: Option<u64>,
     others: Vec<Other>,
@@ -102,7 +105,6 @@ pub fn run(args: PlanArgs) -> Result<()> {
         ("--per-device-train-batch-size", args.per_device_train_batch_size),
         ("--gradient-accumulation-steps", args.gradient_accumulation_steps),
         ("--max-seq-length", args.max_seq_length),
-        ("--r", args.r as usize),
         ("--num-generations", args.num_generations),
         ("--max-completion-length", args.max_completion_length.unwrap_or(1)),
         ("--prompt", args.prompt.unwrap_or(1)),
@@ -112,11 +114,12 @@ pub fn run(args: PlanArgs) -> Result<()> {
             bail!(Error::Usage(format!("{flag}: 0, expected at least 1")));
         }
     }
+    args.method.check()?;
     let (shape, config) = args.shape.config()?;
     let card = cards::named(args.card.as_deref())?;
     let batch = (args.per_device_train_batch_size, args.sample());
-    let mut work = Work::uniform(&config, batch, args.r, args.weights.load_in_4bit, args.optim)
-        .with_embeddings(args.weights.offload_embedding, args.weights.nf4_head)?;
+    let kind = if args.method.dtype == Dtype::F32 { Kind::Float } else { Kind::BFloat16 };
+    let mut work = args.method.work(&config, batch, &args.weights, kind, &card)?;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     if let Some(rollout) = rollout(&args)? {
         work = work.with_rollout(rollout);
@@ -124,12 +127,10 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
     let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
     let checkpointing = args.use_gradient_checkpointing;
-    let fitting = chosen(&work, checkpointing, budget, &card);
+    let fitting = work.chosen(checkpointing, &card, budget);
+    let changes = fitting.is_none().then(|| changes(&work, checkpointing, budget, &card));
     let fits = fitting.is_some();
-    let plan = fitting.unwrap_or_else(|| match checkpointing {
-        GradientCheckpointing::Auto => work.smallest(&card, budget.host),
-        other => work.least_uniform_plan(other.policy(), &card),
-    });
+    let plan = fitting.unwrap_or_else(|| work.least(checkpointing, &card, budget.host));
     use GradientCheckpointing::{Off, On, Unsloth};
     let other = |word: GradientCheckpointing| {
         let plan = work.least_uniform_plan(word.policy(), &card);
@@ -142,8 +143,9 @@ pub fn run(args: PlanArgs) -> Result<()> {
     };
     let report = Report {
         others: [Off, On, Unsloth].map(other).into(),
-        smallest_change: (!fits).then(|| smallest_change(&work, checkpointing, budget, &card)),
-        longest: args.max_memory.map(|_| work.longest(budget, &card)),
+        smallest_change: changes.as_ref().map(|changes| changes.smallest.clone()),
+        change_with_auto: changes.and_then(|changes| changes.with_auto),
+        longest: args.max_memory.map(|_| work.longest(checkpointing, budget, &card)),
         max_memory: args.max_memory.map(|size| size.0),
         max_host_memory: args.max_host_memory.map(|size| size.0),
         shape,
@@ -192,10 +194,14 @@ fn render(report: &Report, args: &PlanArgs) -> String {
         Moment::Forward => "the forward pass",
         Moment::Loss => "the loss",
         Moment::Backward => "the backward pass of a layer",
+        Moment::Embedding => "the embedding's gradient",
+        Moment::Update => "the update",
     };
+    let some = |size: u64| if size > 0 { bytes(size) } else { String::new() };
     let mut rows = vec![
         ("weights", bytes(memory.weights)),
-        ("LoRA", bytes(memory.lora)),
+        ("trained in f32", some(memory.trained)),
+        ("LoRA", some(memory.lora)),
         ("gradients", bytes(memory.gradients)),
         ("optimizer", bytes(memory.optimizer)),
         ("kept", bytes(memory.kept)),
@@ -209,7 +215,7 @@ fn render(report: &Report, args: &PlanArgs) -> String {
     rows.retain(|(_, text)| !text.is_empty());
     rows.extend(report.plan.lines().into_iter().map(|(name, places)| ("keeps", format!("{name} {places}"))));
     let title = format!(
-        "Plan: {}, {} x {} tokens{}, {} passes a step, r {}{}{}{}, {}",
+        "Plan: {}, {} x {} tokens{}, {} passes a step, {}, {}",
         report.shape,
         args.per_device_train_batch_size,
         count(args.sample() as u64),
@@ -219,10 +225,7 @@ fn render(report: &Report, args: &PlanArgs) -> String {
             args.num_generations
         )),
         args.gradient_accumulation_steps,
-        args.r,
-        if args.weights.load_in_4bit { ", 4-bit weights" } else { "" },
-        if args.weights.nf4_head { ", 4-bit head" } else { "" },
-        if args.weights.offload_embedding { ", embedding in the host's memory" } else { "" },
+        what(args).join(", "),
         word(args.use_gradient_checkpointing)
     );
     let mut text = table(&title, &rows);
@@ -246,5 +249,34 @@ fn render(report: &Report, args: &PlanArgs) -> String {
     if let Some(change) = &report.smallest_change {
         text.push_str(&format!("\nIt does not fit; the smallest change that does: {change}\n"));
     }
+    if let Some(change) = &report.change_with_auto {
+        text.push_str(&format!("or: {change}\n"));
+    }
     text
+}
+
+/// What trains, on which weights.
+fn what(args: &PlanArgs) -> Vec<String> {
+    let MethodArgs { full_finetuning, r, lora_dropout, modules_to_save, dtype, deterministic, .. } =
+        &args.method;
+    let mut words = match full_finetuning {
+        true => vec!["all weights".to_string()],
+        false => vec![format!("r {r}")],
+    };
+    let mut add = |holds: bool, text: String| {
+        if holds {
+            words.push(text);
+        }
+    };
+    add(!full_finetuning && *lora_dropout > 0.0, format!("dropout {lora_dropout}"));
+    add(
+        !full_finetuning && !modules_to_save.is_empty(),
+        format!("trained {}", modules_to_save.join(" and ")),
+    );
+    add(*dtype == Dtype::F32, "f32".into());
+    add(*deterministic, "deterministic".into());
+    add(args.weights.load_in_4bit, "4-bit weights".into());
+    add(args.weights.nf4_head, "4-bit head".into());
+    add(args.weights.offload_embedding, "embedding in the host's memory".into());
+    words
 }

@@ -13,6 +13,7 @@ use super::format::{bytes, count, percent};
 use super::model_args::{init_device, kind_of, overflows_f16};
 use super::progress::{Progress, RowProgress};
 use super::quant_args::{self, QuantArgs};
+use super::resume::checkpoint_to_resume;
 use super::train_banner::{machine_lines, model_lines};
 use super::train_plan::{Sizes, TrainPlan, train_plan};
 use super::train_serve::ServeBetweenSteps;
@@ -25,10 +26,10 @@ use crate::error::Error;
 use crate::export::{DYNAMIC_PLAN, DynamicPlan};
 use crate::models::FastLanguageModel;
 use crate::nn::LoadOptions;
-use crate::train::checkpoint::{self, Checkpoint, RUN_CONFIG};
+use crate::train::checkpoint::Checkpoint;
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver, TrainResults};
-use crate::train::{Optim, Quant, Sft, Trainer, TrainingArguments};
+use crate::train::{Quant, Sft, Trainer, TrainingArguments};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -138,51 +139,6 @@ pub(super) fn finish(
     model.tokenizer()?.save(&args.output_dir)?;
     print!("\n{}", summary(results, &args.output_dir));
     Ok(())
-}
-
-/// What `--resume-from-checkpoint` means; refuses to write over the model or another run.
-pub(super) fn checkpoint_to_resume(args: &mut TrainingArguments) -> Result<Option<Checkpoint>> {
-    if let (Ok(model), Ok(output)) = (fs::canonicalize(&args.model), fs::canonicalize(&args.output_dir))
-        && model == output
-    {
-        bail!(Error::Usage(format!("--output-dir {} is the folder of the model itself", output.display())));
-    }
-    let found = match args.resume_from_checkpoint.as_deref() {
-        Some("auto") => checkpoint::latest(&args.output_dir)?,
-        Some(folder) => Some(Checkpoint::open(Path::new(folder)).context("--resume-from-checkpoint")?),
-        None if !args.overwrite_output_dir && checkpoint::exist(&args.output_dir)? => {
-            bail!(Error::Usage(format!(
-                "--output-dir {} holds the checkpoints of another run: continue it with --resume-from-checkpoint, replace \
-             it with --overwrite-output-dir, or name another folder",
-                args.output_dir.display()
-            )))
-        }
-        None => None,
-    };
-    if let Some(checkpoint) = &found {
-        let file = checkpoint.folder.join(RUN_CONFIG);
-        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-        let mut before = TrainingArguments::from_yaml(&text, &file)?;
-        // Taken over from the checkpoint if not given.
-        before.threads = args.threads;
-        // Versions without this flag knew one optimizer.
-        let optim = before.optim.unwrap_or(Optim::AdamwTorch);
-        if args.optim.is_some_and(|given| given != optim) {
-            bail!(Error::Usage(format!(
-                "--optim: {} holds the moments of --optim {optim}; continue with that, or start a new run",
-                checkpoint.folder.display()
-            )));
-        }
-        args.optim = Some(optim);
-        before.optim = args.optim;
-        for change in before.differences(args) {
-            tracing::warn!(
-                "{}: the run was started with other settings: {change}",
-                checkpoint.folder.display()
-            );
-        }
-    }
-    Ok(found)
 }
 
 /// The model's tokenizer with the chat template that was asked for.

@@ -4,16 +4,17 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tch::{Device, Kind};
+use tch::Kind;
 
-use super::budget::{budget, check_evaluation, plan_for};
-use crate::device::{self, limit_memory};
+use super::budget::{budget, check_evaluation, plan_for, warn_without_gpu};
+use super::cards;
+use crate::device;
 use crate::io::Weights;
 use crate::io::adapter::text_module;
 use crate::io::lora_spec::LoraSpec;
 use crate::models::{Config, prefix_of, projections};
 use crate::nn::LoadOptions;
-use crate::train::plan::{Budget, Card, Memory, Module, Plan, Rollout, Work};
+use crate::train::plan::{Budget, Card, Module, Plan, Rollout, Work};
 use crate::train::{RunPlan, TrainingArguments};
 
 /// What a run was given and will keep to.
@@ -37,19 +38,8 @@ pub struct Sizes {
     pub rollout: Option<Rollout>,
 }
 
-/// Why no plan covers this run on a GPU: it then runs as --use-gradient-checkpointing says (auto: as off), and is not refused.
-fn not_covered(args: &TrainingArguments, kind: Kind) -> Option<&'static str> {
-    match () {
-        () if args.trains_all_weights() => Some("full fine-tuning"),
-        () if !args.modules_to_save.is_empty() => Some("--modules-to-save"),
-        () if args.lora_dropout > 0.0 => Some("--lora-dropout"),
-        () if kind == Kind::Float => Some("--dtype f32"),
-        () => None,
-    }
-}
-
-/// The plan of LoRA on `dir`, whose modules `dense` are not quantised; none on the CPU and where none covers the run. The GPU
-/// is held to the budget from here on.
+/// The plan of a run on `dir`, whose modules `dense` are not quantised; none on the CPU. The GPU is held to the budget from here
+/// on.
 ///
 /// # Errors
 /// The run cannot fit.
@@ -62,35 +52,23 @@ pub fn train_plan(
     eval_tokens: Option<u64>,
 ) -> Result<Option<TrainPlan>> {
     if !options.device.is_cuda() {
-        if args.max_memory.is_some() || args.max_host_memory.is_some() {
-            tracing::warn!(
-                "--max-memory and --max-host-memory bound runs on a GPU: on the CPU nothing is bounded"
-            );
-        }
+        warn_without_gpu(options.device, args.max_memory, args.max_host_memory);
         return Ok(None);
     }
     let budget = budget(args.max_memory, args.max_host_memory, options.device)?;
-    if let Some(what) = not_covered(args, options.kind) {
-        tracing::info!("no plan covers {what}: whether the run fits is not checked");
-        if args.max_memory.is_some() {
-            limit(options.device, budget, sizes)?;
-        }
-        return Ok(None);
-    }
+    let card = cards::of_gpu(options.device)?;
     let mut work = work(args, dir, options, dense, sizes)?;
     // The model is yet to come.
     work.beside = device::allocated(options.device)?;
     work.log_probs = sizes.log_probs;
     work.rollout = sizes.rollout;
-    let (plan, run, card) = plan_for(&work, args.use_gradient_checkpointing, budget, options.device)?;
+    work.deterministic = args.deterministic.then_some(card.processors);
+    let checkpointing = args.use_gradient_checkpointing;
+    let (plan, run) = plan_for(&work, checkpointing, budget, (options.device, &card))?;
     if let Some(tokens) = eval_tokens {
         check_evaluation(&work, tokens, budget)?;
     }
     Ok(Some(TrainPlan { plan, run, budget, card }))
-}
-
-fn limit(device: Device, budget: Budget, sizes: Sizes) -> Result<()> {
-    limit_memory(device, Memory::allocator_limit(budget.device), budget.host, sizes.tokens)
 }
 
 fn work(
@@ -101,6 +79,31 @@ fn work(
     sizes: Sizes,
 ) -> Result<Work> {
     let config = Config::from_dir(dir)?;
+    let mut work = if args.trains_all_weights() {
+        let none = |_: &str| Module { r: 0, nf4: false, trained: false };
+        let work = Work::new(&config, (1, sizes.longest), args.optim_for(false), "model.", none);
+        let work = if options.kind == Kind::Float { work.in_f32() } else { work };
+        Work { from_scratch: args.from_scratch, ..work.training_all()? }
+    } else {
+        let work = lora_work(args, &config, dir, options, dense, sizes.longest)?;
+        let work = if options.kind == Kind::Float { work.in_f32() } else { work };
+        let work = work.with_embeddings(options.offload_embedding, options.nf4_head)?;
+        work.saving(&args.modules_to_save).context("--modules-to-save")?
+    };
+    work.tokens = sizes.tokens;
+    work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
+    Ok(work)
+}
+
+/// LoRA where the arguments have it, on samples of `longest` tokens.
+fn lora_work(
+    args: &TrainingArguments,
+    config: &Config,
+    dir: &Path,
+    options: LoadOptions,
+    dense: &BTreeSet<String>,
+    longest: usize,
+) -> Result<Work> {
     let weights = Weights::open(dir)?;
     let prefix = prefix_of(&weights)?;
     let spec = LoraSpec::new(&args.adapter_config(&args.model))?;
@@ -117,7 +120,7 @@ fn work(
     };
     let mut ranks = std::collections::HashMap::new();
     for layer in 0..config.num_hidden_layers() {
-        for (module, _) in projections(&config, layer, prefix).iter().flat_map(|(parts, _)| parts) {
+        for (module, _) in projections(config, layer, prefix).iter().flat_map(|(parts, _)| parts) {
             ranks.insert(module.clone(), rank(module).context("target_modules")?);
         }
     }
@@ -133,11 +136,9 @@ fn work(
     let module = |name: &str| Module {
         r: ranks.get(name).copied().unwrap_or(0),
         nf4: stored.contains(name) || (quantises && !dense.contains(name)),
+        trained: false,
     };
     let optim = args.optim_for(quantises || weights.is_quantized());
-    let mut work = Work::new(&config, (1, sizes.longest), optim, prefix, module)
-        .with_embeddings(options.offload_embedding, options.nf4_head)?;
-    work.tokens = sizes.tokens;
-    work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
-    Ok(work)
+    let work = Work::new(config, (1, longest), optim, prefix, module);
+    Ok(Work { dropout: args.lora_dropout > 0.0, ..work })
 }

@@ -29,7 +29,7 @@ pub use fast_language_model::FastLanguageModel;
 pub use gguf::{
     Change, GgufTensor, gguf_tensors, metadata as gguf_metadata, metadata_architecture, rope_tensors,
 };
-pub use parameters::{LoraModule, Parameter, ParameterRole};
+pub use parameters::{LoraModule, Parameter, ParameterRole, SavedModule, check_trains_all};
 pub use sensitivity::{ModuleSensitivity, Nf4Sensitivity};
 pub use sequence_classifier::SequenceClassifier;
 pub use streamed::StreamedModel;

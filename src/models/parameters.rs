@@ -30,6 +30,48 @@ pub struct Parameter {
     pub role: ParameterRole,
 }
 
+/// What `modules_to_save` can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SavedModule {
+    Embedding,
+    Head,
+}
+
+impl SavedModule {
+    /// Which one `module` is.
+    ///
+    /// # Errors
+    /// It is none of these, or lies where it cannot train: in the host's memory, in 4 bits.
+    pub fn named(module: &str, offloads_embedding: bool, nf4_head: bool) -> Result<SavedModule> {
+        match module.rsplit('.').next() {
+            Some("embed_tokens") if offloads_embedding => {
+                Err(unsupported("training an embedding with offload_embedding", "it on the device"))
+            }
+            Some("embed_tokens") => Ok(SavedModule::Embedding),
+            Some("lm_head") if nf4_head => {
+                Err(unsupported("training a head with nf4_head", "one in 16 bits"))
+            }
+            Some("lm_head") => Ok(SavedModule::Head),
+            _ => Err(unsupported(&format!("modules_to_save {module:?}"), "embed_tokens, lm_head")),
+        }
+    }
+}
+
+/// Refuses full fine-tuning of weights that cannot train.
+pub fn check_trains_all(quantized: bool, offloads_embedding: bool) -> Result<()> {
+    match () {
+        () if quantized => Err(unsupported("full fine-tuning of a 4-bit model", "a LoRA adapter on it")),
+        () if offloads_embedding => {
+            Err(unsupported("full fine-tuning with offload_embedding", "a LoRA adapter"))
+        }
+        () => Ok(()),
+    }
+}
+
+fn unsupported(what: &str, supported: &str) -> anyhow::Error {
+    Error::Unsupported { what: what.to_string(), supported: supported.to_string() }.into()
+}
+
 /// What LoRA to put on one module.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraModule {
@@ -102,26 +144,18 @@ impl Decoder {
         let trainable = |tensor: &Tensor| -> Result<Tensor> {
             Ok(tensor.f_to_dtype(Kind::Float, false, true)?.f_set_requires_grad(true)?)
         };
-        let unsupported = |what: &str, supported: &str| -> anyhow::Error {
-            Error::Unsupported { what: what.to_string(), supported: supported.to_string() }.into()
-        };
-        match module.rsplit('.').next() {
-            Some("embed_tokens") if self.offloads_embedding => {
-                return Err(unsupported("training an embedding with offload_embedding", "it on the device"));
-            }
-            Some("embed_tokens") => {
+        match SavedModule::named(module, self.offloads_embedding, self.nf4_head.is_some())? {
+            SavedModule::Embedding => {
                 // A tied head stays the original embedding, as in peft.
                 if self.lm_head.is_none() && self.nf4_head.is_none() {
                     self.lm_head = Some(self.embed_tokens.shallow_clone());
                 }
                 self.embed_tokens = trainable(&self.embed_tokens)?;
             }
-            Some("lm_head") => match self.head() {
-                Head::Dense(head) => self.lm_head = Some(trainable(head)?),
-                Head::Nf4(_) => return Err(unsupported("training a head with nf4_head", "one in 16 bits")),
-            },
-            _ => {
-                return Err(unsupported(&format!("modules_to_save {module:?}"), "embed_tokens, lm_head"));
+            SavedModule::Head => {
+                if let Head::Dense(head) = self.head() {
+                    self.lm_head = Some(trainable(head)?);
+                }
             }
         }
         Ok(())
@@ -129,14 +163,7 @@ impl Decoder {
 
     /// Makes every weight trainable, in f32: activations keep the decoder's dtype.
     pub fn train_all(&mut self) -> Result<()> {
-        if self.is_quantized() {
-            let what = "full fine-tuning of a 4-bit model".to_string();
-            return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
-        }
-        if self.offloads_embedding {
-            let what = "full fine-tuning with offload_embedding".to_string();
-            return Err(Error::Unsupported { what, supported: "a LoRA adapter".to_string() }.into());
-        }
+        check_trains_all(self.is_quantized(), self.offloads_embedding)?;
         let trainable = |tensor: &mut Tensor| -> Result<()> {
             *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
             Ok(())

@@ -1,6 +1,6 @@
 //! The least time that a training step can take on a machine: its large products, its attention, and the bytes that the
-//! rest must move, each measured on that machine at the shapes of the step. Nothing is recomputed, no weight gradient is
-//! taken (LoRA), and nothing but these costs time.
+//! rest must move, each measured on that machine at the shapes of the step. Nothing is recomputed, weight gradients are taken
+//! only where every weight trains, and nothing but these costs time.
 
 use anyhow::Result;
 use serde::Serialize;
@@ -47,6 +47,8 @@ pub struct Work<'a> {
     pub cu_seqlens: &'a [i32],
     /// The projections of the layers are in NF4.
     pub load_in_4bit: bool,
+    /// Weights have gradients, too.
+    pub trains_all: bool,
     pub kind: Kind,
     pub device: Device,
 }
@@ -72,10 +74,15 @@ pub fn measure(work: &Work, progress: &mut dyn FnMut(&str)) -> Result<Floor> {
         let forward = time(work.device, &mut || Ok(x.f_matmul(&weight.f_tr()?).map(drop)?))?;
         let dgrad = time(work.device, &mut || Ok(dy.f_matmul(&weight).map(drop)?))?;
         let shape = |from: i64, to: i64| format!("[{n}, {from}] x [{from}, {to}]");
-        for (what, ms, shape) in [
+        let mut measured = vec![
             ("forward", forward, shape(in_features, rows)),
             ("input gradient", dgrad, shape(rows, in_features)),
-        ] {
+        ];
+        if work.trains_all {
+            let wgrad = time(work.device, &mut || Ok(dy.f_tr()?.f_matmul(&x).map(drop)?))?;
+            measured.push(("weight gradient", wgrad, format!("[{rows}, {n}] x [{n}, {in_features}]")));
+        }
+        for (what, ms, shape) in measured {
             terms.push(Term { name: format!("{name} {what}"), shape, calls, ms: calls as f64 * ms });
         }
     }

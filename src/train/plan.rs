@@ -1,9 +1,10 @@
-//! What a LoRA step on a GPU will hold in memory and how long it will take, from its shape alone: no GPU, no weights; what the
+//! What a training step on a GPU will hold in memory and how long it will take, from its shape alone: no GPU, no weights; what the
 //! rollouts of a GRPO run hold between two steps; and what each layer should keep for its backward, so that it is fastest within a budget.
 //!
 //! [`Work`] describes a step, [`Work::memory`] and [`Work::milliseconds`] predict it for given policies, and [`Work::fastest`]
-//! chooses them. Dimensions are those of docs/architecture.md; activations take 2 bytes an element.
+//! chooses them. Dimensions are those of docs/architecture.md.
 
+mod attention;
 mod blocks;
 mod card;
 mod choose;
@@ -11,7 +12,7 @@ mod memory;
 mod rollout;
 mod time;
 
-pub use card::Card;
+pub use card::{Card, Rates};
 pub use choose::{Budget, Plan};
 pub use memory::{Memory, Moment};
 pub use rollout::{Rollout, RolloutMemory};
@@ -19,9 +20,9 @@ pub use rollout::{Rollout, RolloutMemory};
 use anyhow::Result;
 
 use super::Optim;
-use crate::models::{Config, check_embeddings, projections};
+use crate::models::{Config, SavedModule, check_embeddings, check_trains_all, projections};
 
-/// An optimizer step of LoRA training in bf16, of `gradient_accumulation_steps` forward passes.
+/// An optimizer step of `gradient_accumulation_steps` forward passes.
 #[derive(Debug, Clone)]
 pub struct Work {
     pub shape: Shape,
@@ -31,10 +32,19 @@ pub struct Work {
     pub sample: u64,
     pub gradient_accumulation_steps: u64,
     pub optim: Optim,
+    /// Bytes of an element of activations and of frozen weights that are not in 4 bits: 2, or 4 in f32.
+    pub element: u64,
     /// Bytes of the embedding on the device, and of the head where it is another matrix.
     pub embedding: u64,
     pub head: u64,
     pub nf4_head: bool,
+    pub trained: Trained,
+    /// All weights start at random, so that LoRA cannot stand in for them.
+    pub from_scratch: bool,
+    /// LoRA drops inputs: no product has LoRA inside it, no MLP is worked on in runs or tiles, and no step is recorded.
+    pub dropout: bool,
+    /// With `--deterministic`, how many multiprocessors the GPU has.
+    pub deterministic: Option<u64>,
     /// The loss is made of log-probabilities of tokens, not of their cross-entropy.
     pub log_probs: bool,
     /// Bytes that lie on the device already, such as a reward model's.
@@ -45,6 +55,15 @@ pub struct Work {
     pub alike: bool,
     /// What is written between two steps, in GRPO.
     pub rollout: Option<Rollout>,
+}
+
+/// What trains itself and not through LoRA, as f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Trained {
+    /// Projections and norms.
+    pub layers: bool,
+    pub embedding: bool,
+    pub head: bool,
 }
 
 /// What all layers share.
@@ -71,6 +90,8 @@ pub struct Layer {
     pub d: u64,
     /// A query sees so many keys at most.
     pub window: Option<u64>,
+    /// Scores are capped.
+    pub softcap: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +112,8 @@ pub struct Module {
     /// LoRA's rank, 0 without.
     pub r: u64,
     pub nf4: bool,
+    /// The weight itself trains, as f32.
+    pub trained: bool,
 }
 
 impl Linear {
@@ -108,9 +131,16 @@ impl Linear {
         self.parts.iter().map(|part| part.module.r * (part.rows + self.columns)).sum()
     }
 
-    /// A matrix that is made from NF4 for each product.
-    fn made(&self) -> bool {
+    fn elements(&self) -> u64 {
+        self.rows() * self.columns
+    }
+
+    fn in_4bit(&self) -> bool {
         self.parts.iter().any(|part| part.module.nf4)
+    }
+
+    fn trained(&self) -> bool {
+        self.parts.iter().any(|part| part.module.trained)
     }
 }
 
@@ -126,6 +156,11 @@ impl Layer {
 
     fn linears(&self) -> [&Linear; 4] {
         [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    fn modules_mut(&mut self) -> impl Iterator<Item = &mut Module> {
+        let linears = [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down];
+        linears.into_iter().flat_map(|linear| &mut linear.parts).map(|part| &mut part.module)
     }
 }
 
@@ -148,7 +183,8 @@ impl Work {
             });
             let spec = &config.layers[index].attention;
             let [h, k, d] = [spec.num_heads, spec.num_kv_heads, spec.head_dim].map(|n| n as u64);
-            Layer { qkv, o, gate_up, down, h, k, d, window: spec.sliding_window.map(|window| window as u64) }
+            let window = spec.sliding_window.map(|window| window as u64);
+            Layer { qkv, o, gate_up, down, h, k, d, window, softcap: spec.softcap.is_some() }
         };
         let [c, f, v] = [config.hidden_size, config.intermediate_size, config.vocab_size].map(|n| n as u64);
         Work {
@@ -165,9 +201,14 @@ impl Work {
             sample: length as u64,
             gradient_accumulation_steps: 1,
             optim,
+            element: 2,
             embedding: 2 * v * c,
             head: if config.tie_word_embeddings { 0 } else { 2 * v * c },
             nf4_head: false,
+            trained: Trained::default(),
+            from_scratch: false,
+            dropout: false,
+            deterministic: None,
             log_probs: false,
             copied: 0,
             alike: config.ropes.iter().all(|rope| rope.regime(1) == rope.regime(length as i64)),
@@ -185,7 +226,7 @@ impl Work {
         optim: Option<Optim>,
     ) -> Work {
         let optim = optim.unwrap_or(if load_in_4bit { Optim::Adamw8bit } else { Optim::AdamwTorch });
-        let module = Module { r: u64::from(r), nf4: load_in_4bit };
+        let module = Module { r: u64::from(r), nf4: load_in_4bit, trained: false };
         Work::new(config, (rows, length), optim, "model.", |_| module)
     }
 
@@ -206,16 +247,79 @@ impl Work {
         Ok(self)
     }
 
-    /// The same on projections in 4 bits; none if they are.
+    /// The same in f32, what is in 4 bits apart.
+    #[must_use]
+    pub fn in_f32(mut self) -> Work {
+        self.embedding = self.embedding / self.element * 4;
+        if !self.nf4_head {
+            self.head = self.head / self.element * 4;
+        }
+        self.element = 4;
+        self
+    }
+
+    /// The same with f32 copies of `modules` in training, as peft's `modules_to_save` makes them.
+    ///
+    /// # Errors
+    /// Loading would refuse it.
+    pub fn saving(mut self, modules: &[String]) -> Result<Work> {
+        let in_f32 = 4 * self.shape.v * self.shape.c;
+        for module in modules {
+            match SavedModule::named(module, self.embedding == 0, self.nf4_head)? {
+                SavedModule::Embedding => {
+                    if self.head == 0 {
+                        // A tied head stays what the embedding was.
+                        self.head = self.embedding;
+                    }
+                    (self.embedding, self.trained.embedding) = (in_f32, true);
+                }
+                SavedModule::Head => (self.head, self.trained.head) = (in_f32, true),
+            }
+        }
+        Ok(self)
+    }
+
+    /// The same with every weight in training, without LoRA.
+    ///
+    /// # Errors
+    /// Weights in 4 bits or an embedding at the host, which do not train.
+    pub fn training_all(mut self) -> Result<Work> {
+        let in_4bit = self.nf4_head || self.layers.iter().flat_map(Layer::linears).any(Linear::in_4bit);
+        check_trains_all(in_4bit, self.embedding == 0)?;
+        for module in self.layers.iter_mut().flat_map(Layer::modules_mut) {
+            *module = Module { r: 0, nf4: false, trained: true };
+        }
+        let in_f32 = 4 * self.shape.v * self.shape.c;
+        self.embedding = in_f32;
+        self.head = if self.head > 0 { in_f32 } else { 0 };
+        self.trained = Trained { layers: true, embedding: true, head: true };
+        self.dropout = false;
+        Ok(self)
+    }
+
+    /// The same with LoRA of rank `r` in place of training every weight; none if that is not what it does.
+    pub fn with_lora_instead(&self, r: u64) -> Option<Work> {
+        if !self.trained.layers || self.from_scratch {
+            return None;
+        }
+        let mut work = Work { trained: Trained::default(), ..self.clone() };
+        for module in work.layers.iter_mut().flat_map(Layer::modules_mut) {
+            *module = Module { r, nf4: false, trained: false };
+        }
+        let frozen = self.element * self.shape.v * self.shape.c;
+        work.embedding = frozen;
+        work.head = if self.head > 0 { frozen } else { 0 };
+        Some(work)
+    }
+
+    /// The same on projections in 4 bits; none if they are, or if they train.
     pub fn in_4bit(&self) -> Option<Work> {
         let mut work = self.clone();
-        let linears =
-            work.layers.iter_mut().flat_map(|l| [&mut l.qkv, &mut l.o, &mut l.gate_up, &mut l.down]);
-        for part in linears.flat_map(|linear| linear.parts.iter_mut()) {
-            part.module.nf4 = true;
+        for module in work.layers.iter_mut().flat_map(Layer::modules_mut) {
+            module.nf4 = true;
         }
         work.optim = Optim::Adamw8bit;
-        (work.layers != self.layers).then_some(work)
+        (work.layers != self.layers && !self.trained.layers).then_some(work)
     }
 
     /// The same with samples of another length, as many of them.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::time::BlockMs;
 use super::{Card, Layer, Memory, Work};
 use crate::ops::{BlockPolicy, Place, Policy};
-use crate::train::{Predicted, Recording, RunPlan};
+use crate::train::{GradientCheckpointing, Predicted, Recording, RunPlan};
 
 /// Bytes that a run may take: of the device, as nvidia-smi counts, and of the host in pinned buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -63,8 +63,24 @@ impl Work {
         self.plan(self.layers.iter().map(|layer| self.possible(layer, policy)).collect(), card)
     }
 
+    /// The plan that a word of `--use-gradient-checkpointing` means; none if it does not fit `budget`.
+    pub fn chosen(&self, checkpointing: GradientCheckpointing, card: &Card, budget: Budget) -> Option<Plan> {
+        match checkpointing {
+            GradientCheckpointing::Auto => self.fastest(card, budget),
+            other => self.uniform_within(other.policy(), card, budget),
+        }
+    }
+
+    /// The one of those that needs least of the device, with `host` bytes of the host where they are chosen freely.
+    pub fn least(&self, checkpointing: GradientCheckpointing, card: &Card, host: u64) -> Plan {
+        match checkpointing {
+            GradientCheckpointing::Auto => self.smallest(card, host),
+            other => self.least_uniform_plan(other.policy(), card),
+        }
+    }
+
     /// The same of what fits `budget`; none if that does not.
-    pub fn uniform_within(&self, policy: Policy, card: &Card, budget: Budget) -> Option<Plan> {
+    fn uniform_within(&self, policy: Policy, card: &Card, budget: Budget) -> Option<Plan> {
         self.within(budget).iter().map(|work| work.uniform_plan(policy, card)).find(|plan| plan.fits(budget))
     }
 
@@ -99,11 +115,11 @@ impl Work {
 
     /// The longest samples, in steps of 256 tokens, that fit `budget` in as many samples a pass; 0 if none does. In GRPO completions
     /// are as much longer.
-    pub fn longest(&self, budget: Budget, card: &Card) -> u64 {
+    pub fn longest(&self, checkpointing: GradientCheckpointing, budget: Budget, card: &Card) -> u64 {
         let prompt = self.rollout.map_or(0, |rollout| rollout.prompt);
         let fits = |steps: u64| {
             let work = self.with_length((256 * steps).max(prompt + 1));
-            work.smallest(card, budget.host).memory.device() <= budget.device
+            work.least(checkpointing, card, budget.host).fits(budget)
         };
         let (mut fitting, mut above) = (0, 1);
         while above < 1 << 16 && fits(above) {
@@ -250,7 +266,8 @@ impl Plan {
         let Memory { kept, workspace, .. } = self.memory;
         let needed = self.memory.device();
         let gives_way = self.memory.rollout.is_some_and(|rollout| !rollout.stays);
-        let recording = match budget.device.saturating_sub(needed) {
+        // Steps of several shapes write to the same gradients, which then stay.
+        let recording = match budget.device.saturating_sub(needed + self.memory.other_gradients) {
             _ if gives_way => Recording::No,
             left if left >= kept + workspace => Recording::Yes,
             left if left >= workspace + kept / 8 => Recording::OneShape,

@@ -99,7 +99,7 @@ impl Work {
     }
 
     fn page_bytes(&self) -> u64 {
-        let token: u64 = self.layers.iter().map(|layer| 2 * 2 * layer.k * layer.d).sum();
+        let token: u64 = self.layers.iter().map(|layer| 2 * self.element * layer.k * layer.d).sum();
         PAGE_SIZE as u64 * token
     }
 
@@ -122,7 +122,8 @@ impl Work {
         };
         // Prompts a piece at a time; logits of their ends, and a row of them for each sample.
         let rows = (groups * prompt).clamp(1, MOST_PROMPT_ROWS as u64).max(sequences);
-        let pass = Work { tokens: rows, sample: prompt.clamp(1, rows), rollout: None, ..self.clone() };
+        let sample = prompt.clamp(1, rows);
+        let pass = Work { tokens: rows, sample, rollout: None, dropout: false, ..self.clone() };
         let blocks = (pass.layers.iter()).flat_map(|layer| {
             pass.block_bytes(layer, [&Policy::RECOMPUTE.attention, &Policy::RECOMPUTE.mlp])
         });

@@ -4,10 +4,10 @@
 //! before its kernel. LoRA is skinny: its products cost the bytes that they read again. What is computed again is the same op a
 //! second time. Copies to the host and back run beside: a pass takes the longer of its work and its copies, in each direction.
 
-use super::blocks::tail_of;
-use super::card::Card;
+use super::attention::Kernel;
+use super::card::{Card, Rates};
 use super::memory::KEYS_FOR_HOST;
-use super::{Layer, Linear, Work};
+use super::{Layer, Linear, Part, Work};
 use crate::ops::{Place, Policy};
 use crate::train::Optim;
 
@@ -73,8 +73,8 @@ impl Work {
     /// Copied out in the forward, and in again in the backward.
     fn host_bytes(&self, layer: &Layer, policy: &Policy) -> f64 {
         let of = |place: Place, bytes: u64| if place == Place::Host { bytes as f64 } else { 0.0 };
-        let input = 2 * self.shape.c;
-        let inner = of(policy.attention.inner, 2 * layer.query() + 4 * layer.h);
+        let input = self.element * self.shape.c;
+        let inner = of(policy.attention.inner, self.element * layer.query() + 4 * layer.h);
         self.tokens as f64 * (of(policy.attention.input, input) + of(policy.mlp.input, input) + inner)
     }
 
@@ -83,7 +83,7 @@ impl Work {
         let n = self.tokens as f64;
         let (c, f) = (self.shape.c as f64, self.shape.f as f64);
         let (query, turned) = (layer.query() as f64, layer.turned() as f64);
-        let moved = |elements: f64| card.memory(2.0 * n * elements) + card.gap();
+        let moved = |elements: f64| self.moved(elements, card);
         let (norm, norm_backward) = (moved(2.0 * c), moved(4.0 * c));
         // Causal pairs of a query and a key, all samples as long as the longest.
         let keys = self.keys(layer) as f64;
@@ -94,7 +94,9 @@ impl Work {
         if self.shape.qk_norm {
             rotation += moved(2.0 * turned);
         }
-        let attention_forward = card.attention_forward(2.0 * head);
+        let rates = self.attention_rates(layer, card);
+        let attending = |operations: f64, tflops: f64| operations / (tflops * 1e9) + card.gap();
+        let attention_forward = attending(2.0 * head, rates.forward);
         let (post, post_backward) = if self.shape.post_norms { (norm, norm_backward) } else { (0.0, 0.0) };
         let sum = moved(3.0 * c);
         let (qkv, o) = (self.linear_ms(&layer.qkv, false, card), self.linear_ms(&layer.o, false, card));
@@ -102,7 +104,7 @@ impl Work {
             forward: norm + qkv[0] + rotation + attention_forward + o[0] + post + sum,
             backward: o[1]
                 + post_backward
-                + card.attention_backward(5.0 * head)
+                + attending(5.0 * head, rates.backward)
                 + rotation
                 + qkv[1]
                 + norm_backward,
@@ -125,29 +127,70 @@ impl Work {
         [attention, mlp]
     }
 
+    /// An op that is bound by memory, on so many elements a row.
+    fn moved(&self, elements: f64, card: &Card) -> f64 {
+        card.memory(self.element as f64 * self.tokens as f64 * elements) + card.gap()
+    }
+
+    fn attention_rates(&self, layer: &Layer, card: &Card) -> Rates {
+        match self.attention_kernel(layer) {
+            Kernel::Cudnn => card.attention_tflops,
+            Kernel::Flash => card.flash_tflops,
+            Kernel::Efficient | Kernel::Formula => card.attention_f32_tflops,
+        }
+    }
+
+    /// [n, inner] times [inner, rows].
+    fn product(&self, n: f64, inner: f64, rows: f64, card: &Card) -> f64 {
+        let tflops = if self.element == 4 { card.product_f32_tflops } else { card.product_tflops };
+        let operations = 2.0 * n * inner * rows / (tflops * 1e9);
+        let bytes = self.element as f64 * (n * inner + inner * rows + n * rows);
+        operations.max(card.memory(bytes)) + card.gap()
+    }
+
+    /// A matrix in f32 that products take in 16 bits.
+    fn cast(&self, elements: f64, card: &Card) -> f64 {
+        if self.element == 4 { 0.0 } else { card.memory(6.0 * elements) + card.gap() }
+    }
+
     /// Forward and backward of a projection with its LoRA; `folded`: LoRA inside the product (csrc/linear.h).
     fn linear_ms(&self, linear: &Linear, folded: bool, card: &Card) -> [f64; 2] {
         let n = self.tokens as f64;
         let (columns, rows) = (linear.columns as f64, linear.rows() as f64);
-        let moved = |elements: f64| card.memory(2.0 * n * elements) + card.gap();
-        let weights: f64 = (linear.parts.iter().filter(|part| part.module.nf4))
-            .map(|part| card.memory(part.rows as f64 * columns * (4.127 / 8.0 + 2.0)) + card.gap())
-            .sum();
-        let product = |inner: f64| card.product(n, inner, rows);
-        let trained = linear.parts.iter().filter(|part| part.module.r > 0);
-        let (mut forward, mut backward) = (product(columns) + weights, product(columns) + weights);
+        let moved = |elements: f64| self.moved(elements, card);
+        let product = |inner: f64| self.product(n, inner, rows, card);
+        let made = |bytes: f64, part: &Part| card.memory(part.rows as f64 * columns * bytes) + card.gap();
+        let in_4bit = linear.parts.iter().filter(|part| part.module.nf4);
+        let mut weights: f64 = in_4bit.map(|part| made(4.127 / 8.0 + self.element as f64, part)).sum();
+        if linear.trained() {
+            weights += self.cast(rows * columns, card);
+        }
+        let mut forward = product(columns) + weights;
+        let mut backward = forward;
+        if linear.trained() {
+            // Its gradient, written in f32.
+            backward += self.product(rows, n, columns, card).max(card.memory(4.0 * rows * columns));
+        }
         if linear.rank() == 0 {
             return [forward, backward];
         }
         forward += moved(columns);
+        let tail = self.tail(linear);
+        let folded = folded && tail > 0;
         if folded {
-            forward += product(columns + tail_of(linear) as f64) - product(columns);
+            forward += product(columns + tail as f64) - product(columns);
         }
-        for part in trained {
+        for part in linear.parts.iter().filter(|part| part.module.r > 0) {
             if !folded {
                 forward += moved(2.0 * part.rows as f64);
             }
             backward += 2.0 * moved(part.rows as f64);
+            if self.dropout {
+                // In the forward its input, in the backward that and its gradient.
+                let dropping = card.memory(DROPPING_BYTES * n * columns) + DROPPING_KERNELS * card.gap();
+                forward += dropping;
+                backward += 2.0 * dropping;
+            }
         }
         backward += moved(columns) + moved(2.0 * columns);
         [forward, backward]
@@ -155,17 +198,38 @@ impl Work {
 
     fn loss_ms(&self, card: &Card) -> f64 {
         let (n, c, v) = (self.tokens as f64, self.shape.c as f64, self.shape.v as f64);
+        let words = v * c;
         // f32 logits, read and written twice; the head forward and backward.
-        2.0 * card.product(n, c, v) + card.memory(16.0 * n * v)
+        let mut ms = 2.0 * self.product(n, c, v, card) + card.memory(16.0 * n * v);
+        if self.trained.head {
+            // Its gradient: zeros, to which each chunk adds, then multiplied.
+            let chunk = self.loss_chunk() as f64;
+            let added = self.product(v, chunk, c, card) + card.memory(8.0 * words);
+            ms += self.cast(words, card) + card.memory(12.0 * words) + (n / chunk).ceil() * added;
+        }
+        if self.trained.embedding {
+            // Zeros, and where the head has the same gradient their sum.
+            ms += card.memory(if self.head == 0 { 16.0 } else { 4.0 } * words);
+        }
+        ms
     }
 
     fn update_ms(&self, card: &Card) -> f64 {
-        let lora: u64 = self.layers.iter().flat_map(Layer::linears).map(Linear::lora).sum();
-        // Gradient norm, casts to 16 bits, parameters and moments.
+        let elements = self.elements();
+        // Parameters, gradients and moments; those of an embedding are never in 8 bits.
+        const FULL: f64 = 32.0;
         let moments = match self.optim {
-            Optim::AdamwTorch => 32.0,
+            Optim::AdamwTorch => FULL,
             Optim::Adamw8bit => 16.0,
         };
-        card.memory(lora as f64 * (10.0 + moments))
+        let [lora, projections, embedding] =
+            [elements.lora, elements.projections, elements.embedding].map(|count| count as f64);
+        // Gradient norm, LoRA's casts to 16 bits, sums of the gradients of passes.
+        let summed = 4.0 + 12.0 * (self.gradient_accumulation_steps - 1) as f64;
+        card.memory(lora * (10.0 + moments) + projections * (summed + moments) + embedding * (summed + FULL))
     }
 }
+
+/// csrc/linear.cpp, `dropout`: read and written for an element by the ops on its hash of 8 bytes, and how many these are.
+const DROPPING_BYTES: f64 = 292.0;
+const DROPPING_KERNELS: f64 = 20.0;

@@ -1,6 +1,7 @@
 //! What `ferrotune dpo` can be told, in TRL's words.
 
 use std::fmt;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::{Arg, Args, Command, FromArgMatches, ValueEnum};
@@ -214,6 +215,13 @@ impl PreferenceArguments {
     /// These keys as YAML.
     pub fn own_yaml(&self) -> Result<String> {
         serde_saphyr::to_string(&self.own()).context("writing the configuration as YAML")
+    }
+
+    /// Reads a `run.yaml`; `file` is named in errors.
+    pub fn from_yaml(text: &str, file: &Path) -> Result<Self> {
+        let options = serde_saphyr::options! { strict_booleans: true };
+        serde_saphyr::from_str_with_options(text, options)
+            .with_context(|| format!("{}: not a configuration", file.display()))
     }
 
     /// The same of them as [`TrainingArguments::differences`].
