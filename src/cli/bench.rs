@@ -21,10 +21,13 @@ use crate::device;
 use crate::error::Error;
 use crate::io::adapter::InitLoraWeights;
 use crate::models::{Config, FastLanguageModel};
+use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
 use crate::train::plan::{Plan, Work};
-use crate::train::{Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
+use crate::train::{
+    BaseDtype, Dtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments,
+};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
@@ -83,6 +86,9 @@ pub struct BenchTrainArgs {
     pub r: u32,
     #[arg(long, help = "Type of weights and activations", value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Type of the frozen weights of the layers; fp8 is an experiment
+    #[arg(long, value_enum, default_value_t = BaseDtype::Auto)]
+    pub base_dtype: BaseDtype,
     #[command(flatten)]
     pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
@@ -95,6 +101,7 @@ struct Report {
     shape: String,
     device: String,
     dtype: &'static str,
+    base_dtype: BaseDtype,
     load_in_4bit: bool,
     offload_embedding: bool,
     nf4_head: bool,
@@ -182,7 +189,8 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let bar = BARS.add(bar);
     bar.set_message("random weights");
     let kind = kind_of(args.dtype, device, config.overflows_f16());
-    let options = args.weights.options(kind, device);
+    let base_fp8 = args.base_dtype == BaseDtype::Fp8;
+    let options = LoadOptions { base_fp8, ..args.weights.options(kind, device) };
     let mut model = FastLanguageModel::untrained(config, options)?;
     model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     let decoder = &model.decoder;
@@ -260,6 +268,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         shape: name,
         device: device::describe(device),
         dtype: name_of(kind),
+        base_dtype: args.base_dtype,
         load_in_4bit: args.weights.load_in_4bit,
         offload_embedding: args.weights.offload_embedding,
         nf4_head: args.weights.nf4_head,
@@ -296,7 +305,10 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
 
 /// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() || kind_of(args.dtype, device, config.overflows_f16()) == tch::Kind::Float {
+    if !device.is_cuda()
+        || args.base_dtype == BaseDtype::Fp8
+        || kind_of(args.dtype, device, config.overflows_f16()) == tch::Kind::Float
+    {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
@@ -333,12 +345,13 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.optim,
                 report.dtype,
+                if report.base_dtype == BaseDtype::Fp8 { ", fp8 weights" } else { "" },
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
                 if report.nf4_head { ", 4-bit head" } else { "" },
                 if report.offload_embedding { ", embedding in the host's memory" } else { "" },

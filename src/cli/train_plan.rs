@@ -14,7 +14,7 @@ use crate::io::lora_spec::LoraSpec;
 use crate::models::{Config, prefix_of, projections};
 use crate::nn::LoadOptions;
 use crate::train::plan::{Budget, Card, Memory, Module, Plan, Rollout, Work};
-use crate::train::{RunPlan, TrainingArguments};
+use crate::train::{BaseDtype, RunPlan, TrainingArguments};
 
 /// What a run was given and will keep to.
 pub struct TrainPlan {
@@ -43,6 +43,7 @@ fn not_covered(args: &TrainingArguments, kind: Kind) -> Option<&'static str> {
         () if args.trains_all_weights() => Some("full fine-tuning"),
         () if !args.modules_to_save.is_empty() => Some("--modules-to-save"),
         () if args.lora_dropout > 0.0 => Some("--lora-dropout"),
+        () if args.base_dtype == BaseDtype::Fp8 => Some("--base-dtype fp8"),
         () if kind == Kind::Float => Some("--dtype f32"),
         () => None,
     }

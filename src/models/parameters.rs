@@ -106,6 +106,10 @@ impl Decoder {
 
     /// Makes every weight trainable, in f32: activations keep the decoder's dtype.
     pub fn train_all(&mut self) -> Result<()> {
+        if self.is_fp8() {
+            let what = "full fine-tuning of a model in fp8".to_string();
+            return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
+        }
         if self.is_quantized() {
             let what = "full fine-tuning of a 4-bit model".to_string();
             return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
@@ -212,6 +216,11 @@ impl Decoder {
         self.nf4_head.is_some() || self.linears().any(Linear::is_quantized)
     }
 
+    /// Whether the projections are in e4m3.
+    pub fn is_fp8(&self) -> bool {
+        self.linears().any(|linear| matches!(linear.weight, Weight::Fp8(_)))
+    }
+
     /// The name that `module` has in the model that transformers makes of the checkpoint, which is what peft sees: a
     /// checkpoint may hold another prefix, and transformers renames it.
     pub fn peft_module(&self, module: &str) -> String {
@@ -235,8 +244,8 @@ impl Decoder {
         self.trainable().into_iter().map(named).collect()
     }
 
-    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; those in 4 bits
-    /// dequantised to the decoder's dtype, one at a time.
+    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; quantised
+    /// ones in the decoder's dtype, one at a time.
     pub fn each_weight(&self, mut visit: impl FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
         visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
         for layer in &self.layers {
@@ -248,6 +257,7 @@ impl Decoder {
                     let rows = |tensor: &Tensor| tensor.f_narrow(0, row, part.rows);
                     let weight = match &linear.weight {
                         Weight::Joined(weight) => rows(weight)?,
+                        Weight::Fp8(fp8) => rows(&fp8.dequantize(self.kind)?)?,
                         Weight::Parts(weights) => match &weights[index] {
                             PartWeight::Dense(weight) => weight.shallow_clone(),
                             PartWeight::Nf4(nf4) => nf4.dequantize(self.kind)?,
