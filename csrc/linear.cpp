@@ -153,7 +153,7 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   const auto dtype = x.scalar_type();
   const LoraParts lora(l, dtype);
   Tensor y, z;
-  bool has_lora = false;
+  bool has_lora = false;  // y, already
   if (l.fp8.defined()) {
     z = lora_z(x, lora);
     has_lora = fp8_folds(x, l.fp8, lora);
