@@ -24,6 +24,7 @@ fn main() {
         "cuda_library",
         "device",
         "few_rows",
+        "fp8",
         "head",
         "kernels",
         "linear",

@@ -24,6 +24,7 @@ bool put_lora(KernelRowsPart& part, const Tensor& a, const Tensor& b, double sca
 // The operands without y; nullopt where the kernel cannot. `some`: whether LoRA of single rows is left to the caller.
 std::optional<KernelRows> operands(const Tensor& x, const Linear& l, const Tensor& residual, bool& some) {
   const auto dtype = x.scalar_type();
+  if (l.fp8.defined()) return std::nullopt;
   const auto same = [&](const Tensor& t) { return !t.defined() || (t.scalar_type() == dtype && t.stride(-1) == 1); };
   KernelRows rows{};
   if (std::max(l.parts.size(), l.part_weights ? l.part_weights->parts.size() : 0) > std::size(rows.parts) || !is_matrix(x, dtype) || !same(l.bias) || !same(residual)) return std::nullopt;

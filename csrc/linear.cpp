@@ -13,7 +13,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a_cast(view.a_cast) {
+Linear::Linear(const LinearView& view) : weight(view.weight), fp8(view.fp8), bias(view.bias), a_cast(view.a_cast) {
   for (const PartView& part : view.parts) {
     parts.push_back({part.rows, part.lora_a, part.lora_b, part.scale, part.dropout, part.dropout_key,
                      part.b_cast});
@@ -23,7 +23,7 @@ Linear::Linear(const LinearView& view) : weight(view.weight), bias(view.bias), a
                 parts.size());
     lora_rows.push_back({lora.first, lora.rows, lora.part, lora.lora_a, lora.lora_b, lora.scale});
   }
-  if (weight.defined()) return;
+  if (weight.defined() || fp8.defined()) return;
   part_weights = c10::make_intrusive<PartWeights>();
   for (const PartView& part : view.parts) {
     if (part.dense.defined()) {
@@ -147,19 +147,27 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
-  TORCH_CHECK(x.dim() == 2 && (l.part_weights || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ", x.sizes(),
+  TORCH_CHECK(x.dim() == 2 && (!l.weight.defined() || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ", x.sizes(),
               ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
   if (z_out == nullptr && is_rows(x) && rows_fit_linear(x, l)) return rows_linear(x, l);
   const auto dtype = x.scalar_type();
   const LoraParts lora(l, dtype);
-  Tensor w = l.dense(dtype), z;
-  const bool merges = merging_pays(x, w, lora);
-  if (z_out != nullptr || !merges) z = lora_z(x, lora);
-  if (merges) w = merged(w, lora);
-  Tensor y = cpu_kernels_for(x) == nullptr && l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : product(x, w.t());
-  if (cpu_kernels_for(x) != nullptr && l.bias.defined()) y.add_(l.bias);
+  Tensor y, z;
+  bool has_lora = false;  // y, already
+  if (l.fp8.defined()) {
+    z = lora_z(x, lora);
+    has_lora = fp8_folds(x, l.fp8, lora);
+    y = fp8_forward(x, l.fp8, l.bias, lora, has_lora ? z : Tensor());
+  } else {
+    Tensor w = l.dense(dtype);
+    has_lora = merging_pays(x, w, lora);
+    if (z_out != nullptr || !has_lora) z = lora_z(x, lora);
+    if (has_lora) w = merged(w, lora);
+    y = cpu_kernels_for(x) == nullptr && l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : product(x, w.t());
+    if (cpu_kernels_for(x) != nullptr && l.bias.defined()) y.add_(l.bias);
+  }
   for (const auto& [part, row, column, rank] : lora.places) {
-    if (merges) break;
+    if (has_lora) break;
     product_into(y.narrow(1, row, part->rows), z.narrow(1, column, rank), part->b_in(dtype).t(), part->scale, true);
   }
   add_lora_rows(y, x, l);
@@ -178,7 +186,7 @@ void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& l) {
 
 int64_t linear_tail(const Tensor& x, const Linear& l) {
   constexpr int64_t kMultiple = 64;  // what the kernels of cuBLAS take of the inner dimension at once
-  if (kernels_for(x) == nullptr || x.scalar_type() == at::kFloat) return 0;
+  if (kernels_for(x) == nullptr || x.scalar_type() == at::kFloat || l.fp8.defined()) return 0;
   int64_t rank = 0;
   for (const Lora& part : l.parts) {
     if (part.dropout > 0) return 0;
@@ -254,9 +262,16 @@ Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Lin
     lora_fill_rows(w.narrow(0, rows, tail), lora);
     return at::mm(wide, w);
   }
-  const Tensor w = l.dense(dtype);
-  if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));
-  Tensor dx = product(dy, w);
+  Tensor dx;
+  if (l.fp8.defined()) {
+    const bool folds = fp8_folds(dy, l.fp8, lora);
+    dx = fp8_backward(dy, l.fp8, lora, folds ? g : Tensor());
+    if (folds) return dx;
+  } else {
+    const Tensor w = l.dense(dtype);
+    if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));
+    dx = product(dy, w);
+  }
   if (lora.drops) {
     for (const auto& [part, row, column, rank] : lora.places) {
       dx.add_(dropped(product(g.narrow(1, column, rank), part->a.to(dtype)), *part));

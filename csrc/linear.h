@@ -3,6 +3,7 @@
 
 #include <variant>
 
+#include "ferrotune/csrc/fp8.h"
 #include "ferrotune/csrc/nf4.h"
 
 namespace ferrotune {
@@ -41,6 +42,7 @@ struct PartWeights : torch::CustomClassHolder {
 struct Linear {
   Tensor weight;  // [rows, in], or undefined:
   c10::intrusive_ptr<PartWeights> part_weights;
+  Fp8 fp8;
   Tensor bias;  // [rows] or undefined
   Tensor a_cast;  // all A_p below each other in the dtype of the products, if someone made it
   std::vector<Lora> parts;
@@ -51,10 +53,10 @@ struct Linear {
   explicit Linear(Tensor matrix) : weight(std::move(matrix)) {}
   explicit Linear(const Nf4& matrix);
   explicit Linear(const LinearView& view);
-  int64_t rows() const { return part_weights ? part_weights->rows : weight.size(0); }
+  int64_t rows() const { return fp8.defined() ? fp8.rows() : part_weights ? part_weights->rows : weight.size(0); }
   // Row of W where part p begins.
   int64_t first_row(int64_t part) const;
-  int64_t in() const { return part_weights ? part_weights->in : weight.size(1); }
+  int64_t in() const { return fp8.defined() ? fp8.in() : part_weights ? part_weights->in : weight.size(1); }
   // Every tensor that may train, in a fixed order, undefined ones included.
   void visit(std::vector<Tensor*>& tensors);
   // Whether the backward needs the input.

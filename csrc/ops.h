@@ -28,6 +28,7 @@ using at::Tensor;
 
 // Shared with Rust; defined in src/ffi.rs.
 struct Nf4View;
+struct Fp8View;
 struct PartView;
 struct LinearView;
 struct NormView;
@@ -116,6 +117,12 @@ void nf4_quantize(const Tensor& x, const Tensor& packed, const Tensor& absmax);
 double nf4_nest(const Tensor& absmax, const Tensor& index, const Tensor& nested_absmax);
 // destination [rows, in], whose rows may lie apart, in any float dtype.
 void nf4_dequantize(const Nf4View& weight, const Tensor& destination);
+
+// ---- fp8.cpp
+// weight [rows, in] in a float dtype, finite, into the tensors of csrc/fp8.h, which are there.
+void fp8_quantize(const Tensor& weight, const Fp8View& to);
+// destination [rows, in], in any float dtype.
+void fp8_dequantize(const Fp8View& weight, const Tensor& destination);
 
 // ---- sample.cpp
 // kernels/sample.cu: logits f32 [N, V], params f64 [N, 5] -> tokens int64 [N], logprobs f32 [2, N].

@@ -57,7 +57,7 @@ bool fits_rows(const Tensor& other) {
 bool rows_fit_linear(const Tensor& x, const Linear& l) {
   // Kernels check nothing: what does not fit is ATen's to work out or to refuse.
   const int64_t rows = l.rows(), n = l.in();
-  if (l.weight.defined() && !fits_rows(l.weight)) return false;
+  if (l.fp8.defined() || (l.weight.defined() && !fits_rows(l.weight))) return false;
   if (l.part_weights) {
     for (const auto& part : l.part_weights->parts) {
       const Tensor* dense = std::get_if<Tensor>(&part);

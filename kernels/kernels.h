@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 9
+#define FERROTUNE_KERNELS_ABI 10
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -75,6 +75,23 @@ struct KernelFill {
   int from_f32;
 };
 
+// One part of fp8_lora: factor times from, element (i, r) of which is at i row_stride + r rank_stride; rows first .. first + rows
+// and columns column .. column + R of the matrix.
+struct KernelFp8Part {
+  const float* from;
+  int64_t first, rows, column, R, row_stride, rank_stride;
+  float factor;
+};
+
+// to [rows, 3 padded] e4m3, rows to_stride apart: 2^-exponents times the parts, or as they are where exponents is null, zero around
+// them. padded and to_stride are multiples of 16.
+struct KernelFp8Lora {
+  struct KernelFp8Part parts[3];
+  uint8_t* to;
+  const int8_t* exponents;
+  int64_t count, rows, to_stride, padded;
+};
+
 // One part of rows_linear: rows of W [rows, K], dense in the dtype of x, or NF4 where w is null (y and rows of nf4 unused). LoRA a
 // [R, K] and b [rows, R] in the dtype of x or f32, or null.
 struct KernelRowsPart {
@@ -114,6 +131,8 @@ struct KernelPaged {
 #define FERROTUNE_KERNELS(ROW)  \
   ROW(adamw_8bit)               \
   ROW(fill)                     \
+  ROW(fp8_rows)                 \
+  ROW(fp8_lora)                 \
   ROW(lora_gradients)           \
   ROW(lora_gradients_workspace) \
   ROW(nf4_dequantize)           \
@@ -147,6 +166,15 @@ int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void*
 
 // `count` matrices, at most 4, one launch.
 int fill(const struct KernelFill* matrices, int64_t count, int dtype, void* stream);
+
+// y [N, K + 3 padded] e4m3, rows y_stride apart, and the scale [N] of each row of x [N, K] bf16, times 2^exponents [K] unless that
+// is null; behind it z_factor z [N, R], bf16, with the same scale, as kernels/fp8.cu says. K, y_stride and padded are multiples of
+// 16, x_stride of 8; padded is 0 without z and at most 256.
+int fp8_rows(const void* x, const int8_t* exponents, const void* z, uint8_t* y, float* scale, int64_t N, int64_t K,
+             int64_t x_stride, int64_t R, int64_t z_stride, int64_t y_stride, int64_t padded, float z_factor, void* stream);
+
+// LoRA's A or B behind the rows of a weight in e4m3.
+int fp8_lora(const struct KernelFp8Lora* lora, void* stream);
 
 // g = scale dy b and db = scale dy^T z of all parts. 16-bit dtypes. workspace: as many floats as lora_gradients_workspace
 // says, for its own use; 0 where the current GPU cannot run it (older than sm_80, or too little shared memory).

@@ -234,6 +234,11 @@ pub fn supports_bf16(device: tch::Device) -> bool {
     cuda_device(device).is_none_or(|(found, _)| found.major >= 8)
 }
 
+/// Whether the device multiplies in fp8: any CPU, where it is emulated, and GPUs of compute capability 8.9 or newer.
+pub fn supports_fp8(device: tch::Device) -> bool {
+    cuda_device(device).is_none_or(|(found, _)| (found.major, found.minor) >= (8, 9))
+}
+
 /// Memory in use. On the CPU, `allocated` and `reserved` are the resident set of the process, `free` and `total` those of
 /// the machine.
 pub fn memory(device: tch::Device) -> Result<MemoryStats> {

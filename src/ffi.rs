@@ -37,9 +37,19 @@ pub(crate) mod bridge {
         dropout_key: u64,
     }
 
+    /// A weight in e4m3; the shapes are in csrc/fp8.h. Undefined tensors where there is none.
+    struct Fp8View<'a> {
+        by_rows: &'a Tensor,
+        by_columns: &'a Tensor,
+        exponents: &'a Tensor,
+        scale: &'a Tensor,
+        ones: &'a Tensor,
+    }
+
     struct LinearView<'a> {
-        /// Of all parts, or undefined where each part has its own.
+        /// Of all parts, or undefined where each part has its own, and where it is in `fp8`.
         weight: &'a Tensor,
+        fp8: Fp8View<'a>,
         bias: &'a Tensor,
         /// All lora_a below each other in the dtype of the products, or undefined.
         a_cast: &'a Tensor,
@@ -312,6 +322,9 @@ pub(crate) mod bridge {
         fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()>;
         fn nf4_nest(absmax: &Tensor, index: &Tensor, nested_absmax: &Tensor) -> Result<f64>;
         fn nf4_dequantize(weight: &Nf4View, destination: &Tensor) -> Result<()>;
+
+        fn fp8_quantize(weight: &Tensor, to: &Fp8View) -> Result<()>;
+        fn fp8_dequantize(weight: &Fp8View, destination: &Tensor) -> Result<()>;
 
         fn script_save(path: &str, source: &str, names: &Vec<String>, tensors: &TensorList) -> Result<()>;
 

@@ -11,6 +11,7 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, BlockPolicy, Place};
 use crate::ffi::{self, bridge};
 
+mod fp8;
 mod head;
 mod lora_casts;
 mod nf4;
@@ -23,6 +24,7 @@ pub mod proof;
 mod sample;
 mod script;
 
+pub use fp8::Fp8;
 pub use head::{
     Head, Targets, head_scores, linear_cross_entropy, token_log_probs, token_log_probs_and_entropy,
 };
@@ -67,6 +69,8 @@ pub enum Weight {
     Joined(Tensor),
     /// One for each part, in their order: a quantised checkpoint's. They never train.
     Parts(Vec<PartWeight>),
+    /// All parts below each other. It never trains.
+    Fp8(Fp8),
 }
 
 /// The frozen matrix `[rows, in]` of one part.
@@ -328,7 +332,7 @@ fn part_views<'a>(
     let view = |(module, part): (usize, &'a Part)| {
         let lora = part.lora.as_ref().filter(|_| !pass.without_lora && pass.lora.is_empty());
         let (dense, nf4) = match &linear.weight {
-            Weight::Joined(_) => (absent, None),
+            Weight::Joined(_) | Weight::Fp8(_) => (absent, None),
             Weight::Parts(weights) => match &weights[module] {
                 PartWeight::Dense(tensor) => (tensor, None),
                 PartWeight::Nf4(nf4) => (absent, Some(nf4)),
@@ -356,11 +360,14 @@ fn linear_view<'a>(
     cast: Option<&'a LinearCast>,
     lora_rows: &'a [bridge::LoraRowsView<'a>],
 ) -> bridge::LinearView<'a> {
+    let (weight, fp8) = match &linear.weight {
+        Weight::Joined(weight) => (weight, None),
+        Weight::Parts(_) => (absent, None),
+        Weight::Fp8(fp8) => (absent, Some(fp8)),
+    };
     bridge::LinearView {
-        weight: ffi::borrow(match &linear.weight {
-            Weight::Joined(weight) => weight,
-            Weight::Parts(_) => absent,
-        }),
+        weight: ffi::borrow(weight),
+        fp8: fp8::view(fp8, absent),
         bias: ffi::borrow(linear.bias.as_ref().unwrap_or(absent)),
         a_cast: ffi::borrow(cast.map_or(absent, |cast| &cast.a)),
         parts,

@@ -22,10 +22,11 @@ use crate::data::Batch;
 use crate::device;
 use crate::error::Error;
 use crate::models::Config;
+use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor};
 use crate::train::kernel_times::KernelTimes;
 use crate::train::plan::Plan;
-use crate::train::{GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
+use crate::train::{BaseDtype, GradientCheckpointing, Optim, RunPlan, Sft, Size, Stepper, TrainingArguments};
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
@@ -77,6 +78,9 @@ pub struct BenchTrainArgs {
     pub weights: WeightsArgs,
     #[command(flatten)]
     pub method: MethodArgs,
+    /// Type of the frozen weights of the layers; fp8 is an experiment
+    #[arg(long, value_enum, default_value_t = BaseDtype::Auto)]
+    pub base_dtype: BaseDtype,
     #[command(flatten)]
     pub machine: MachineArgs,
     #[arg(long, help = "Print the report as JSON")]
@@ -89,6 +93,7 @@ struct Report {
     shape: String,
     device: String,
     dtype: &'static str,
+    base_dtype: BaseDtype,
     load_in_4bit: bool,
     offload_embedding: bool,
     nf4_head: bool,
@@ -175,7 +180,9 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let bar = BARS.add(bar);
     bar.set_message("random weights");
     let kind = kind_of(args.method.dtype, device, config.overflows_f16());
-    let model = args.method.model(config, &name, args.weights.options(kind, device), &arguments)?;
+    let base_fp8 = args.base_dtype == BaseDtype::Fp8;
+    let options = LoadOptions { base_fp8, ..args.weights.options(kind, device) };
+    let model = args.method.model(config, &name, options, &arguments)?;
     let decoder = &model.decoder;
     let model_memory = device::memory(device)?.allocated;
 
@@ -249,6 +256,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         shape: name,
         device: device::describe(device),
         dtype: name_of(kind),
+        base_dtype: args.base_dtype,
         load_in_4bit: args.weights.load_in_4bit,
         offload_embedding: args.weights.offload_embedding,
         nf4_head: args.weights.nf4_head,
@@ -288,7 +296,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
 
 /// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() {
+    if !device.is_cuda() || args.base_dtype == BaseDtype::Fp8 {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
@@ -325,12 +333,13 @@ fn render(report: &Report) -> String {
         (
             "work",
             format!(
-                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}{}{}",
+                "{} x {:?} tokens, {} passes a step, {}, {}{}{}{}{}{}{}",
                 report.batch,
                 report.sample_lengths,
                 report.gradient_accumulation_steps,
                 report.optim,
                 report.dtype,
+                if report.base_dtype == BaseDtype::Fp8 { ", fp8 weights" } else { "" },
                 if report.load_in_4bit { ", 4-bit weights" } else { "" },
                 if report.nf4_head { ", 4-bit head" } else { "" },
                 if report.offload_embedding { ", embedding in the host's memory" } else { "" },

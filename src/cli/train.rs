@@ -29,7 +29,7 @@ use crate::nn::LoadOptions;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::metrics::RunLog;
 use crate::train::observer::{StopReason, TrainObserver, TrainResults};
-use crate::train::{Quant, Sft, Trainer, TrainingArguments};
+use crate::train::{BaseDtype, Quant, Sft, Trainer, TrainingArguments};
 
 /// Runs what the flags ask for, start to end.
 pub fn run(arguments: TrainingArguments) -> Result<()> {
@@ -55,6 +55,7 @@ pub fn run(arguments: TrainingArguments) -> Result<()> {
     let kind = kind_of(args.dtype, device, overflows_f16(&dir).context("--model")?);
     let options = LoadOptions {
         load_in_4bit: args.load_in_4bit,
+        base_fp8: args.base_dtype == BaseDtype::Fp8,
         offload_embedding: args.offload_embedding,
         nf4_head: args.nf4_head,
         ..LoadOptions::new(kind, device)

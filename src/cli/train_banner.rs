@@ -19,7 +19,11 @@ pub fn model_lines(args: &TrainingArguments, model: &FastLanguageModel) -> Lines
     let dtype = name_of(decoder.kind);
     let method = match &model.adapter {
         Some(adapter) => {
-            let base = if decoder.is_quantized() { " on 4-bit weights" } else { "" };
+            let base = match (decoder.is_fp8(), decoder.is_quantized()) {
+                (true, _) => " on fp8 weights",
+                (false, true) => " on 4-bit weights",
+                (false, false) => "",
+            };
             format!("LoRA r {}, lora_alpha {}{base}", adapter.r, adapter.lora_alpha)
         }
         None if args.from_scratch => "all weights, from random ones".to_owned(),

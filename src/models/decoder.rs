@@ -84,6 +84,28 @@ pub fn check_embeddings(tied: bool, offload_embedding: bool, nf4_head: bool) -> 
     Ok(())
 }
 
+/// Refuses projections in fp8 where they cannot be.
+fn check_fp8(loader: &Loader) -> Result<()> {
+    let LoadOptions { kind, device, load_in_4bit, base_fp8, .. } = loader.options;
+    if !base_fp8 {
+        return Ok(());
+    }
+    let quantized =
+        load_in_4bit || matches!(&loader.init, Init::Checkpoint(weights) if weights.is_quantized());
+    let (what, supported) = if quantized {
+        ("a base dtype of fp8 with weights in 4 bits", "one of them")
+    } else if matches!(loader.init, Init::Unset) {
+        ("a base dtype of fp8 for a GGUF file", "a checkpoint folder")
+    } else if !crate::device::supports_fp8(device) {
+        ("a base dtype of fp8 on this GPU", "compute capability 8.9 (Ada) or newer")
+    } else if device.is_cuda() && kind != Kind::BFloat16 {
+        ("a base dtype of fp8 beside activations that are not in bf16, on a GPU", "bf16")
+    } else {
+        return Ok(());
+    };
+    Err(Error::Unsupported { what: what.to_string(), supported: supported.to_string() }.into())
+}
+
 impl Decoder {
     /// Loads the weights that `config` describes, converted to `kind` on `device`. Layers are read in parallel.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Decoder> {
@@ -162,6 +184,7 @@ impl Decoder {
     fn build(mut config: Config, prefix: &str, loader: &Loader, extent: &Extent) -> Result<Decoder> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let LoadOptions { kind, device, offload_embedding, nf4_head, .. } = loader.options;
+        check_fp8(loader)?;
         if kind == Kind::Half && config.overflows_f16() {
             let what = format!("{} in f16, which its hidden states overflow,", config.model_type);
             return Err(Error::Unsupported { what, supported: "bf16, f32".to_string() }.into());

@@ -162,8 +162,8 @@ impl FastLanguageModel {
     /// Reads what [`FastLanguageModel::save_trained`] wrote into the tensors in place.
     pub fn load_trained(&mut self, folder: &Path) -> Result<()> {
         if self.adapter.is_none() {
-            if self.decoder.is_quantized() {
-                bail!("{}: whole weights cannot be read into a 4-bit model", folder.display());
+            if self.decoder.is_quantized() || self.decoder.is_fp8() {
+                bail!("{}: whole weights cannot be read into a quantised model", folder.display());
             }
             let weights = Weights::open(folder)?;
             let _no_grad = tch::no_grad_guard();

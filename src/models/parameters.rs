@@ -163,6 +163,10 @@ impl Decoder {
 
     /// Makes every weight trainable, in f32: activations keep the decoder's dtype.
     pub fn train_all(&mut self) -> Result<()> {
+        if self.is_fp8() {
+            let what = "full fine-tuning of a model in fp8".to_string();
+            return Err(Error::Unsupported { what, supported: "a LoRA adapter on it".to_string() }.into());
+        }
         check_trains_all(self.is_quantized(), self.offloads_embedding)?;
         let trainable = |tensor: &mut Tensor| -> Result<()> {
             *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
@@ -262,6 +266,11 @@ impl Decoder {
         self.nf4_head.is_some() || self.linears().any(Linear::is_quantized)
     }
 
+    /// Whether the projections are in e4m3.
+    pub fn is_fp8(&self) -> bool {
+        self.linears().any(|linear| matches!(linear.weight, Weight::Fp8(_)))
+    }
+
     /// The name that `module` has in the model that transformers makes of the checkpoint, which is what peft sees: a
     /// checkpoint may hold another prefix, and transformers renames it.
     pub fn peft_module(&self, module: &str) -> String {
@@ -285,8 +294,8 @@ impl Decoder {
         self.trainable().into_iter().map(named).collect()
     }
 
-    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; those in 4 bits
-    /// dequantised to the decoder's dtype, one at a time.
+    /// Gives every weight under its checkpoint name, fused ones as views of their parts, to `visit`; quantised
+    /// ones in the decoder's dtype, one at a time.
     pub fn each_weight(&self, mut visit: impl FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
         if self.embed_tokens.defined() {
             visit(&format!("{}embed_tokens.weight", self.prefix), &self.embed_tokens)?;
@@ -300,6 +309,7 @@ impl Decoder {
                     let rows = |tensor: &Tensor| tensor.f_narrow(0, row, part.rows);
                     let weight = match &linear.weight {
                         Weight::Joined(weight) => rows(weight)?,
+                        Weight::Fp8(fp8) => rows(&fp8.dequantize(self.kind)?)?,
                         Weight::Parts(weights) => match &weights[index] {
                             PartWeight::Dense(weight) => weight.shallow_clone(),
                             PartWeight::Nf4(nf4) => nf4.dequantize(self.kind)?,

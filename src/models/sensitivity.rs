@@ -132,6 +132,7 @@ fn joined(linear: &Linear) -> Result<&Tensor> {
     match &linear.weight {
         Weight::Joined(weight) => Ok(weight),
         Weight::Parts(_) => bail!("{} is stored in parts", linear.parts[0].name),
+        Weight::Fp8(_) => bail!("{} is in fp8", linear.parts[0].name),
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::nf4::{quantize_stored, read_nf4};
 use crate::io::Weights;
 use crate::io::adapter::InitLoraWeights;
-use crate::ops::{Linear, Lora, Nf4, Part, PartWeight, RmsNorm, Weight};
+use crate::ops::{Fp8, Linear, Lora, Nf4, Part, PartWeight, RmsNorm, Weight};
 
 /// Where values come from.
 pub enum Init<'a> {
@@ -32,6 +32,9 @@ pub struct LoadOptions {
     /// Quantise every projection to NF4. Without effect on a checkpoint that is quantised already: what it keeps in 16
     /// bits was kept so on purpose.
     pub load_in_4bit: bool,
+    /// Keep the projections in e4m3 and multiply activations in it, too ([`Fp8`]). The embedding, the head and the norms stay in
+    /// `kind`: bf16 on a GPU, which must be of compute capability 8.9 or newer.
+    pub base_fp8: bool,
     /// Leave the embedding in the host's memory, from where each batch takes its rows.
     pub offload_embedding: bool,
     /// Quantise the head to NF4; where it is the embedding, a copy of it.
@@ -41,7 +44,14 @@ pub struct LoadOptions {
 impl LoadOptions {
     /// All weights in `kind` on `device`.
     pub fn new(kind: Kind, device: Device) -> LoadOptions {
-        LoadOptions { kind, device, load_in_4bit: false, offload_embedding: false, nf4_head: false }
+        LoadOptions {
+            kind,
+            device,
+            load_in_4bit: false,
+            base_fp8: false,
+            offload_embedding: false,
+            nf4_head: false,
+        }
     }
 }
 
@@ -114,13 +124,22 @@ impl Loader<'_> {
             }
         }
         if !any_quantized {
-            let weight = self.projection(total, in_features)?;
+            let base_fp8 = self.options.base_fp8;
+            let weight = if base_fp8 {
+                self.empty(&[total, in_features])?
+            } else {
+                self.projection(total, in_features)?
+            };
             let mut row = 0;
             for (name, rows) in parts {
                 self.fill(&format!("{name}.weight"), &weight.f_narrow(0, row, *rows)?, 0.0)?;
                 row += rows;
             }
-            return Ok(Weight::Joined(weight));
+            return Ok(if base_fp8 {
+                Weight::Fp8(Fp8::quantize(&weight).with_context(|| parts[0].0.clone())?)
+            } else {
+                Weight::Joined(weight)
+            });
         }
         let part = |(name, rows): &(String, i64)| -> Result<PartWeight> {
             let quantizes = quantizes(name);
@@ -227,14 +246,16 @@ impl Linear {
                 PartWeight::Dense(weight) => weight.size()[1],
                 PartWeight::Nf4(nf4) => nf4.shape[1],
             },
+            Weight::Fp8(fp8) => fp8.shape()[1],
         }
     }
 
-    /// The weights that are not in 4 bits.
+    /// The weights that are not quantised.
     pub fn dense_weights(&self) -> Vec<&Tensor> {
         match &self.weight {
             Weight::Joined(weight) => vec![weight],
             Weight::Parts(weights) => weights.iter().filter_map(PartWeight::dense).collect(),
+            Weight::Fp8(_) => Vec::new(),
         }
     }
 

@@ -17,7 +17,7 @@ use crate::train::schedule::SchedulerType;
 mod values;
 
 use values::target_modules;
-pub use values::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size};
+pub use values::{BaseDtype, Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size};
 pub(super) use values::{differences, fields, list};
 
 const MODEL: &str = "Model";
@@ -67,6 +67,9 @@ pub struct TrainingArguments {
     /// Type of weights and activations
     #[arg(long, help_heading = MODEL, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Type of the frozen weights of the layers; fp8 is an experiment
+    #[arg(long, help_heading = MODEL, value_enum, default_value_t = BaseDtype::Auto)]
+    pub base_dtype: BaseDtype,
     /// Longest sample in tokens; what is beyond is cut off
     #[arg(long, help_heading = MODEL, default_value_t = 2048)]
     pub max_seq_length: usize,
@@ -405,6 +408,15 @@ impl TrainingArguments {
         refuse(
             self.load_in_4bit && self.trains_all_weights(),
             "--load-in-4bit and --full-finetuning: 4-bit weights do not train; leave one of them out",
+        )?;
+        let base_fp8 = self.base_dtype == BaseDtype::Fp8;
+        refuse(
+            base_fp8 && self.load_in_4bit,
+            "--base-dtype fp8 and --load-in-4bit: weights are in one of them; leave the other out",
+        )?;
+        refuse(
+            base_fp8 && self.trains_all_weights(),
+            "--base-dtype fp8 and --full-finetuning: weights in fp8 do not train; leave one of them out",
         )?;
         refuse(
             (self.offload_embedding || self.nf4_head) && self.trains_all_weights(),

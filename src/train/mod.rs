@@ -21,7 +21,9 @@ mod step;
 pub mod tensorboard;
 mod trainer;
 
-pub use arguments::{Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size, TrainingArguments};
+pub use arguments::{
+    BaseDtype, Dtype, EvalStrategy, GradientCheckpointing, Optim, Quant, Size, TrainingArguments,
+};
 pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;

@@ -27,6 +27,16 @@ pub enum Dtype {
     F16,
 }
 
+/// What frozen projections are kept and multiplied in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum BaseDtype {
+    /// The type of the activations, or 4 bits with --load-in-4bit
+    Auto,
+    /// e4m3, activations and gradients too where they meet a frozen weight; LoRA, embedding, head and norms in 16 bits
+    Fp8,
+}
+
 /// How layers become 4 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

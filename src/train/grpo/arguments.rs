@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::rewards::RewardSpec;
 use crate::train::arguments::{differences, fields, list};
-use crate::train::{Size, TrainingArguments};
+use crate::train::{BaseDtype, Size, TrainingArguments};
 
 const ROLLOUTS: &str = "Rollouts";
 const REWARDS: &str = "Rewards";
@@ -308,6 +308,10 @@ impl GrpoArguments {
             true => Err(Error::Usage(message)),
             false => Ok(()),
         };
+        refuse(
+            self.training.base_dtype != BaseDtype::Auto,
+            "--base-dtype is for `ferrotune train`".to_owned(),
+        )?;
         let default = fields(&TrainingArguments::default());
         let given = fields(&self.training);
         for key in NOT_OURS {

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use crate::data::{PreferenceKind, PreferenceOptions};
 use crate::error::Error;
-use crate::train::TrainingArguments;
 use crate::train::arguments::list;
+use crate::train::{BaseDtype, TrainingArguments};
 
 const PREFERENCE: &str = "Preference";
 
@@ -254,6 +254,7 @@ impl PreferenceArguments {
             true => Err(Error::Usage(message.to_owned())),
             false => Ok(()),
         };
+        refuse(self.train.base_dtype != BaseDtype::Auto, "--base-dtype is for `ferrotune train`")?;
         refuse(self.loss_type.is_empty(), "--loss-type is empty")?;
         refuse(
             !self.loss_weights.is_empty() && self.loss_weights.len() != self.loss_type.len(),
