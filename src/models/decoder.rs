@@ -11,7 +11,7 @@ use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::error::Error;
 use crate::io::Weights;
-use crate::nn::{Init, LoadOptions, Loader, Rope};
+use crate::nn::{Init, LoadOptions, Loader};
 use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets};
 
 /// A flat batch: samples one after another, no padding.
@@ -439,37 +439,6 @@ pub fn projections(config: &Config, index: usize, prefix: &str) -> [(Vec<(String
     };
     let (o, down) = (vec![(at("self_attn.o_proj"), hidden)], vec![(at("mlp.down_proj"), hidden)]);
     [(qkv, hidden), (o, q), (gate_up, hidden), (down, ff)]
-}
-
-/// cos and sin of all rows. Where the scaling depends on the length, each segment has that of its own length, so that a
-/// sample does not depend on what it is packed with.
-pub(super) fn rope_angles(rope: &Rope, positions: &Tensor, input: Input) -> Result<(Tensor, Tensor)> {
-    let segments = || input.cu_seqlens.windows(2).map(|s| (i64::from(s[0]), i64::from(s[1])));
-    let length = |(start, end): (i64, i64)| {
-        input.position_ids[start as usize..end as usize].iter().max().map_or(1, |last| last + 1)
-    };
-    let longest = segments().map(length).max().unwrap_or(1);
-    if segments().all(|segment| rope.regime(length(segment)) == rope.regime(longest)) {
-        return rope.cos_sin(positions, longest);
-    }
-    let (cos, sin): (Vec<_>, Vec<_>) = segments()
-        .map(|(start, end)| rope.cos_sin(&positions.f_narrow(0, start, end - start)?, length((start, end))))
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .unzip();
-    Ok((Tensor::f_cat(&cos, 0)?, Tensor::f_cat(&sin, 0)?))
-}
-
-/// `shifted[n] = labels[n + 1]` inside each segment, -100 at its last token.
-pub(super) fn shift_labels(labels: &[i64], cu_seqlens: &[i32]) -> Vec<i64> {
-    let mut shifted = vec![-100; labels.len()];
-    for segment in cu_seqlens.windows(2) {
-        let (start, end) = (segment[0] as usize, segment[1] as usize);
-        if end > start + 1 {
-            shifted[start..end - 1].copy_from_slice(&labels[start + 1..end]);
-        }
-    }
-    shifted
 }
 
 impl DecoderLayer {
