@@ -12,7 +12,7 @@ use tch::Tensor;
 use super::engine::Engine;
 use super::graphs::Row;
 use super::request::RequestId;
-use super::step::Feed;
+use super::step::{End, Feed};
 use crate::device;
 use crate::models::Decoder;
 
@@ -30,10 +30,10 @@ struct AheadRow {
     pages: Vec<i32>,
 }
 
-/// Logits of sequences, each with its place in the batch and its row.
+/// Logits of sequences whose pass has been launched.
 pub(super) struct LaunchedRows {
     pub(super) logits: Tensor,
-    pub(super) ends: Vec<(usize, usize)>,
+    pub(super) ends: Vec<End>,
 }
 
 impl Engine {
@@ -65,7 +65,7 @@ impl Engine {
     pub(super) fn launch_ahead(
         &mut self,
         decoder: &Decoder,
-        choosing: &[(usize, usize)],
+        choosing: &[End],
         tokens: &Tensor,
     ) -> Result<()> {
         // Of the sequences that may go on: which token is theirs, and their place.

@@ -24,6 +24,9 @@ pub(super) struct Feed {
     pub(super) rows: usize,
 }
 
+/// A sequence that a pass brought to its end: its place in the batch, and its row of the logits.
+pub(super) type End = (usize, usize);
+
 /// Rows of one forward pass on a GPU: enough for the products to be limited by arithmetic.
 pub const MOST_PROMPT_ROWS: usize = 2048;
 
@@ -223,8 +226,8 @@ impl Engine {
         self.choose(model, &ends, &logits, alone, events, gone)
     }
 
-    /// Of the sequences of a pass that are at their end: their place, and their row of the logits.
-    fn logits(&mut self, decoder: &Decoder, batch: &[Feed]) -> Result<(Vec<(usize, usize)>, Option<Tensor>)> {
+    /// The sequences that a pass brings to their end, and the logits that their ends refer to.
+    fn logits(&mut self, decoder: &Decoder, batch: &[Feed]) -> Result<(Vec<End>, Option<Tensor>)> {
         let (mut ends, mut last_rows) = (Vec::new(), Vec::new());
         let mut row = 0;
         for feed in batch {
@@ -292,19 +295,19 @@ impl Engine {
         decoder.decode(&rows, &self.pages, &mut self.ropes, &lora)
     }
 
-    /// Chooses the next tokens of the sequences at `ends`, given with their rows of logits, and first tokens of the samples that
+    /// Chooses the next tokens of the sequences at their `ends`, and first tokens of the samples that
     /// start from them.
     fn choose(
         &mut self,
         model: ModelRef,
-        ends: &[(usize, usize)],
+        ends: &[End],
         logits: &Tensor,
         alone: bool,
         events: &mut Vec<Event>,
         gone: &mut HashSet<(RequestId, Option<usize>)>,
     ) -> Result<()> {
         // The sequences that get a token, and their rows.
-        let mut choosing: Vec<(usize, usize)> = Vec::with_capacity(ends.len());
+        let mut choosing: Vec<End> = Vec::with_capacity(ends.len());
         for &(at, row) in ends {
             choosing.push((at, row));
             let forks = std::mem::take(&mut self.running[at].forks);
@@ -341,7 +344,7 @@ impl Engine {
     }
 
     /// Tokens for the sequences and rows of `choosing`, by the GPU.
-    fn draw(&mut self, logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Option<Draws>> {
+    fn draw(&mut self, logits: &Tensor, choosing: &[End]) -> Result<Option<Draws>> {
         if choosing.is_empty() {
             return Ok(None);
         }
@@ -425,7 +428,7 @@ impl Engine {
 }
 
 /// The rows of `choosing` on the host, `[V]` each.
-fn host_rows(logits: &Tensor, choosing: &[(usize, usize)]) -> Result<Vec<Vec<f32>>> {
+fn host_rows(logits: &Tensor, choosing: &[End]) -> Result<Vec<Vec<f32>>> {
     if choosing.is_empty() {
         return Ok(Vec::new());
     }
