@@ -168,6 +168,11 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         }
     }
     args.method.check()?;
+    if args.base_dtype == BaseDtype::Fp8 && (args.max_memory.is_some() || args.max_host_memory.is_some()) {
+        let what =
+            "--base-dtype fp8: no plan covers it, so --max-memory and --max-host-memory bound nothing here";
+        bail!(Error::Usage(what.into()));
+    }
     let device = args.machine.init()?;
     warn_without_gpu(device, args.max_memory, args.max_host_memory);
     let arguments = TrainingArguments {

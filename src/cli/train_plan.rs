@@ -87,14 +87,20 @@ fn work(
     sizes: Sizes,
 ) -> Result<Work> {
     let config = Config::from_dir(dir)?;
-    let mut work = if args.trains_all_weights() {
+    let all = args.trains_all_weights();
+    let mut work = if all {
         let none = |_: &str| Module { r: 0, nf4: false, trained: false };
         let work = Work::new(&config, (1, sizes.longest), args.optim_for(false), "model.", none);
-        let work = if options.kind == Kind::Float { work.in_f32() } else { work };
-        Work { from_scratch: args.from_scratch, ..work.training_all()? }
+        Work { from_scratch: args.from_scratch, ..work }
     } else {
-        let work = lora_work(args, &config, dir, options, dense, sizes.longest)?;
-        let work = if options.kind == Kind::Float { work.in_f32() } else { work };
+        lora_work(args, &config, dir, options, dense, sizes.longest)?
+    };
+    if options.kind == Kind::Float {
+        work = work.in_f32();
+    }
+    work = if all {
+        work.training_all()?
+    } else {
         let work = work.with_embeddings(options.offload_embedding, options.nf4_head)?;
         work.saving(&args.modules_to_save).context("--modules-to-save")?
     };

@@ -140,11 +140,7 @@ impl FastLanguageModel {
         let config = AdapterConfig::load(folder)?;
         self.get_peft_model(config, 0).with_context(|| format!("adapter {}", folder.display()))?;
         self.load_trained(folder)?;
-        let template = folder.join("chat_template.jinja");
-        if let Some(tokenizer) = self.tokenizer.as_mut().filter(|_| template.is_file()) {
-            tokenizer.set_chat_template(ChatTemplate::from_file(&template)?);
-        }
-        Ok(())
+        take_template(self.tokenizer.as_mut(), folder)
     }
 
     /// Writes what trains: the adapter in peft's format, or the whole model in f32.
@@ -191,6 +187,15 @@ impl FastLanguageModel {
         }
         self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
     }
+}
+
+/// Gives `tokenizer` the chat template in the folder of an adapter, if there is one.
+pub(super) fn take_template(tokenizer: Option<&mut Tokenizer>, folder: &Path) -> Result<()> {
+    let template = folder.join("chat_template.jinja");
+    if let Some(tokenizer) = tokenizer.filter(|_| template.is_file()) {
+        tokenizer.set_chat_template(ChatTemplate::from_file(&template)?);
+    }
+    Ok(())
 }
 
 /// The folder's tokenizer, if it has one. Every id that it can give must have a row in the embedding.

@@ -11,9 +11,9 @@ use tch::{Device, Kind, Tensor};
 use super::Config;
 use super::adapter::{fill, no_module, open_adapter};
 use super::decoder::{Decoder, Extent, Input, projections};
-use super::fast_language_model::load_tokenizer;
+use super::fast_language_model::{load_tokenizer, take_template};
 use super::gguf::{gguf_config, gguf_decoder};
-use crate::data::{ChatTemplate, Tokenizer};
+use crate::data::Tokenizer;
 use crate::io::Weights;
 use crate::io::adapter::AdapterConfig;
 use crate::io::gguf::Gguf;
@@ -51,10 +51,7 @@ impl StreamedModel {
         let file = File::Checkpoint(Weights::open(dir)?);
         let adapter = match adapter {
             Some(folder) => {
-                let template = folder.join("chat_template.jinja");
-                if let Some(tokenizer) = tokenizer.as_mut().filter(|_| template.is_file()) {
-                    tokenizer.set_chat_template(ChatTemplate::from_file(&template)?);
-                }
+                take_template(tokenizer.as_mut(), folder)?;
                 let config = AdapterConfig::load(folder)?;
                 config.check()?;
                 Some((config, open_adapter(folder)?))
