@@ -16,6 +16,7 @@
 // Measured on an H200, Llama-3.1-8B's four products of a layer with LoRA r 16, us: 64 NF4 and 126 in bf16 for one row, 149 and 228 for
 // 32; the bytes of the weights alone take 28 and 109 at 4 TB/s.
 #include "rows_eight.cuh"
+#include "rows_groups.cuh"
 #include "rows_many.cuh"
 #include "rows_strips.cuh"
 #include "rows_tiles.cuh"
@@ -48,6 +49,8 @@ int launch(const KernelRows& rows, void* stream) {
     return cudaSuccess;
   }
   if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
+  int error = cudaSuccess;
+  if (rows.M > kEight && (nf4 ? launch_groups<T, true>(rows, stream, error) : launch_groups<T, false>(rows, stream, error))) return error;
   if (nf4 && fits_strips(rows)) return rows.M <= kEight ? launch_strips<T>(plan, stream) : launch_tiles<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }
