@@ -123,7 +123,9 @@ struct GroupTask {
       const int r = i / fours, at = (i - r * fours) * 4;
       float4 scale;
       if (w->nf4.nested_absmax != nullptr) {
-        const auto of = [&](int j) { return __fadd_rn(__fmul_rn(map[scales.codes[k] >> 8 * j & 255], scales.nested[k]), w->nf4.nested_offset); };
+        const auto of = [&](int j) {
+          return __fadd_rn(__fmul_rn(map[scales.codes[k] >> 8 * j & 255], scales.nested[k]), w->nf4.nested_offset);
+        };
         scale = make_float4(of(0), of(1), of(2), of(3));
       } else {
         scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(w->nf4.absmax) + row(r) * plan.blocks + first_scale() + at));
@@ -135,7 +137,7 @@ struct GroupTask {
   }
 
   // acc += B z^T of 64 rows, z = scale x A^T in 16 bits.
-  __device__ void add_lora(float (&acc)[N / 2]) const {
+  __device__ void add_lora(float (&acc)[N / 2], int a_tasks) const {
     const Workspace workspace{static_cast<char*>(p.workspace)};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rank = static_cast<int>(w->R);
     const int64_t top = row(16 * warp + g) * rank, bottom = row(16 * warp + g + 8) * rank;
@@ -156,9 +158,7 @@ struct GroupTask {
         }
       }
     }
-    while (load_acquire(workspace.a_ready()) < plan.a_blocks) {}
-    // z of the task before is read no more.
-    meet_group();
+    while (load_acquire(workspace.a_ready()) < a_tasks) {}
     const int of_tile = plan.eights * kEight * kTileRows;
     for (int i = threadIdx.x; i < kMostRank / kTileRows * of_tile; i += 32 * kGroupWarps) {
       const int tile = i / of_tile, at = i % of_tile, column = at / kTileRows;
@@ -201,10 +201,12 @@ struct GroupTask {
     constexpr int kThreads = 32 * kGroupWarps, kFours = N / 8 * kThreads, kSums = kAtOnce / 4;
     const Workspace workspace{static_cast<char*>(p.workspace)};
     const bool whole = group.pieces == 1;
-    float4* const sums = reinterpret_cast<float4*>(workspace.sums(0, false, 0)) + (whole ? int64_t{blockIdx.x} : int64_t{number} * group.pieces) * kFours;
+    float4* const sums = reinterpret_cast<float4*>(workspace.sums(0, false, 0)) +
+                         (whole ? int64_t{blockIdx.x} : int64_t{number} * group.pieces) * kFours;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
-      if (8 * n < p.M) __stcg(sums + piece * kFours + n * kThreads + threadIdx.x, make_float4(acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3]));
+      const float4 own = make_float4(acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3]);
+      if (8 * n < p.M) __stcg(sums + piece * kFours + n * kThreads + threadIdx.x, own);
     }
     int* const arrived = workspace.arrived(2 * number);
     if (!whole) {
@@ -241,45 +243,6 @@ struct GroupTask {
     if (!whole && threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == group.pieces - 1) arrived[0] = arrived[1] = 0;
   }
 };
-
-// A piece of a tile of A times all columns of x, by one warp.
-template <typename T, int N>
-__device__ __forceinline__ void multiply_by_a(const Plan& plan, const Workspace& workspace, int task) {
-  constexpr int kEights = N / kEight, kLoads = N == 32 ? 4 : 2;
-  const KernelRows& p = plan.rows;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const WarpShare share = warp_share(plan, task);
-  const KernelRowsPart& part = p.parts[share.part];
-  const auto row = [&](int r) { return min(int64_t{share.tile} * kTileRows + r, part.R - 1) * p.K + 16 * t; };
-  const int64_t above = row(g), below = row(g + 8);
-  float acc[kEights][4] = {};
-#pragma unroll 1
-  for (int unit = share.from; unit < share.to; ++unit) {
-    unsigned top[8], bottom[8];
-    load_pairs<T>(part, above + unit * kBlock, top);
-    load_pairs<T>(part, below + unit * kBlock, bottom);
-    inputs_ready();
-#pragma unroll
-    for (int first = 0; first < kEights; first += kLoads) {
-      XOfUnit x[kLoads];
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        const int column = min((first + k) * kEight + g, static_cast<int>(p.M) - 1);
-        x[k] = load_x(static_cast<const T*>(p.x) + column * p.x_stride + unit * kBlock + 16 * t);
-      }
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) multiply_pairs<T>(acc[first + k], acc[first + k], top, bottom, x[k]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kEights; ++i) {
-    if (i < plan.eights) {
-      put_sums(workspace.a_sums(plan, task / plan.pieces, task % plan.pieces, i), make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]), kTileRows);
-    }
-  }
-  __syncwarp();
-  if (lane == 0) add_release(workspace.a_ready(), 1);
-}
 
 // By the warps that bring a task's stages: W of the next one.
 template <typename T, bool kNf4, int N>
@@ -338,37 +301,59 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
   const unsigned w = task.group.w_at + (16 * warp + g) * (kRun / 2) + t * 16;
   unsigned scales = kScalesAt + (16 * warp + g) * task.group.scale_stride + (2 * task.from - task.first_scale()) * 2;
   const unsigned below = 8 * task.group.scale_stride;
-  unsigned a[2][4][2];  // of a quarter of a run, by turns: its pairs of the rows above and below
+  // A run: its words and scales of the rows above and below. Of a quarter of it the pairs without scales, the next one's on their way, and
+  // by turns with them.
+  uint4 own[2];
+  unsigned scale[2], next_scale[2], raw[4][2], next[4][2], a[2][4][2];
+  const auto begin_run = [&] {
+    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
+    const unsigned at = w + stage.stage * Stage::kWBytes;
+    own[0] = load_shared_4(at);
+    own[1] = load_shared_4(at + 8 * (kRun / 2));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(next_scale[0]) : "r"(scales));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(next_scale[1]) : "r"(scales + below));
+    scales += 4;
+  };
+  const auto look_up_quarter = [&](int quarter, unsigned (&pairs)[4][2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned word = quarter == 0 ? own[half].x : quarter == 1 ? own[half].y : quarter == 2 ? own[half].z : own[half].w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][half]) : "r"(__byte_perm(word, table, 0x7604 | j << 4)));
+    }
+  };
+  begin_run();
+  look_up_quarter(0, raw);
   int before = -1;
 #pragma unroll 1
   for (int left = task.to - task.from; left > 0; --left) {
-    unsigned scale_above, scale_below;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_above) : "r"(scales));
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_below) : "r"(scales + below));
-    scale_above = __byte_perm(scale_above, 0, of_block);
-    scale_below = __byte_perm(scale_below, 0, of_block);
-    scales += 4;
-    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
-    const unsigned w_at = w + stage.stage * Stage::kWBytes;
-    const uint4 own[2] = {load_shared_4(w_at), load_shared_4(w_at + 8 * (kRun / 2))};
-    const uint64_t x = matrix_at(kStagesAt + stage.stage * Stage::kXBytes);
+    scale[0] = __byte_perm(next_scale[0], 0, of_block);
+    scale[1] = __byte_perm(next_scale[1], 0, of_block);
+    const int current = stage.stage;
+    const uint64_t x = matrix_at(kStagesAt + current * Stage::kXBytes);
+    make_visible();
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      unsigned(&pairs)[4][2] = a[quarter % 2];
+      if (quarter < 3) {
+        look_up_quarter(quarter + 1, next);
+      } else {
+        stage.next(stages);
+        if (left > 1) {
+          begin_run();
+          look_up_quarter(0, next);
+        }
+      }
       // The products that read these registers are done.
       wait_products<1>();
       if (quarter == 1 && before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
-      const unsigned above = quarter == 0 ? own[0].x : quarter == 1 ? own[0].y : quarter == 2 ? own[0].z : own[0].w;
-      const unsigned under = quarter == 0 ? own[1].x : quarter == 1 ? own[1].y : quarter == 2 ? own[1].z : own[1].w;
+      unsigned(&pairs)[4][2] = a[quarter % 2];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        unsigned up, down;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(up) : "r"(__byte_perm(above, table, 0x7604 | j << 4)));
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(down) : "r"(__byte_perm(under, table, 0x7604 | j << 4)));
-        pairs[j][0] = scale_pair(up, scale_above, T{});
-        pairs[j][1] = scale_pair(down, scale_below, T{});
+        pairs[j][0] = scale_pair(raw[j][0], scale[0], T{});
+        pairs[j][1] = scale_pair(raw[j][1], scale[1], T{});
+        raw[j][0] = next[j][0];
+        raw[j][1] = next[j][1];
       }
-      if (quarter == 0) make_visible();
       begin_products();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -377,11 +362,10 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
       }
       commit_products();
     }
-    before = stage.stage;
-    stage.next(stages);
+    before = current;
   }
   wait_products<0>();
-  if (before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
+  if (lane == 0) arrive(kEmptyAt + 8 * before);
 }
 
 template <typename T, int N>
@@ -428,7 +412,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+  const int a_tasks = plan.a_blocks * plan.eights, first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
 
   StageOf brought_w, brought_x, used;
   const float *table_of = nullptr, *map_of = nullptr;
@@ -441,11 +425,12 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     if (brings) {
       for (const int end = min(task.to, task.from + group.stages); unit < end; ++unit) bring_w(task, unit, brought_w);
     } else if (multiplies && task.has_lora()) {
-      const int row_bytes = static_cast<int>(w.R) * (w.lora_f32 ? 4 : 2), rows = static_cast<int>(min(int64_t{kTileRows}, w.rows - task.first_row - 16 * warp));
+      const int row_bytes = static_cast<int>(w.R) * (w.lora_f32 ? 4 : 2);
+      const int rows = static_cast<int>(min(int64_t{kTileRows}, w.rows - task.first_row - 16 * warp));
       const char* const b = static_cast<const char*>(w.b) + (task.first_row + 16 * warp) * row_bytes;
       for (int i = lane * 128; i < rows * row_bytes; i += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + i));
     } else if (!multiplies && number == first) {
-      for (int i = first; i < plan.a_blocks; i += step) prefetch_share_of_a(plan, i);
+      for (int i = first; i < a_tasks; i += step) prefetch_share_of_a(plan, i % plan.a_blocks);
     }
     if constexpr (kNf4) {
       typename Task::Scales scales;
@@ -488,18 +473,19 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       asm volatile("" : "+r"(again));
       const Task after(group, bytes, again);
       inputs_ready();
-      if (after.has_lora()) after.add_lora(acc);
+      if (after.has_lora()) after.add_lora(acc, a_tasks);
       after.finish(acc);
     } else if (brings) {
       bring_x(task, unit, brought_w, brought_x);
     } else if (number == first) {
-      for (int i = first; i < plan.a_blocks; i += step) multiply_by_a<T, N>(plan, workspace, i);
+      inputs_ready();
+      for (int i = first; i < a_tasks; i += step) warp_share_of_a<T>(plan, workspace, i % plan.a_blocks, i / plan.a_blocks);
     }
-    // Scales of this task are read no more. Without them W of the next one is on its way already.
-    if constexpr (kNf4) __syncthreads();
+    // Scales and z of this task are read no more.
+    __syncthreads();
   }
   // The last block leaves the counters as it found them. Nobody waits any more.
-  if (threadIdx.x == 0 && plan.a_blocks > 0 && atomicAdd(workspace.left(), 1) == step - 1) {
+  if (threadIdx.x == 0 && a_tasks > 0 && atomicAdd(workspace.left(), 1) == step - 1) {
     *workspace.a_ready() = 0;
     *workspace.left() = 0;
   }
@@ -521,7 +507,7 @@ bool plan_groups(const KernelRows& rows, int processors, GroupPlan& group) {
   group.tasks = groups * group.pieces;
   for (int64_t i = 0; i < rows.count; ++i) a_tiles += plan.a_tiles[i];
   if (a_tiles > 0) {
-    plan.pieces = at_most(at_most(at_most(group.tasks, processors) / a_tiles, kMostPieces), plan.blocks);
+    plan.pieces = at_most(at_most(at_most(group.tasks, processors) / (a_tiles * plan.eights), 4 * kMostPieces / plan.eights), plan.blocks);
     if (plan.pieces < 1) plan.pieces = 1;
     plan.a_blocks = a_tiles * plan.pieces;
   }
