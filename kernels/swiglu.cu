@@ -101,14 +101,7 @@ __global__ void swiglu_backward_kernel(const T* dy, const T* gate_up, T* dgate_u
 }
 
 // Threads of a row, and rows that a processor works on at a time, so that some read while others wait for their maximum.
-#ifndef FT_U
-#define FT_U 1
-#endif
-#ifndef FT_R
-#define FT_R 3
-#endif
-constexpr int kUnrolled = FT_U;
-constexpr int kRowThreads = 512, kRows = FT_R;
+constexpr int kRowThreads = 512, kRows = 3;
 
 // A vector's place in the shared memory of the row, or where it was written if there is no room for it.
 template <int kWidth>
@@ -135,7 +128,7 @@ __global__ void __launch_bounds__(kRowThreads, kRows)
   const Bf16* gate_row = gate_up + row * gate_up_stride;
   Bf16* y_row = y + row * y_stride;
   uint32_t m = 0;
-#pragma unroll kUnrolled
+#pragma unroll 1
   for (int c = threadIdx.x; c < vectors; c += blockDim.x) {
     const auto gate = load<kWidth>(gate_row, c), up = load<kWidth>(gate_row + F, c);
     Vector<Bf16, kWidth> out;
@@ -163,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads, kRows)
   const Bf16 *gate_row = gate_up + row * gate_up_stride, *dy_row = dy + row * dy_stride;
   Bf16* dgate_row = dgate_up + row * dgate_up_stride;
   uint32_t m = 0;
-#pragma unroll kUnrolled
+#pragma unroll 1
   for (int c = threadIdx.x; c < vectors; c += blockDim.x) {
     const auto gate = load<kWidth>(gate_row, c), up = load<kWidth>(gate_row + F, c), d = load<kWidth>(dy_row, c);
     Vector<Bf16, kWidth> dgate, dup;
