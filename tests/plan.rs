@@ -99,6 +99,7 @@ fn card() -> Card {
         processors: 132,
         product_tflops: 700.0,
         product_f32_tflops: 50.0,
+        product_fp8_tflops: Some(1300.0),
         attention_tflops: Rates { forward: 480.0, backward: 360.0 },
         flash_tflops: Rates { forward: 250.0, backward: 210.0 },
         attention_f32_tflops: Rates { forward: 20.0, backward: 15.0 },
