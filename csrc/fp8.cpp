@@ -159,12 +159,21 @@ void fp8_quantize(const Tensor& weight, const Fp8View& view) {
   const Fp8 to(view);
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == to.rows() && weight.size(1) == to.in(), "fp8: the weight is ", weight.sizes(),
               ", expected [", to.rows(), ", ", to.in(), "]");
-  const Tensor exact = weight.scalar_type() == at::kDouble ? weight : weight.to(at::kFloat), absmax = exact.abs().amax();
+  const auto wide = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto [least, largest] = at::aminmax(weight);
+  const Tensor absmax = at::maximum(least.neg(), largest).to(wide);
   TORCH_CHECK(absmax.isfinite().item<bool>(), "NaN or infinite values");
-  const Tensor e = scale_exponent(absmax, kWeightHeadRoom), bytes = bytes_of(exact, e);
-  to.by_rows.narrow(1, 0, to.in()).copy_(bytes);
-  to.by_columns.narrow(1, 0, to.rows()).copy_(bytes.t());
+  const Tensor e = scale_exponent(absmax, kWeightHeadRoom);
   to.scale.copy_(power_of_two(e).expand_as(to.scale));
+  // In runs of rows: what is in f32 meanwhile would be twice the weight, and leave holes of that size in the allocator's memory.
+  constexpr int64_t kElements = 1 << 24;
+  const int64_t run = std::max<int64_t>(1, kElements / to.in());
+  for (int64_t first = 0; first < to.rows(); first += run) {
+    const int64_t count = std::min(run, to.rows() - first);
+    const Tensor bytes = bytes_of(weight.narrow(0, first, count).to(wide), e);
+    to.by_rows.narrow(0, first, count).narrow(1, 0, to.in()).copy_(bytes);
+    to.by_columns.narrow(1, first, count).copy_(bytes.t());
+  }
 }
 
 void fp8_dequantize(const Fp8View& view, const Tensor& destination) {

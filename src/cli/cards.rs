@@ -26,7 +26,7 @@ fn h200() -> Card {
         processors: 132,
         product_tflops: 720.1,
         product_f32_tflops: 50.4,
-        product_fp8_tflops: Some(1290.0),
+        product_fp8_tflops: Some(1484.3),
         attention_tflops: Rates { forward: 540.1, backward: 436.8 },
         flash_tflops: Rates { forward: 228.2, backward: 243.2 },
         attention_f32_tflops: Rates { forward: 41.1, backward: 34.1 },
