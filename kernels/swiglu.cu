@@ -100,8 +100,14 @@ __global__ void swiglu_backward_kernel(const T* dy, const T* gate_up, T* dgate_u
   }
 }
 
-// Threads of a row, and rows that a processor works on at a time, so that some read while others wait for their maximum.
-constexpr int kRowThreads = 512, kRows = 3;
+// Threads of a row, and rows that a processor works on at a time, so that some read while others wait for their maximum. Turing has
+// threads for two.
+constexpr int kRowThreads = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kRows = 2;
+#else
+constexpr int kRows = 3;
+#endif
 
 // A vector's place in the shared memory of the row, or where it was written if there is no room for it.
 template <int kWidth>
