@@ -19,7 +19,7 @@ type Measure = fn() -> Card;
 /// With its name in `--card`.
 const CARDS: [(&str, Measure); 2] = [("h200", h200), ("h100", h100)];
 
-/// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130.
+/// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130; the rate in fp8 of a later one.
 fn h200() -> Card {
     Card {
         name: "NVIDIA H200".into(),

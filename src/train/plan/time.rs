@@ -15,7 +15,7 @@ use crate::train::Optim;
 /// QLoRA 8B (1.05 to 1.08), 14B (1.08) and 16-bit 8B (1.07) on H200s and H100s.
 const SUSTAINED: f64 = 1.08;
 
-/// The same for products in e4m3, beyond that: 1,279 TFLOPS in steps of 8B on an H200 whose bursts reach 1,484.
+/// The same for products in e4m3, beyond that: 1,279 TFLOPS in one step of 8B on an H200 whose bursts reach 1,484.
 const HOT_FP8: f64 = 1.07;
 
 /// What a block costs, and what filling in each part of it costs the backward that does not find it.
