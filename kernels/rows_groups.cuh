@@ -137,7 +137,7 @@ struct GroupTask {
   }
 
   // acc += B z^T of 64 rows, z = scale x A^T in 16 bits.
-  __device__ void add_lora(float (&acc)[N / 2], int a_tasks) const {
+  __device__ void add_lora(float (&acc)[N / 2]) const {
     const Workspace workspace{static_cast<char*>(p.workspace)};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rank = static_cast<int>(w->R);
     const int64_t top = row(16 * warp + g) * rank, bottom = row(16 * warp + g + 8) * rank;
@@ -158,7 +158,9 @@ struct GroupTask {
         }
       }
     }
-    while (load_acquire(workspace.a_ready()) < a_tasks) {}
+    while (load_acquire(workspace.a_ready()) < plan.a_blocks * plan.eights) {}
+    // z of the task before is read no more.
+    meet_group();
     const int of_tile = plan.eights * kEight * kTileRows;
     for (int i = threadIdx.x; i < kMostRank / kTileRows * of_tile; i += 32 * kGroupWarps) {
       const int tile = i / of_tile, at = i % of_tile, column = at / kTileRows;
@@ -258,17 +260,20 @@ __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int u
   stage.next(task.group.stages);
 }
 
-// x, and W of the stages from `unit` on. Columns that x does not have are left as they are: nobody reads what becomes of them.
+// x, and W of the stages that were not free at first. Columns that x does not have are left as they are: nobody reads what becomes of them.
 template <typename T, bool kNf4, int N>
-__device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, int unit, StageOf& w, StageOf& x) {
+__device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, StageOf& x) {
   using Stage = GroupStage<N, kNf4>;
   const KernelRows& p = task.p;
   const int M = static_cast<int>(p.M), producer = threadIdx.x / 32 - kGroupWarps, lane = threadIdx.x % 32, j = lane % 8, t = lane / 8;
   const T* run = static_cast<const T*>(p.x) + static_cast<int64_t>(task.from) * kRun + t * 32 + j * 2;
   inputs_ready();
 #pragma unroll 1
-  for (int of_x = task.from; of_x < task.to; ++of_x) {
-    if (of_x == unit) bring_w(task, unit++, w);
+  for (int unit = task.from; unit < task.to; ++unit) {
+    if (unit - task.from >= task.group.stages) {
+      StageOf same = x;
+      bring_w(task, unit, same);
+    }
     const unsigned full = kFullAt + 8 * x.stage, to = kStagesAt + x.stage * Stage::kXBytes;
     if constexpr (kNf4) {
       // Eight columns and half a run at a time: lane (t, j) has pair 16 t + 8 half + j.
@@ -286,7 +291,7 @@ __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, int u
       run += kRun;
       arrive_with_copies(full);
     } else if (producer == 0 && lane == 0) {
-      copy_box(to, &task.group.x, of_x * kBlock, 0, full);
+      copy_box(to, &task.group.x, unit * kBlock, 0, full);
     }
     x.next(task.group.stages);
   }
@@ -301,59 +306,37 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
   const unsigned w = task.group.w_at + (16 * warp + g) * (kRun / 2) + t * 16;
   unsigned scales = kScalesAt + (16 * warp + g) * task.group.scale_stride + (2 * task.from - task.first_scale()) * 2;
   const unsigned below = 8 * task.group.scale_stride;
-  // A run: its words and scales of the rows above and below. Of a quarter of it the pairs without scales, the next one's on their way, and
-  // by turns with them.
-  uint4 own[2];
-  unsigned scale[2], next_scale[2], raw[4][2], next[4][2], a[2][4][2];
-  const auto begin_run = [&] {
-    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
-    const unsigned at = w + stage.stage * Stage::kWBytes;
-    own[0] = load_shared_4(at);
-    own[1] = load_shared_4(at + 8 * (kRun / 2));
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(next_scale[0]) : "r"(scales));
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(next_scale[1]) : "r"(scales + below));
-    scales += 4;
-  };
-  const auto look_up_quarter = [&](int quarter, unsigned (&pairs)[4][2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned word = quarter == 0 ? own[half].x : quarter == 1 ? own[half].y : quarter == 2 ? own[half].z : own[half].w;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][half]) : "r"(__byte_perm(word, table, 0x7604 | j << 4)));
-    }
-  };
-  begin_run();
-  look_up_quarter(0, raw);
+  unsigned a[2][4][2];  // of a quarter of a run, by turns: its pairs of the rows above and below
   int before = -1;
 #pragma unroll 1
   for (int left = task.to - task.from; left > 0; --left) {
-    scale[0] = __byte_perm(next_scale[0], 0, of_block);
-    scale[1] = __byte_perm(next_scale[1], 0, of_block);
-    const int current = stage.stage;
-    const uint64_t x = matrix_at(kStagesAt + current * Stage::kXBytes);
-    make_visible();
+    unsigned scale_above, scale_below;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_above) : "r"(scales));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_below) : "r"(scales + below));
+    scale_above = __byte_perm(scale_above, 0, of_block);
+    scale_below = __byte_perm(scale_below, 0, of_block);
+    scales += 4;
+    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
+    const unsigned w_at = w + stage.stage * Stage::kWBytes;
+    const uint4 own[2] = {load_shared_4(w_at), load_shared_4(w_at + 8 * (kRun / 2))};
+    const uint64_t x = matrix_at(kStagesAt + stage.stage * Stage::kXBytes);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      if (quarter < 3) {
-        look_up_quarter(quarter + 1, next);
-      } else {
-        stage.next(stages);
-        if (left > 1) {
-          begin_run();
-          look_up_quarter(0, next);
-        }
-      }
+      unsigned(&pairs)[4][2] = a[quarter % 2];
       // The products that read these registers are done.
       wait_products<1>();
       if (quarter == 1 && before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
-      unsigned(&pairs)[4][2] = a[quarter % 2];
+      const unsigned above = quarter == 0 ? own[0].x : quarter == 1 ? own[0].y : quarter == 2 ? own[0].z : own[0].w;
+      const unsigned under = quarter == 0 ? own[1].x : quarter == 1 ? own[1].y : quarter == 2 ? own[1].z : own[1].w;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        pairs[j][0] = scale_pair(raw[j][0], scale[0], T{});
-        pairs[j][1] = scale_pair(raw[j][1], scale[1], T{});
-        raw[j][0] = next[j][0];
-        raw[j][1] = next[j][1];
+        unsigned up, down;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(up) : "r"(__byte_perm(above, table, 0x7604 | j << 4)));
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(down) : "r"(__byte_perm(under, table, 0x7604 | j << 4)));
+        pairs[j][0] = scale_pair(up, scale_above, T{});
+        pairs[j][1] = scale_pair(down, scale_below, T{});
       }
+      if (quarter == 0) make_visible();
       begin_products();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -362,10 +345,11 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
       }
       commit_products();
     }
-    before = current;
+    before = stage.stage;
+    stage.next(stages);
   }
   wait_products<0>();
-  if (lane == 0) arrive(kEmptyAt + 8 * before);
+  if (before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
 }
 
 template <typename T, int N>
@@ -414,16 +398,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   __syncthreads();
   const int a_tasks = plan.a_blocks * plan.eights, first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
 
-  StageOf brought_w, brought_x, used;
-  const float *table_of = nullptr, *map_of = nullptr;
+  // Those who bring a task's stages and those who use them count the same ones.
+  StageOf stage;
+  const KernelNf4* before = nullptr;
   for (int number = first; number < group.tasks; number += step) {
     const Task task(group, bytes, number);
     const KernelRowsPart& w = *task.w;
     const bool multiplies = warp < kGroupWarps, brings = !multiplies && warp < kGroupWarps + kProducers;
     // What no kernel writes. The first stages of W, LoRA's matrices into the second-level cache, and by all warps the maps and the scales.
-    int unit = task.from;
     if (brings) {
-      for (const int end = min(task.to, task.from + group.stages); unit < end; ++unit) bring_w(task, unit, brought_w);
+      StageOf first_stages = stage;
+      for (int unit = task.from; unit < min(task.to, task.from + group.stages); ++unit) bring_w(task, unit, first_stages);
     } else if (multiplies && task.has_lora()) {
       const int row_bytes = static_cast<int>(w.R) * (w.lora_f32 ? 4 : 2);
       const int rows = static_cast<int>(min(int64_t{kTileRows}, w.rows - task.first_row - 16 * warp));
@@ -435,13 +420,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     if constexpr (kNf4) {
       typename Task::Scales scales;
       task.load(scales, threadIdx.x);
-      if (w.nf4.nested_absmax != nullptr && map_of != w.nf4.nested_quant_map) {
-        map_of = w.nf4.nested_quant_map;
-        if (threadIdx.x < 256) reinterpret_cast<float*>(bytes + kScaleMapAt)[threadIdx.x] = __ldg(map_of + threadIdx.x);
+      if (w.nf4.nested_absmax != nullptr && threadIdx.x < 256 && (before == nullptr || before->nested_quant_map != w.nf4.nested_quant_map)) {
+        reinterpret_cast<float*>(bytes + kScaleMapAt)[threadIdx.x] = __ldg(w.nf4.nested_quant_map + threadIdx.x);
       }
-      if (table_of != w.nf4.quant_map) {
-        table_of = w.nf4.quant_map;
-        const float mine = __ldg(table_of + threadIdx.x % 16);
+      if (before == nullptr || before->quant_map != w.nf4.quant_map) {
+        const float mine = __ldg(w.nf4.quant_map + threadIdx.x % 16);
 #pragma unroll 1
         for (int i = threadIdx.x; i < 256 * 8; i += kGroupThreads) {
           const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
@@ -449,6 +432,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
           *reinterpret_cast<uint4*>(bytes + kPairsAt + (i >> 3) * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
         }
       }
+      before = &w.nf4;
       __syncthreads();
       const int all = kGroupRows * task.fours();
 #pragma unroll 1
@@ -464,28 +448,28 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     if (multiplies) {
       float acc[N / 2] = {};
       if constexpr (kNf4) {
-        multiply_nf4<T, N>(task, acc, used);
+        multiply_nf4<T, N>(task, acc, stage);
       } else {
-        multiply_dense<T, N>(task, acc, used);
+        multiply_dense<T, N>(task, acc, stage);
       }
       // What a task is need not stay in registers till here.
       int again = number;
       asm volatile("" : "+r"(again));
       const Task after(group, bytes, again);
       inputs_ready();
-      if (after.has_lora()) after.add_lora(acc, a_tasks);
+      if (after.has_lora()) after.add_lora(acc);
       after.finish(acc);
     } else if (brings) {
-      bring_x(task, unit, brought_w, brought_x);
+      bring_x(task, stage);
     } else if (number == first) {
       inputs_ready();
       for (int i = first; i < a_tasks; i += step) warp_share_of_a<T>(plan, workspace, i % plan.a_blocks, i / plan.a_blocks);
     }
-    // Scales and z of this task are read no more.
-    __syncthreads();
+    // Scales of this task are read no more. Without them W of the next one is on its way already.
+    if constexpr (kNf4) __syncthreads();
   }
   // The last block leaves the counters as it found them. Nobody waits any more.
-  if (threadIdx.x == 0 && a_tasks > 0 && atomicAdd(workspace.left(), 1) == step - 1) {
+  if (threadIdx.x == 0 && plan.a_blocks > 0 && atomicAdd(workspace.left(), 1) == step - 1) {
     *workspace.a_ready() = 0;
     *workspace.left() = 0;
   }
