@@ -1,6 +1,6 @@
 // defines: launch_groups: 9 to 64 rows of x on Hopper. A thread block has a group of 256 rows of W, or a piece of the group's columns where
 // groups are fewer than processors; each of its four warpgroups multiplies 64 rows of W by all columns of x (hopper.cuh). Three more warps
-// bring W and x through stages in shared memory, one has LoRA's products with A. Pieces of a group leave their sums in the workspace, and
+// (of 16-bit weights one thread) bring W and x through stages in shared memory, one has LoRA's products with A. Pieces of a group leave their sums in the workspace, and
 // each adds up its share of them in the order of the pieces.
 //
 // NF4 comes in runs of 128 columns, 16 bytes a lane and row, becomes pairs by the table and these times their scale: map, scale and product
@@ -246,7 +246,7 @@ struct GroupTask {
   }
 };
 
-// By the warps that bring a task's stages: W of the next one.
+// By those who bring a task's stages: W of the next one. NF4's three warps all wait, as each brings part of x.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int unit, StageOf& stage) {
   using Stage = GroupStage<N, kNf4>;
@@ -290,7 +290,7 @@ __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, Stage
       }
       run += kRun;
       arrive_with_copies(full);
-    } else if (producer == 0 && lane == 0) {
+    } else {
       copy_box(to, &task.group.x, unit * kBlock, 0, full);
     }
     x.next(task.group.stages);
@@ -404,7 +404,9 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   for (int number = first; number < group.tasks; number += step) {
     const Task task(group, bytes, number);
     const KernelRowsPart& w = *task.w;
-    const bool multiplies = warp < kGroupWarps, brings = !multiplies && warp < kGroupWarps + kProducers;
+    // Boxes need one thread: another that only waited for their stages could fall a round behind, and a phase is known by its parity alone.
+    const bool multiplies = warp < kGroupWarps, multiplies_by_a = warp == kGroupWarps + kProducers;
+    const bool brings = kNf4 ? !multiplies && !multiplies_by_a : threadIdx.x == 32 * kGroupWarps;
     // What no kernel writes. The first stages of W, LoRA's matrices into the second-level cache, and by all warps the maps and the scales.
     if (brings) {
       StageOf first_stages = stage;
@@ -414,7 +416,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       const int rows = static_cast<int>(min(int64_t{kTileRows}, w.rows - task.first_row - 16 * warp));
       const char* const b = static_cast<const char*>(w.b) + (task.first_row + 16 * warp) * row_bytes;
       for (int i = lane * 128; i < rows * row_bytes; i += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + i));
-    } else if (!multiplies && number == first) {
+    } else if (multiplies_by_a && number == first) {
       for (int i = first; i < a_tasks; i += step) prefetch_share_of_a(plan, i % plan.a_blocks);
     }
     if constexpr (kNf4) {
@@ -461,7 +463,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       after.finish(acc);
     } else if (brings) {
       bring_x(task, stage);
-    } else if (number == first) {
+    } else if (multiplies_by_a && number == first) {
       inputs_ready();
       for (int i = first; i < a_tasks; i += step) warp_share_of_a<T>(plan, workspace, i % plan.a_blocks, i / plan.a_blocks);
     }
@@ -473,6 +475,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     *workspace.a_ready() = 0;
     *workspace.left() = 0;
   }
+#else
+  __trap();  // of a library for sm_90 without 90a's instructions; elsewhere nobody launches it
 #endif
 }
 
