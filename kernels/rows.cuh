@@ -124,25 +124,7 @@ __device__ inline uint4 load_shared_4(unsigned address) {
   return v;
 }
 
-// Sixteen elements of A, in f32 or 16 bits, as pairs.
-template <typename T>
-__device__ __forceinline__ void load_pairs(const KernelRowsPart& part, int64_t at, unsigned (&out)[8]) {
-  if (part.lora_f32) {
-    const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 four = v[j];
-      out[2 * j] = pack(four.x, four.y, T{});
-      out[2 * j + 1] = pack(four.z, four.w, T{});
-    }
-  } else {
-    const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
-    const uint4 a = v[0], b = v[1];
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-  }
-}
-
-// The same for a piece of A: few units, all under way at once.
+// The same for a piece of A, in f32 or 16 bits: few units, all under way at once.
 template <typename T>
 __device__ __noinline__ float4 piece_of_a(const KernelRowsPart& part, const T* x, int64_t K, int64_t first_row, int from, int count) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -150,11 +132,26 @@ __device__ __noinline__ float4 piece_of_a(const KernelRowsPart& part, const T* x
   const int64_t above = row(g) * K + from * kBlock + 16 * t, below = row(g + 8) * K + from * kBlock + 16 * t;
   float acc[4] = {}, odd[4] = {};
   x += from * kBlock;
+  const auto pairs = [&](int64_t at, unsigned (&out)[8]) {
+    if (part.lora_f32) {
+      const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 four = v[j];
+        out[2 * j] = pack(four.x, four.y, T{});
+        out[2 * j + 1] = pack(four.z, four.w, T{});
+      }
+    } else {
+      const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
+      const uint4 a = v[0], b = v[1];
+      out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    }
+  };
 #pragma unroll 2
   for (int unit = 0; unit < count; ++unit) {
     unsigned top[8], bottom[8];
-    load_pairs<T>(part, above + unit * kBlock, top);
-    load_pairs<T>(part, below + unit * kBlock, bottom);
+    pairs(above + unit * kBlock, top);
+    pairs(below + unit * kBlock, bottom);
     multiply_pairs<T>(acc, odd, top, bottom, load_x(x + unit * kBlock));
   }
   return make_float4(acc[0] + odd[0], acc[1] + odd[1], acc[2] + odd[2], acc[3] + odd[3]);
