@@ -1,8 +1,5 @@
 #include "ferrotune/csrc/few_rows.h"
 
-#include <cstdlib>
-#include <string_view>
-
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/kernels.h"
 
@@ -85,39 +82,6 @@ Tensor by_kernel(KernelRows& rows, const Tensor& x, int64_t width, bool f32) {
   return y;
 }
 
-// For a measurement: the product with a dense weight by cuBLAS. LoRA, bias and residual are in y already where there is LoRA.
-Tensor by_cublas(KernelRows& rows, const Tensor& x, const Linear& l, const Tensor& residual) {
-  static const bool wanted = [] {
-    const char* value = std::getenv("FERROTUNE_FEW_ROWS");
-    return value != nullptr && std::string_view(value) == "cublas";
-  }();
-  bool fits = wanted && rows.M > 8 && rows.M <= kFewRows && l.weight.defined() && l.weight.scalar_type() == x.scalar_type() &&
-              rows.residual_stride % 4 == 0 && l.rows() % 4 == 0, lora = false;
-  for (int64_t p = 0; p < rows.count; ++p) {
-    lora = lora || rows.parts[p].a != nullptr;
-    fits = fits && rows.parts[p].rows % 4 == 0;
-  }
-  if (!fits) return {};
-  const Tensor w = l.weight.t();
-  if (!lora) {
-    if (!l.bias.defined()) return residual.defined() ? at::addmm(residual, x, w) : at::mm(x, w);
-    const Tensor y = at::addmm(l.bias, x, w);
-    return residual.defined() ? y + residual : y;
-  }
-  const Kernels& kernels = *kernels_for(x);
-  const Launch launch(x);
-  const int64_t bytes = kernels.rows_linear_workspace(&rows);
-  if (bytes == 0) return {};
-  Tensor y = at::empty({rows.M, l.rows()}, x.options());
-  rows.y = y.mutable_data_ptr();
-  rows.y_stride = l.rows();
-  rows.y_f32 = false;
-  rows.workspace = launch.lasting_zeros("rows_linear", bytes);
-  check_launch(kernels.rows_lora(&rows, launch.stream()), "rows_lora");
-  at::addmm_out(y, y, x, w);
-  return y;
-}
-
 }  // namespace
 
 bool is_few_rows(const Tensor& x) {
@@ -127,10 +91,6 @@ bool is_few_rows(const Tensor& x) {
 Tensor few_rows_linear(const Tensor& x, const Linear& l, const Tensor& residual) {
   bool some = false;
   if (std::optional<KernelRows> rows = operands(x, l, residual, some)) {
-    if (const Tensor y = by_cublas(*rows, x, l, residual); y.defined()) {
-      if (some) add_lora_rows(y, x, l);
-      return y;
-    }
     if (const Tensor y = by_kernel(*rows, x, l.rows(), false); y.defined()) {
       if (some) add_lora_rows(y, x, l);
       return y;

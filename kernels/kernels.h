@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 12
+#define FERROTUNE_KERNELS_ABI 11
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -156,7 +156,6 @@ struct KernelPaged {
   ROW(attention_softcap_backward) \
   ROW(rows_linear)              \
   ROW(rows_linear_workspace)    \
-  ROW(rows_lora)                \
   ROW(paged_attention)          \
   ROW(paged_attention_workspace) \
   ROW(sample)
@@ -244,8 +243,6 @@ int attention_softcap_backward(const struct KernelAttention* attention, const vo
 // one stream share it.
 int rows_linear(const struct KernelRows* rows, void* stream);
 int64_t rows_linear_workspace(const struct KernelRows* rows);
-// The same without x W^T; all rows and strides are multiples of 4.
-int rows_lora(const struct KernelRows* rows, void* stream);
 
 // Writes k and v into the pages, then each row of q attends to the keys of its sequence, the last `window` of them (0: all).
 // partial: as many floats as paged_attention_workspace says, for its own use; 0 where the kernel cannot run: D other than 64, 96,

@@ -19,7 +19,6 @@
 // 32 (149 and 228 without rows_groups.cuh); the bytes of the weights alone take 28 and 109 at 4 TB/s.
 #include "rows_eight.cuh"
 #include "rows_groups.cuh"
-#include "rows_lora.cuh"
 #include "rows_many.cuh"
 #include "rows_strips.cuh"
 #include "rows_tiles.cuh"
@@ -89,11 +88,6 @@ extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
   if (!fits) return 0;
   const int64_t sums = int64_t{2} * device_attribute(cudaDevAttrMultiProcessorCount);
   return kCounterBytes + kZBytes + sums * 128 * kMostColumns * 4;
-}
-
-// For a measurement.
-extern "C" int rows_lora(const KernelRows* rows, void* stream) {
-  return rows->dtype == KERNEL_BF16 ? launch_lora<__nv_bfloat16>(*rows, stream) : launch_lora<__half>(*rows, stream);
 }
 
 extern "C" int rows_linear(const KernelRows* rows, void* stream) {
