@@ -15,7 +15,7 @@
 // (rows_tiles.cuh). Else (rows_many.cuh) blocks share tiles: each leaves its sums in the workspace, and the last to come adds them in
 // the order of the blocks. The products with A are cut into pieces of K.
 //
-// Measured on an H200, Llama-3.1-8B's four products of a layer with LoRA r 16, us: 64 NF4 and 126 in bf16 for one row, 121 and 165 for
+// Measured on an H200, Llama-3.1-8B's four products of a layer with LoRA r 16, us: 64 NF4 and 126 in bf16 for one row, 116 and 170 for
 // 32 (149 and 228 without rows_groups.cuh); the bytes of the weights alone take 28 and 109 at 4 TB/s.
 #include "rows_eight.cuh"
 #include "rows_groups.cuh"
