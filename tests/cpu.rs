@@ -4,11 +4,7 @@ use ferrotune::ops::{self, AttentionSpec, DropoutKey, Linear, Lora, Part, Pass, 
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::plain_attention;
-use crate::ops::{Op, check};
-
-fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Double, Device::Cpu))
-}
+use crate::ops::{Op, check, random};
 
 fn check_cpu(op: &Op) {
     for kind in [Kind::Double, Kind::Float] {

@@ -1,7 +1,11 @@
 //! The mathematics of the fused ops: on the CPU, in f64, against autograd of a slow plain reference; f32 and bf16 too.
 
+use std::cell::RefCell;
+
 use ferrotune::ops::proof::{Proof, Role};
 use ferrotune::ops::{self, Activation, RmsNorm, Targets, plain};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::tolerance::{What, assert_allowed, assert_close, floor, rel};
@@ -33,8 +37,22 @@ pub fn check(op: &Op, kind: Kind, device: Device) {
     }
 }
 
+thread_local! {
+    /// Of each test its own, as tests run side by side: libtorch's generator would give every run other numbers.
+    static NUMBERS: RefCell<ChaCha8Rng> = RefCell::new(ChaCha8Rng::seed_from_u64(3407));
+}
+
+/// Standard normal numbers (Box and Muller), the same in every run of a test.
 pub fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Double, Device::Cpu))
+    let count: i64 = shape.iter().product();
+    let numbers: Vec<f64> = NUMBERS.with_borrow_mut(|numbers| {
+        let mut normal = || {
+            let radius = (-2.0 * (1.0 - numbers.random::<f64>()).ln()).sqrt();
+            radius * (std::f64::consts::TAU * numbers.random::<f64>()).cos()
+        };
+        (0..count).map(|_| normal()).collect()
+    });
+    Tensor::from_slice(&numbers).view(shape)
 }
 
 pub fn norm(weight: &Tensor, offset: f64) -> RmsNorm {
