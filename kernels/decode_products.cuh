@@ -1,0 +1,567 @@
+// defines: Products: the four products of a layer by one thread block among all, with what stands before and behind each.
+//
+// Of a product a thread block has a run of tiles of 16 rows, of gate and up tile by tile the same rows of both, and its fifteen warps
+// share the units of these tiles: 64 columns of 16-bit weights, 256 of NF4, whose products are those of rows_strips.cuh. Sums meet once, in
+// shared memory. One warp more computes this block's pieces of x A^T, waits for those of the others and adds them up.
+#pragma once
+
+#include "decode.cuh"
+#include "rows_strips.cuh"
+
+namespace ferrotune {
+namespace {
+
+template <typename T, int MP, bool kNf4>
+struct Products {
+  using Use = ColumnUse<MP>;
+  static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
+  static constexpr int kPairBytes = Use::kWide ? 256 : 128;
+
+  const DecodeStack& s;
+  char* const bytes;
+  DecodeTile* const tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int a_target = 0;
+
+  // The product.
+  DecodePhase phase;
+  const DecodeLayer* layer;
+  const DecodePart* parts;
+  int columns, units, count, from, left;
+  // Loads under way, and where the next one is.
+  uint4 ring[kDepth][4];
+  const char* source;
+  int source_tile, source_unit, source_bytes, ahead;
+  uint4 norm_weight;
+
+  __device__ Products(const DecodeStack& stack, char* shared)
+      : s(stack), bytes(shared), tiles(reinterpret_cast<DecodeTile*>(shared + stack.at.tiles)) {}
+
+  __device__ const char* x_row(int column) const {
+    const char* const base = s.x_shared[phase] ? bytes + s.at.x : static_cast<const char*>(s.product);
+    return base + min(column, s.M - 1) * (columns * 2 + (s.x_shared[phase] ? 16 : 0));
+  }
+
+  __device__ __forceinline__ void seek() {
+    const DecodeTile& at = tiles[source_tile];
+    source_bytes = at.row_bytes;
+    source = at.w + int64_t{g} * at.row_bytes + source_unit * 128 + t * (kNf4 ? 16 : 32);
+  }
+  // A unit has 128 bytes of each row.
+  __device__ __forceinline__ void fetch(uint4 (&to)[4]) {
+    if (ahead <= 0) return;
+    const char* const below = source + 8 * int64_t{source_bytes};
+    constexpr int kNext = kNf4 ? 64 : 16;
+    to[0] = load_once(reinterpret_cast<const uint4*>(source));
+    to[1] = load_once(reinterpret_cast<const uint4*>(source + kNext));
+    to[2] = load_once(reinterpret_cast<const uint4*>(below));
+    to[3] = load_once(reinterpret_cast<const uint4*>(below + kNext));
+    source += 128;
+    --ahead;
+    if (++source_unit == units) {
+      source_unit = 0;
+      ++source_tile;
+      if (ahead > 0) seek();
+    }
+  }
+
+  // Whatever does not depend on the product's input: where its tiles are, weights and scales on their way. Nobody uses shared memory.
+  __device__ __forceinline__ void prepare(const DecodeLayer& of, DecodePhase which) {
+    layer = &of;
+    phase = which;
+    parts = of.parts + first_part(phase);
+    columns = s.columns[phase];
+    units = columns / kUnit;
+    const bool pairs = phase == kGateUp;
+    const int rows = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C, all_tiles = rows / kTileRows;
+    const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid;
+    count = last - first << pairs;
+    const int all = count * units;
+    from = warp * all / kDecodeWarps;
+    left = ahead = warp < kDecodeWarps ? (warp + 1) * all / kDecodeWarps - from : 0;
+    const int blocks = columns / kBlock;
+    if (static_cast<int>(threadIdx.x) < count) {
+      const int local = threadIdx.x;
+      int row = (first + (local >> pairs)) * kTileRows + (pairs && local % 2 == 1 ? s.F : 0), part = 0;
+      const int out = row;
+      while (row >= parts[part].rows) row -= parts[part++].rows;
+      const int begin = ((local * units + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * units * kDecodeWarps - 1) / all;
+      const int before = row * blocks & ((1 << s.nested_shift) - 1);
+      tiles[local] = {parts[part].w + int64_t{row} * parts[part].row_bytes, part, row, out, parts[part].row_bytes, before, begin + local, end - begin + 1};
+    }
+    if (all < kDecodeWarps) {
+      float* const slots = reinterpret_cast<float*>(bytes + s.at.slots);
+      for (int i = threadIdx.x; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
+    }
+    __syncthreads();
+    // Nothing of the last product's is of use.
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) ring[i][k] = make_uint4(0, 0, 0, 0);
+    }
+    if (left > 0) {
+      source_tile = from / units;
+      source_unit = from % units;
+      seek();
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) fetch(ring[i]);
+    }
+    if constexpr (kNf4) fetch_scales(blocks);
+    const void* const norm = phase == kQkv ? of.norms[0] : phase == kGateUp ? of.norms[1] : nullptr;
+    norm_weight = norm == nullptr ? make_uint4(0, 0, 0, 0) : static_cast<const uint4*>(norm)[min(static_cast<int>(threadIdx.x), columns / 8 - 1)];
+    if (warp == kDecodeWarps) {
+      each_piece([&](const DecodePart& part, int tile, int piece, int) {
+        const int first_unit = piece_begin(piece), last_unit = piece_begin(piece + 1);
+        const int row = tile * kTileRows + lane % kTileRows;
+        if (lane >= kTileRows || row >= part.R) return;
+        const int element = s.lora_f32 ? 4 : 2;
+        prefetch_l2(static_cast<const char*>(part.a) + (int64_t{row} * columns + first_unit * kBlock) * element,
+                    static_cast<unsigned>((last_unit - first_unit) * kBlock * element));
+      });
+    }
+  }
+
+  __device__ __forceinline__ int absmax_stride() const {
+    // Words lie so that eight rows are in different banks.
+    const int words = columns / kBlock / 4;
+    return (words + (12 - words % 8) % 8) * 4;
+  }
+  __device__ __forceinline__ void fetch_scales(int blocks) {
+    const int piece = blocks % 16 == 0 ? 16 : 4, pieces = blocks / piece, stride = absmax_stride();
+    for (int i = threadIdx.x; i < count * kTileRows * pieces; i += kDecodeThreads) {
+      const int row = i / pieces, at = (i - row * pieces) * piece;
+      const DecodeTile& tile = tiles[row / kTileRows];
+      const auto* const absmax = static_cast<const uint8_t*>(parts[tile.part].absmax) + int64_t{tile.row + row % kTileRows} * blocks + at;
+      const unsigned to = shared_address(bytes + s.at.absmax + row * stride + at);
+      piece == 16 ? copy_16_bytes(to, absmax, true) : copy_4_bytes(to, absmax);
+    }
+    for (int i = threadIdx.x; i < count * kNestedOfTile; i += kDecodeThreads) {
+      const DecodeTile& tile = tiles[i / kNestedOfTile];
+      const int at = i % kNestedOfTile, nested = (tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) + 1;
+      if (at >= nested) continue;
+      const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
+      copy_4_bytes(shared_address(bytes + s.at.nested + 4 * i), parts[tile.part].nested + first + at);
+    }
+    commit_copies();
+  }
+
+  // x into shared memory: as it is, or divided by its rows' root mean squares.
+  __device__ __forceinline__ void stage(const void* from_memory) {
+    const bool norm = phase == kQkv || phase == kGateUp;
+    const auto* const x = static_cast<const T*>(from_memory);
+    const int vectors = columns / 8, stride = columns * 2 + 16;
+    char* const to = bytes + s.at.x;
+    if (!norm) {
+      if (s.x_shared[phase]) {
+        for (int c = 0; c < s.M; ++c) {
+          for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+            copy_16_bytes(shared_address(to + c * stride + 16 * i), x + int64_t{c} * columns + 8 * i, true);
+          }
+        }
+        commit_copies();
+      }
+      wait_copies<0>();
+      __syncthreads();
+      return;
+    }
+    float* const statistics = reinterpret_cast<float*>(bytes + s.at.statistics);
+    float sums[MP] = {};
+#pragma unroll
+    for (int c = 0; c < MP; ++c) {
+      if (c >= s.M) break;
+      for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+        const uint4 raw = *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i);
+        *reinterpret_cast<uint4*>(to + c * stride + 16 * i) = raw;
+        const Eight<T> v(reinterpret_cast<const T*>(&raw));
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < MP; ++c) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
+      if (lane == 0) statistics[c * 16 + warp] = sums[c];
+    }
+    __syncthreads();
+    if (warp < MP) {
+      float sum = lane < 16 ? statistics[warp * 16 + lane] : 0;
+#pragma unroll
+      for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (lane == 0) statistics[16 * MP + warp] = rsqrtf(sum / columns + s.eps);
+    }
+    __syncthreads();
+    const void* const weight = layer->norms[phase == kGateUp];
+    for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+      const uint4 packed = i < kDecodeThreads ? norm_weight : static_cast<const uint4*>(weight)[i];
+      const Eight<T> w(reinterpret_cast<const T*>(&packed));
+#pragma unroll
+      for (int c = 0; c < MP; ++c) {
+        if (c >= s.M) break;
+        auto* const at = reinterpret_cast<uint4*>(to + c * stride + 16 * i);
+        const float rstd = statistics[16 * MP + c];
+        Eight<T> v(reinterpret_cast<const T*>(at));
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
+        *at = v.rounded();
+      }
+    }
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  // ---- LoRA
+
+  __device__ __forceinline__ int piece_begin(int piece) const { return piece * (columns / kBlock) / s.pieces[phase]; }
+  // body(part, tile, piece, task) of the pieces of A that are this thread block's. Returns how many there are of all.
+  template <typename Body>
+  __device__ __forceinline__ int each_piece(Body&& body) const {
+    const int pieces = s.pieces[phase];
+    int all = 0;
+    for (int p = 0; p < s.parts[phase]; ++p) {
+      const DecodePart& part = parts[p];
+      const int tasks = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows * pieces;
+      // The first task of the part that is ours.
+      const int grid = static_cast<int>(gridDim.x);
+      int task = static_cast<int>(blockIdx.x) - all % grid;
+      if (task < 0) task += grid;
+      for (; task < tasks; task += grid) body(part, task / pieces, task % pieces, all + task);
+      all += tasks;
+    }
+    return all;
+  }
+
+  // [kEight, kTileRows] f32 of a task.
+  __device__ __forceinline__ float* sums_of(int task) const { return s.a_sums + int64_t{task} * (kEight * kTileRows); }
+
+  __device__ __forceinline__ void multiply_by_a() {
+    const char* const x = x_row(g) + t * 32;
+    const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int task) {
+      const int first = piece_begin(piece), units_of_piece = piece_begin(piece + 1) - first;
+      float sum[4] = {}, odd[4] = {};
+      const auto row = [&](int r) { return int64_t{min(tile * kTileRows + r, part.R - 1)} * columns + first * kBlock + 16 * t; };
+      const int64_t above = row(g), below = row(g + 8);
+      const auto pairs = [&](int64_t at, unsigned (&out)[8]) {
+        if (s.lora_f32) {
+          const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float4 four = v[j];
+            out[2 * j] = pack(four.x, four.y, T{});
+            out[2 * j + 1] = pack(four.z, four.w, T{});
+          }
+        } else {
+          const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
+          const uint4 a = v[0], b = v[1];
+          out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+        }
+      };
+#pragma unroll 2
+      for (int unit = 0; unit < units_of_piece; ++unit) {
+        unsigned top[8], bottom[8];
+        pairs(above + unit * kBlock, top);
+        pairs(below + unit * kBlock, bottom);
+        multiply_pairs<T>(sum, odd, top, bottom, load_x(reinterpret_cast<const T*>(x + (first + unit) * 128)));
+      }
+      float* const to = sums_of(task);
+      __stcg(to + 2 * t * kTileRows + g, sum[0] + odd[0]);
+      __stcg(to + (2 * t + 1) * kTileRows + g, sum[1] + odd[1]);
+      __stcg(to + 2 * t * kTileRows + g + 8, sum[2] + odd[2]);
+      __stcg(to + (2 * t + 1) * kTileRows + g + 8, sum[3] + odd[3]);
+      __syncwarp();
+      if (lane == 0) add_release(s.counters + 1, 1);
+    });
+    a_target += tasks;
+    if (tasks == 0 || count == 0) return;
+    while (load_acquire(s.counters + 1) < a_target) {}
+    const int first = tiles[0].part, last = tiles[count - 1].part;
+    int task = 0;
+    for (int p = 0; p <= last; ++p) {
+      const DecodePart& part = parts[p];
+      if (part.a == nullptr) continue;
+      for (int tile = 0; tile * kTileRows < part.R; ++tile, task += s.pieces[phase]) {
+        if (p >= first) add_pieces_of(part, p, tile, task);
+      }
+    }
+  }
+
+  // Those of one class, their numbers modulo eight, one after another, and then ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)): one order, however
+  // many columns there are.
+  __device__ __forceinline__ void add_pieces_of(const DecodePart& part, int p, int tile, int first_task) {
+    constexpr int kLanes = 4 * MP, kAtOnce = 32 / kLanes, kSums = kPieceClasses / kAtOnce;
+    const int column = lane % kLanes / 4, four = lane % 4, pieces = s.pieces[phase];
+    float4 sum[kSums] = {};
+#pragma unroll(kSums == 8 ? 1 : 4)
+    for (int piece = lane / kLanes; piece < pieces; piece += kPieceClasses) {
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) {
+        if (piece + k * kAtOnce >= pieces) continue;
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(sums_of(first_task + piece + k * kAtOnce) + column * kTileRows) + four);
+        sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
+      }
+    }
+    // sum[k] of lane class c is class k * kAtOnce + c.
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int other = kLanes; other < 32; other *= 2) {
+        sum[k].x += __shfl_xor_sync(0xffffffff, sum[k].x, other), sum[k].y += __shfl_xor_sync(0xffffffff, sum[k].y, other);
+        sum[k].z += __shfl_xor_sync(0xffffffff, sum[k].z, other), sum[k].w += __shfl_xor_sync(0xffffffff, sum[k].w, other);
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kSums; step *= 2) {
+#pragma unroll
+      for (int k = 0; k + step < kSums; k += 2 * step) {
+        sum[k].x += sum[k + step].x, sum[k].y += sum[k + step].y, sum[k].z += sum[k + step].z, sum[k].w += sum[k + step].w;
+      }
+    }
+    if (lane < kLanes) {
+      float4* const to = reinterpret_cast<float4*>(z(p, column) + tile * kTileRows) + four;
+      *to = make_float4(part.scale * sum[0].x, part.scale * sum[0].y, part.scale * sum[0].z, part.scale * sum[0].w);
+    }
+  }
+  __device__ __forceinline__ float* z(int part, int column) const {
+    return reinterpret_cast<float*>(bytes + s.at.z) + (part * MP + column) * kMostRank;
+  }
+
+  // ---- the products
+
+  template <bool kShared>
+  __device__ __forceinline__ uint4 x_at(unsigned shared, const char* memory) const {
+    if constexpr (kShared) return load_shared_4(shared);
+    return *reinterpret_cast<const uint4*>(memory);
+  }
+
+  __device__ __forceinline__ void put(float*& slot, const float (&total)[4]) {
+    if (2 * t < MP) {
+      slot[2 * t * kSumStride] = total[0], slot[2 * t * kSumStride + 8] = total[2];
+      if (MP > 1) slot[(2 * t + 1) * kSumStride] = total[1], slot[(2 * t + 1) * kSumStride + 8] = total[3];
+    }
+    slot += kSlot;
+  }
+
+  template <bool kShared>
+  __device__ __forceinline__ void multiply_dense() {
+    const char* const memory = x_row(g) + t * 32;
+    const unsigned shared = kShared ? shared_address(memory) : 0;
+    int unit = from % units;
+    float* slot = reinterpret_cast<float*>(bytes + s.at.slots) + (warp + from / units) * kSlot + g;
+    float sum[4] = {}, odd[4] = {};
+    const auto step = [&](uint4 (&own)[4]) {
+      const XOfUnit x{x_at<kShared>(shared + unit * 128, memory + unit * 128), x_at<kShared>(shared + unit * 128 + 16, memory + unit * 128 + 16)};
+      const unsigned top[8] = {own[0].x, own[0].y, own[0].z, own[0].w, own[1].x, own[1].y, own[1].z, own[1].w};
+      const unsigned bottom[8] = {own[2].x, own[2].y, own[2].z, own[2].w, own[3].x, own[3].y, own[3].z, own[3].w};
+      multiply_pairs<T>(sum, odd, top, bottom, x);
+      fetch(own);
+      --left;
+      if (++unit < units && left > 0) return;
+      const float total[4] = {sum[0] + odd[0], sum[1] + odd[1], sum[2] + odd[2], sum[3] + odd[3]};
+      put(slot, total);
+      sum[0] = sum[1] = sum[2] = sum[3] = odd[0] = odd[1] = odd[2] = odd[3] = 0;
+      unit = 0;
+    };
+#pragma unroll 1
+    while (left > 0) {
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (left > 0) step(ring[i]);
+      }
+    }
+  }
+
+  // As strips_kernel does: see there.
+  template <bool kShared>
+  __device__ __forceinline__ void multiply_nf4() {
+    const float* const map = reinterpret_cast<const float*>(bytes + s.at.map) + g;
+    const unsigned table = s.at.table + lane * 4;
+    const int blocks = columns / kBlock, stride = absmax_stride();
+    const bool has = Use::has(g, t) && g % MP < s.M;
+    const char* const memory = x_row(g % MP) + t * 64 + Use::run(g) * 256;
+    const unsigned shared = kShared ? shared_address(memory) : 0;
+    unsigned x[16] = {};
+    float acc[Use::kBlocks][4] = {};
+    int unit = from % units, local = from / units;
+    float* slot = reinterpret_cast<float*>(bytes + s.at.slots) + (warp + local) * kSlot + g;
+    const auto load = [&](int at) {
+      if (!has) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 four = x_at<kShared>(shared + at + 16 * i, memory + at + 16 * i);
+        x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+      }
+    };
+    const char* absmax_at;
+    const float* nested;
+    float offset;
+    int top_block;
+    const auto rows_of_tile = [&] {
+      absmax_at = bytes + s.at.absmax + (local * kTileRows + g) * stride;
+      nested = reinterpret_cast<const float*>(bytes + s.at.nested) + local * kNestedOfTile;
+      top_block = tiles[local].nested_before + g * blocks;
+      offset = parts[tiles[local].part].nested_offset;
+    };
+    rows_of_tile();
+    const auto step = [&](uint4 (&own)[4]) {
+      if (!Use::kXOfRun) load(unit * 512);
+      const unsigned absmax[2] = {*reinterpret_cast<const unsigned*>(absmax_at + unit * 4),
+                                  *reinterpret_cast<const unsigned*>(absmax_at + unit * 4 + 8 * stride)};
+      const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> s.nested_shift],
+                                  nested[top_block + 8 * blocks + unit * kGroupBlocks >> s.nested_shift]};
+      const auto scale = [&](int half, int of_group) {
+        const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
+        return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
+      };
+      float sum[2][4] = {};
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        if (Use::kXOfRun) load(unit * 512 + run * 256);
+        unsigned top[16], bottom[16];
+        look_up_words<Use::kWide>(own[run], table, top);
+        look_up_words<Use::kWide>(own[2 + run], table, bottom);
+        if (run == 1) fetch(own);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
+          if constexpr (MP == 8) {
+            multiply(sum[0], a, t < 2 ? x[2 * j] : 0, t < 2 ? x[2 * j + 1] : 0, T{});
+            multiply(sum[1], a, t < 2 ? 0 : x[2 * j], t < 2 ? 0 : x[2 * j + 1], T{});
+          } else if constexpr (MP == 4) {
+            multiply(sum[0], a, x[2 * j], x[2 * j + 1], T{});
+          } else {
+            multiply(sum[run], a, x[2 * j], x[2 * j + 1], T{});
+          }
+        }
+        if constexpr (MP >= 4) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int block_of_run = 0; block_of_run < (MP == 8 ? 2 : 1); ++block_of_run) {
+              float(&own_acc)[4] = acc[MP == 8 ? 2 * run + block_of_run : run];
+              const float own_scale = scale(half, 2 * run + (MP == 8 ? block_of_run : t / 2));
+              own_acc[2 * half] += own_scale * sum[block_of_run][2 * half];
+              own_acc[2 * half + 1] += own_scale * sum[block_of_run][2 * half + 1];
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = 0;
+        }
+      }
+      if constexpr (MP <= 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool second = Use::run_of_lane(t) == 1;
+          const float even = second ? sum[1][2 * half] : sum[0][2 * half], odd = second ? sum[1][2 * half + 1] : sum[0][2 * half + 1];
+          acc[0][2 * half] += scale(half, MP == 1 ? 2 * (t & 1) : t) * even;
+          acc[0][2 * half + 1] += scale(half, MP == 1 ? 2 * (t & 1) + 1 : t) * odd;
+        }
+      }
+      --left;
+      if (++unit < units && left > 0) return;
+      float total[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto other = [](float v, int lane_step) { return __shfl_xor_sync(0xffffffff, v, lane_step); };
+        if constexpr (MP == 1) {
+          const float pair = acc[0][i & 2] + acc[0][i | 1];
+          total[i] = pair + other(pair, 1);
+        } else if constexpr (MP == 2) {
+          const float pair = acc[0][i] + other(acc[0][i], 1);
+          total[i] = pair + other(pair, 2);
+        } else if constexpr (MP == 4) {
+          total[i] = (acc[0][i] + other(acc[0][i], 2)) + (acc[1][i] + other(acc[1][i], 2));
+        } else {
+          total[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+        }
+      }
+      put(slot, total);
+#pragma unroll
+      for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+      unit = 0;
+      ++local;
+      if (left > 0) rows_of_tile();
+    };
+#pragma unroll 1
+    while (left > 0) {
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (left > 0) step(ring[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (warp == kDecodeWarps) {
+      multiply_by_a();
+    } else if (left > 0) {
+      if constexpr (kNf4) {
+        // One or two rows always fit shared memory.
+        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>() : multiply_nf4<MP <= 2>();
+      } else {
+        s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
+      }
+    }
+    __syncthreads();
+  }
+
+  // Row `row` of a local tile and column c: the product, LoRA and the bias.
+  __device__ __forceinline__ float value(int local, int row, int c) const {
+    const DecodeTile& tile = tiles[local];
+    const DecodePart& part = parts[tile.part];
+    const float* const slots = reinterpret_cast<const float*>(bytes + s.at.slots) + c * kSumStride + row;
+    float value = 0;
+    for (int k = 0; k < tile.slots; ++k) value += slots[(tile.first_slot + k) * kSlot];
+    if (part.b != nullptr) {
+      const float* const own_z = z(tile.part, c);
+      const int64_t at = int64_t{tile.row + row} * part.R;
+      const auto add = [&](const auto* b) {
+        using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
+        constexpr int kWidth = 16 / sizeof(Element);
+#pragma unroll 4
+        for (int j = 0; j < part.R; j += kWidth) {
+          const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + at + j);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) value += to_float(from_float<T>(to_float(v.v[i]))) * own_z[j + i];
+        }
+      };
+      s.lora_f32 ? add(static_cast<const float*>(part.b)) : add(static_cast<const T*>(part.b));
+    }
+    const void* const bias = layer->bias[phase];
+    if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
+    return value;
+  }
+
+  // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
+  __device__ __forceinline__ void finish(void* to, const void* residual) const {
+    const bool pairs = phase == kGateUp;
+    const int width = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C;
+    const int rows = (count >> pairs) * kTileRows;
+    for (int i = threadIdx.x; i < rows * s.M; i += kDecodeThreads) {
+      const int c = i / rows, row = i - c * rows, local = row / kTileRows << pairs;
+      const int64_t at = int64_t{c} * width + tiles[local].out + row % kTileRows;
+      // On its way while the sums are made.
+      const float added = residual == nullptr ? 0 : to_float(static_cast<const T*>(residual)[at]);
+      float v = value(local, row % kTileRows, c) + added;
+      if (pairs) {
+        // Rounded as what stands in memory elsewhere.
+        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(local + 1, row % kTileRows, c)));
+        v = activated(gate) * up;
+      }
+      static_cast<T*>(to)[at] = from_float<T>(v);
+    }
+  }
+  __device__ __forceinline__ float activated(float x) const {
+    switch (s.activation) {
+      case KERNEL_SILU:
+        return x / (1 + expf(-x));
+      case KERNEL_GELU_TANH:
+        return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    }
+    return 0.5f * x * (1 + erff(x * 0.7071067811865476f));
+  }
+};
+
+}  // namespace
+}  // namespace ferrotune

@@ -1,0 +1,227 @@
+// defines: attend: one key/value head of one run of keys of one sequence over pages, by four warps (paged_attention.cu, decode.cu).
+#pragma once
+
+#include "chain.cuh"
+#include "mma.cuh"
+
+namespace ferrotune {
+namespace {
+
+constexpr int kPage = 16, kPagedWarps = 4, kPagedThreads = 32 * kPagedWarps, kMostHeads = 16, kPagedStages = 2;
+
+// What a run leaves of a head: o [D], m, l.
+template <int D>
+constexpr int kLeft = D + 2;
+
+template <int D>
+constexpr int kTileElements = kPage * (D + 8);
+
+// q, stages of keys and values of each warp; m and l of each warp's heads; whether this run came last.
+template <int D>
+constexpr int kPagedTileBytes = (1 + 2 * kPagedStages * kPagedWarps) * kTileElements<D> * 2;
+template <int D>
+constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 16;
+
+// Pages of a run: longer runs for long contexts, or adding them up takes too long.
+inline int pages_of_run(int64_t longest) { return longest <= 8192 ? 2 * kPagedWarps : 8 * kPagedWarps; }
+
+// A run of keys of one sequence for one key/value head.
+template <typename T>
+struct PagedRun {
+  T *pool_k, *pool_v;    // of this head
+  int64_t row_elements;  // from key to key
+  const int64_t* table;
+  int length, window, run, run_keys, group;
+  float scale, softcap;
+  T* out;          // [group, D]
+  float* partial;  // [group, all_runs, kLeft]
+  int64_t all_runs;
+  int32_t* arrived;
+};
+
+// q(row, vector): eight elements of a head of the group; put_new(k, v): writes the new key and value to these places; sync(): a barrier of
+// the four warps, of which this is thread `thread`.
+template <typename T, int D, typename Query, typename PutNew, typename Sync>
+__device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int thread, Query&& query, PutNew&& put_new, Sync&& sync) {
+  float2* const statistics = reinterpret_cast<float2*>(shared + kPagedTileBytes<D>);  // [warps, heads]: m, l
+  int* const last = reinterpret_cast<int*>(statistics + kPagedWarps * kMostHeads);
+  const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int group = p.group, length = p.length;
+  const int low = p.window > 0 && length > p.window ? length - p.window : 0;
+  const int begin = max(low, p.run * p.run_keys), end = min(length, (p.run + 1) * p.run_keys);
+  if (begin >= end) {
+    // A row that belongs to no sequence.
+    if (length == 0 && p.run == 0) {
+      for (int i = thread; i < group * D; i += kPagedThreads) p.out[i] = from_float<T>(0);
+    }
+    return;
+  }
+  const int64_t page_elements = kPage * p.row_elements;
+  if (end == length) {
+    // These four warps alone read it.
+    const int64_t at = p.table[(length - 1) / kPage] * page_elements + (length - 1) % kPage * p.row_elements;
+    put_new(p.pool_k + at, p.pool_v + at);
+  }
+  T* const tiles = reinterpret_cast<T*>(shared);
+  const PaddedTile<T, D> q_tile{tiles};
+  const auto key_tile = [&](int stage) { return PaddedTile<T, D>{tiles + (1 + 2 * (kPagedStages * warp + stage)) * kTileElements<D>}; };
+  const auto value_tile = [&](int stage) { return PaddedTile<T, D>{key_tile(stage).base + kTileElements<D>}; };
+#pragma unroll
+  for (int i = thread; i < kPage * D / 8; i += kPagedThreads) {
+    const int row = i / (D / 8), piece = i % (D / 8);
+    *reinterpret_cast<uint4*>(q_tile.at(row, piece)) = query(row, piece);
+  }
+  sync();
+
+  const int first_page = begin / kPage, last_page = (end - 1) / kPage;
+  const auto fetch = [&](int page, int stage) {
+    if (page <= last_page) {
+      const int64_t from = p.table[page] * page_elements;
+#pragma unroll
+      for (int i = lane; i < kPage * D / 8; i += 32) {
+        const int row = i / (D / 8), piece = i % (D / 8);
+        const bool inside = page * kPage + row < end;
+        const int64_t at = from + row * p.row_elements + piece * 8;
+        copy_16_bytes(shared_address(key_tile(stage).at(row, piece)), p.pool_k + at, inside);
+        copy_16_bytes(shared_address(value_tile(stage).at(row, piece)), p.pool_v + at, inside);
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int s = 0; s < kPagedStages; ++s) fetch(first_page + warp + s * kPagedWarps, s);
+  // Of rows g and g + 8: heads of the group.
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[D / 8][4] = {};
+  int stage = 0;
+  for (int page = first_page + warp; page <= last_page; page += kPagedWarps) {
+    wait_copies<kPagedStages - 1>();
+    __syncwarp();
+    float s[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      unsigned a[4], b[4];
+      load_a(a, q_tile, 0, 2 * i);
+      load_b_rows(b, key_tile(stage), 0, 2 * i);
+      multiply(s[0], a, b[0], b[1], T{});
+      multiply(s[1], a, b[2], b[3], T{});
+    }
+    float most[2] = {m[0], m[1]};
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = page * kPage + 8 * n + 2 * t + i % 2;
+        float score = s[n][i] * p.scale;
+        if (p.softcap > 0) score = p.softcap * tanhf(score / p.softcap);
+        s[n][i] = key >= begin && key < end ? score : -INFINITY;
+        most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 1));
+      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 2));
+      // A page of which nothing is seen leaves everything as it was.
+      const float base = most[h] == -INFINITY ? 0 : most[h], factor = __expf(m[h] - base);
+      m[h] = most[h];
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+          s[n][i] = __expf(s[n][i] - base);
+          sum += s[n][i];
+        }
+      }
+      l[h] = l[h] * factor + sum;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        o[i][2 * h] *= factor;
+        o[i][2 * h + 1] *= factor;
+      }
+    }
+    const unsigned weights[4] = {pack(s[0][0], s[0][1], T{}), pack(s[0][2], s[0][3], T{}), pack(s[1][0], s[1][1], T{}),
+                                 pack(s[1][2], s[1][3], T{})};
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      unsigned b[4];
+      load_b(b, value_tile(stage), 0, 2 * i);
+      multiply(o[2 * i], weights, b[0], b[1], T{});
+      multiply(o[2 * i + 1], weights, b[2], b[3], T{});
+    }
+    __syncwarp();
+    fetch(page + kPagedStages * kPagedWarps, stage);
+    stage = (stage + 1) % kPagedStages;
+  }
+  wait_copies<0>();
+  sync();
+
+  // The four warps' parts, in the tiles' memory.
+  float* const parts = reinterpret_cast<float*>(shared);  // [warps, 16, D]
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    l[h] += __shfl_xor_sync(0xffffffff, l[h], 1);
+    l[h] += __shfl_xor_sync(0xffffffff, l[h], 2);
+    const int row = g + 8 * h;
+    if (row >= group) continue;
+    if (t == 0) statistics[warp * kMostHeads + row] = make_float2(m[h], l[h]);
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      *reinterpret_cast<float2*>(parts + (warp * kMostHeads + row) * D + 8 * i + 2 * t) = make_float2(o[i][2 * h], o[i][2 * h + 1]);
+    }
+  }
+  sync();
+  const int runs = (length - 1) / p.run_keys - low / p.run_keys + 1;
+  const auto left = [&](int row, int of_run) { return p.partial + (row * p.all_runs + of_run) * kLeft<D>; };
+  for (int i = thread; i < group * D; i += kPagedThreads) {
+    const int row = i / D, d = i % D;
+    float most = -INFINITY, sum = 0, total = 0;
+#pragma unroll
+    for (int w = 0; w < kPagedWarps; ++w) most = fmaxf(most, statistics[w * kMostHeads + row].x);
+#pragma unroll
+    for (int w = 0; w < kPagedWarps; ++w) {
+      const float2 own = statistics[w * kMostHeads + row];
+      const float factor = __expf(own.x - most);
+      sum += factor * parts[(w * kMostHeads + row) * D + d];
+      total += factor * own.y;
+    }
+    if (runs == 1) {
+      p.out[i] = from_float<T>(sum / total);
+      continue;
+    }
+    float* const mine = left(row, p.run);
+    __stcg(mine + d, sum);
+    if (d == 0) {
+      __stcg(mine + D, most);
+      __stcg(mine + D + 1, total);
+    }
+  }
+  if (runs == 1) return;
+  __threadfence();
+  sync();
+  if (thread == 0) {
+    *last = atomicAdd(p.arrived, 1) == runs - 1;
+    if (*last) *p.arrived = 0;
+  }
+  sync();
+  if (!*last) return;
+  __threadfence();
+  const int first_run = low / p.run_keys;
+  for (int i = thread; i < group * D; i += kPagedThreads) {
+    const int row = i / D, d = i % D;
+    float most = -INFINITY, sum = 0, total = 0;
+#pragma unroll 4
+    for (int r = 0; r < runs; ++r) {
+      const float* const theirs = left(row, first_run + r);
+      const float their_most = __ldcg(theirs + D), higher = fmaxf(most, their_most);
+      const float factor = __expf(most - higher), their_factor = __expf(their_most - higher);
+      sum = sum * factor + their_factor * __ldcg(theirs + d);
+      total = total * factor + their_factor * __ldcg(theirs + D + 1);
+      most = higher;
+    }
+    p.out[i] = from_float<T>(sum / total);
+  }
+}
+
+}  // namespace
+}  // namespace ferrotune
