@@ -13,52 +13,80 @@
 namespace ferrotune {
 namespace {
 
+template <typename T, int D>
+__device__ __noinline__ void attend(const DecodeStack& s, const DecodeLayer& layer, const Barrier& barrier) {
+  DecodeAttention<T, D> attention(s, layer);
+  attention.start();
+  barrier.wait();
+  attention.finish();
+}
+
 template <typename T, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack s) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 dynamic[];
-  char* const bytes = reinterpret_cast<char*>(dynamic) - shared_address(dynamic);
-  Products<T, MP, kNf4> product(s, bytes);
+  if (shared_address(dynamic) != kReserved) __trap();
+  Products<T, MP, kNf4> product(s);
   Barrier barrier(s.counters);
+  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  constexpr int kLayerBytes = sizeof(DecodeLayer);
+  // Arguments of a launch are slow to read for the first time: the layers' go to memory, and from there into shared memory one layer ahead.
+  for (int l = block; l < s.layers; l += grid) {
+    for (int i = threadIdx.x; i < kLayerBytes / 8; i += kDecodeThreads) {
+      __stcg(reinterpret_cast<int64_t*>(s.copy + l) + i, reinterpret_cast<const int64_t*>(&s.layer[l])[i]);
+    }
+  }
+  barrier.arrive();
   if constexpr (kNf4) {
     for (int i = threadIdx.x; i < 256 * kMapCopies; i += kDecodeThreads) {
-      reinterpret_cast<float*>(bytes + s.at.map)[i] = s.nested_map[i / kMapCopies];
+      reinterpret_cast<float*>(shared_at(s.at.map))[i] = s.nested_map[i / kMapCopies];
     }
     const float code = s.quant_map[threadIdx.x % 16];
     for (int i = threadIdx.x; i < 256 * 8; i += kDecodeThreads) {
       const float even = __shfl_sync(0xffffffff, code, i >> 7), odd = __shfl_sync(0xffffffff, code, i >> 3 & 15);
       const unsigned pair = pack(even, odd, T{});
-      *reinterpret_cast<uint4*>(bytes + s.at.table + (i >> 3) * product.kPairBytes + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+      *reinterpret_cast<uint4*>(shared_at(s.at.table + (i >> 3) * product.kPairBytes + i % 8 * 16)) = make_uint4(pair, pair, pair, pair);
     }
   }
+  barrier.wait();
+  const auto fetch_layer = [&](int l) {
+    if (l < s.layers && threadIdx.x < kLayerBytes / 8) {
+      const unsigned to = shared_address(shared_at(s.at.layers + l % 2 * kLayerBytes)) + 8 * threadIdx.x;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(reinterpret_cast<const int64_t*>(s.copy + l) + threadIdx.x));
+    }
+    commit_copies();
+  };
+  fetch_layer(0);
+  wait_copies<0>();
+  __syncthreads();
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
-    const DecodeLayer& layer = s.layer[step / kPhases];
+    const int l = step / kPhases;
+    const DecodeLayer& layer = *reinterpret_cast<const DecodeLayer*>(shared_at(s.at.layers + l % 2 * kLayerBytes));
     const auto phase = static_cast<DecodePhase>(step % kPhases);
-    const void* const x = step < kPhases ? s.x : s.y;
+    const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
     product.prepare(layer, phase);
+    // Its place is that of the layer before, which is done.
+    if (phase == kQkv) fetch_layer(l + 1);
     step == 0 ? inputs_ready() : barrier.wait();
+    product.start();
     product.stage(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
-    product.run();
-    product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y,
-                   phase == kO ? x : phase == kDown ? s.h : nullptr);
+    product.run(residual);
+    product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
     // o's weights come into the second-level cache meanwhile.
     const DecodePart& o = layer.parts[first_part(kO)];
-    const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
     const int first = block * (s.C / kTileRows) / grid * kTileRows, last = (block + 1) * (s.C / kTileRows) / grid * kTileRows;
     for (int row = first + static_cast<int>(threadIdx.x); row < min(last, first + 32); row += kDecodeThreads) {
       prefetch_l2(o.w + int64_t{row} * o.row_bytes, static_cast<unsigned>(s.columns[kO] * (kNf4 ? 1 : 4) / 2));
     }
-    barrier.wait();
-    char* const shared = bytes + s.at.attention;
     if (s.D == 64) {
-      decode_attention<T, 64>(s, layer, shared);
+      attend<T, 64>(s, layer, barrier);
     } else if (s.D == 96) {
-      decode_attention<T, 96>(s, layer, shared);
+      attend<T, 96>(s, layer, barrier);
     } else {
-      decode_attention<T, 128>(s, layer, shared);
+      attend<T, 128>(s, layer, barrier);
     }
     barrier.arrive();
   }
@@ -76,8 +104,11 @@ constexpr int64_t kCountersBytes = 4096;
 
 inline int64_t rounded_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
+// Longer runs for long contexts, or adding them up takes too long.
+inline int run_pages(int64_t longest) { return longest <= 8192 ? kRunPages : kLongRunPages; }
+
 struct Workspaces {
-  int64_t h, qkv, attended, product, a_sums, partial, all;
+  int64_t copy, h, qkv, attended, product, a_sums, partial, all;
 };
 inline Workspaces workspaces_of(const KernelDecode& d) {
   Workspaces w{};
@@ -87,17 +118,20 @@ inline Workspaces workspaces_of(const KernelDecode& d) {
     at += rounded_up(bytes);
   };
   const int64_t M = 8;
+  take(w.copy, int64_t{kMostLayers} * sizeof(DecodeLayer));
   take(w.h, M * d.C * 2);
   take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
   take(w.attended, M * d.H * d.D * 2);
   take(w.product, M * d.F * 2);
   take(w.a_sums, int64_t{3} * (kMostRank / kTileRows) * kMostDecodePieces * kEight * kTileRows * 4);
-  take(w.partial, M * d.H * ceil_div(d.longest, pages_of_run(d.longest) * kPage) * (d.D + 2) * 4);
+  take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d.longest) * kPage) * (d.D + 2) * 4);
   w.all = at;
   return w;
 }
 
-inline int paged_bytes(int64_t D) { return D == 64 ? kPagedBytes<64> : D == 96 ? kPagedBytes<96> : kPagedBytes<128>; }
+inline int attention_bytes(int64_t D, int stages) {
+  return D == 64 ? decode_attention_bytes<64>(stages) : D == 96 ? decode_attention_bytes<96>(stages) : decode_attention_bytes<128>(stages);
+}
 
 struct Planned {
   DecodeStack stack;
@@ -117,7 +151,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   const KernelDecodeLayer& first = d.layers[0];
   planned.nf4 = first.o.w == nullptr;
   s.layers = size(d.count), s.M = size(d.M), s.C = size(d.C), s.F = size(d.F), s.H = size(d.H), s.K = size(d.K), s.D = size(d.D), s.R = size(d.R);
-  s.width = size(d.width), s.run_pages = pages_of_run(d.longest), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
+  s.width = size(d.width), s.run_pages = run_pages(d.longest), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
   s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
   s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
   s.tables = d.tables, s.lengths = d.lengths, s.x = d.x, s.y = d.y;
@@ -127,6 +161,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   while (first.o.nf4.nested_blocksize >> (s.nested_shift + 1) > 0) ++s.nested_shift;
   const int64_t of_phase[kPhases] = {(d.H + 2 * d.K) * d.D, d.C, 2 * d.F, d.C};
   bool some_lora = false;
+  int most_b = 0;
   int a_tiles[kPhases] = {};
   for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
     const KernelDecodeLayer& from = d.layers[l];
@@ -161,6 +196,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
           if ((some_lora && (part.lora_f32 != 0) != s.lora_f32) || part.R % 8 != 0 || !aligned16(part.a) || !aligned16(part.b)) return false;
           some_lora = true;
           s.lora_f32 = part.lora_f32 != 0;
+          if (part.R * (part.lora_f32 ? 4 : 2) + 16 > most_b) most_b = size(part.R * (part.lora_f32 ? 4 : 2) + 16);
           own.a = part.a, own.b = part.b, own.scale = part.scale, own.R = size(part.R);
           tiles += size(ceil_div(part.R, kTileRows));
         }
@@ -179,10 +215,12 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   planned.MP = !planned.nf4 ? kEight : s.M <= 1 ? 1 : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
   const bool wide = planned.nf4 && planned.MP <= 2;
   int most_tiles = 0;
-  int64_t absmax = 0;
+  int64_t absmax = 0, b_bytes[kPhases] = {};
+  s.b_most = most_b;
   for (int phase = 0; phase < kPhases; ++phase) {
     const int tiles = size(ceil_div(phase == kGateUp ? d.F / kTileRows : of_phase[phase] / kTileRows, processors)) << (phase == kGateUp);
     if (tiles > most_tiles) most_tiles = tiles;
+    b_bytes[phase] = int64_t{tiles} * kTileRows * most_b;
     int words = s.columns[phase] / kBlock / 4;
     while (words % 8 != 4) ++words;
     if (int64_t{tiles} * kTileRows * words * 4 > absmax) absmax = int64_t{tiles} * kTileRows * words * 4;
@@ -202,6 +240,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   if (!planned.nf4) absmax = 0;
   if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
   if (planned.nf4 && !wide) take(at.table, 256 * 128);
+  take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
   take(at.tiles, most_tiles * int64_t{sizeof(DecodeTile)});
   take(at.z, int64_t{3} * planned.MP * kMostRank * 4);
   take(at.statistics, (16 + 1) * planned.MP * 4);
@@ -221,6 +260,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
       next = at.attention = kTableAt + 256 * 256;
     }
   }
+  take(at.norm, d.C * 2);
   at.x = next;
   for (int phase = 0; phase < kPhases; ++phase) {
     const int64_t bytes = int64_t{s.M} * (s.columns[phase] * 2 + 16);
@@ -228,16 +268,21 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     if (!s.x_shared[phase] && (phase != kDown || planned.MP <= 2)) return false;
     if (s.x_shared[phase] && at.x + bytes > next) next = size(at.x + bytes);
   }
-  at.quads = (limit - at.attention) / paged_bytes(d.D);
-  if (at.quads < 1) return false;
-  if (at.quads > kMostQuads) at.quads = kMostQuads;
-  const int attention_end = at.attention + at.quads * paged_bytes(d.D);
-  at.all = next > attention_end ? next : attention_end;
+  at.b = next;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    s.b_shared[phase] = b_bytes[phase] > 0 && at.b + b_bytes[phase] <= limit;
+    if (s.b_shared[phase] && at.b + b_bytes[phase] > next) next = size(at.b + b_bytes[phase]);
+  }
+  at.stages = at.attention + attention_bytes(d.D, 2) <= limit ? 2 : 1;
+  const int attention_end = at.attention + attention_bytes(d.D, at.stages);
+  if (attention_end > limit) return false;
+  at.all = (next > attention_end ? next : attention_end) - kReserved;
 
   char* const base = static_cast<char*>(d.workspace);
   const Workspaces w = workspaces_of(d);
   s.counters = reinterpret_cast<int*>(base);
   s.arrived = s.counters + 16;
+  s.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
   s.h = base + w.h, s.qkv = base + w.qkv, s.attended = base + w.attended, s.product = base + w.product;
   s.a_sums = reinterpret_cast<float*>(base + w.a_sums), s.partial = reinterpret_cast<float*>(base + w.partial);
   return d.M * d.K * 4 + 64 <= kCountersBytes;

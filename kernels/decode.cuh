@@ -11,7 +11,9 @@ constexpr int kDecodeWarps = kStripWarps, kDecodeThreads = kStripThreads;
 // What fits the 32,764 bytes that a launch may pass.
 constexpr int kMostLayers = 56;
 // Tiles of a thread block in one product, scales of scales of a tile, pieces of a tile of A.
-constexpr int kMostTiles = 64, kNestedOfTile = 32, kMostDecodePieces = 32, kMostQuads = 4;
+constexpr int kMostTiles = 64, kNestedOfTile = 32, kMostDecodePieces = 32;
+// Warps that share the pages of a run of keys.
+constexpr int kPageWarps = 8, kRunPages = 32, kLongRunPages = 128;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
 // The first of a product's parts.
@@ -36,14 +38,14 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, tiles, z, slots, nested, absmax, statistics, x, attention, all;
-  int quads;
+  int table, map, layers, tiles, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
+  int stages;  // of pages, of each warp in attention
 };
 
 struct DecodeStack {
-  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift;
+  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, b_most;
   int parts[kPhases], columns[kPhases], pieces[kPhases];
-  bool lora_f32, x_shared[kPhases];
+  bool lora_f32, x_shared[kPhases], b_shared[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths;
@@ -51,10 +53,17 @@ struct DecodeStack {
   void *y, *h, *qkv, *attended, *product;
   float *a_sums, *partial;
   int *counters, *arrived;
+  DecodeLayer* copy;  // of `layer` in memory
   DecodeShared at;
   DecodeLayer layer[kMostLayers];
 };
 static_assert(sizeof(DecodeStack) <= 32764);
+
+// What lies `offset` bytes from the start of shared memory. A function of its own, so that the compiler sees which memory it is.
+__device__ __forceinline__ char* shared_at(int offset) {
+  extern __shared__ uint4 dynamic[];
+  return reinterpret_cast<char*>(dynamic) + (offset - kReserved);
+}
 
 // A tile of 16 rows of this thread block.
 struct DecodeTile {
@@ -137,52 +146,164 @@ __device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm
   return own.rounded();
 }
 
-// The attention of this thread block's share of sequences, key/value heads and runs of keys, four warps each.
-template <typename T, int D>
-__device__ __noinline__ void decode_attention(const DecodeStack& s, const DecodeLayer& layer, char* shared) {
-  const int quad = threadIdx.x / kPagedThreads, thread = threadIdx.x % kPagedThreads;
-  if (quad >= s.at.quads) return;
-  const int group = s.H / s.K, heads = s.M * s.K, items = heads * s.runs;
-  const int row_width = (s.H + 2 * s.K) * D;
-  for (int item = quad * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); item < items; item += s.at.quads * static_cast<int>(gridDim.x)) {
-    const int run = item / heads, sequence = item % heads / s.K, head = item % s.K;
-    const T* const row = static_cast<const T*>(s.qkv) + sequence * row_width;
-    const float *const cos = layer.cos + sequence * (s.R / 2), *const sin = layer.sin + sequence * (s.R / 2);
-    const PagedRun<T> p{static_cast<T*>(layer.pool_k) + head * D,
-                        static_cast<T*>(layer.pool_v) + head * D,
-                        int64_t{s.K} * D,
-                        s.tables + int64_t{sequence} * s.width,
-                        static_cast<int>(s.lengths[sequence]),
-                        layer.window,
-                        run,
-                        s.run_pages * kPage,
-                        group,
-                        s.scale,
-                        s.softcap,
-                        static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D,
-                        s.partial + int64_t{sequence * s.K + head} * group * s.runs * kLeft<D>,
-                        s.runs,
-                        s.arrived + sequence * s.K + head};
-    const auto query = [&](int of_group, int piece) {
-      const uint4 q = turned<T, D>(row + (head * group + min(of_group, group - 1)) * D, piece, static_cast<const T*>(layer.q_norm), s.q_eps,
-                                   s.q_norm_offset, cos, sin, s.R);
-      return of_group < group ? q : make_uint4(0, 0, 0, 0);
-    };
-    const auto put_new = [&](T* to_k, T* to_v) {
-      if (thread >= 32) return;
-      const T *const k = row + (s.H + head) * D, *const v = k + s.K * D;
-      const int piece = min(thread, D / 8 - 1);
-      const uint4 key = turned<T, D>(k, piece, static_cast<const T*>(layer.k_norm), s.q_eps, s.q_norm_offset, cos, sin, s.R);
-      if (thread < D / 8) {
-        reinterpret_cast<uint4*>(to_k)[thread] = key;
-        reinterpret_cast<uint4*>(to_v)[thread] = reinterpret_cast<const uint4*>(v)[thread];
-      }
-    };
-    const auto sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(quad + 1), "n"(kPagedThreads) : "memory"); };
-    attend<T, D>(p, shared + quad * kPagedBytes<D>, thread, query, put_new, sync);
-    sync();
-  }
+// The attention of one sequence, key/value head and run of keys, by the first kPageWarps warps of a thread block. Its first pages are fetched
+// before the new row is there, which goes into its tile from where it is made.
+template <int D>
+constexpr int kDecodeTileBytes = kTileElements<D> * 2;
+template <int D>
+inline int decode_attention_bytes(int stages) {
+  return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16;
 }
+
+template <typename T, int D>
+struct DecodeAttention {
+  const DecodeStack& s;
+  const DecodeLayer& layer;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group, heads, items;
+  int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
+  const int64_t* table;
+
+  __device__ DecodeAttention(const DecodeStack& stack, const DecodeLayer& of)
+      : s(stack), layer(of), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
+
+  __device__ char* tile(int index) const { return shared_at(s.at.attention + index * kDecodeTileBytes<D>); }
+  __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
+  __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
+  __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * warp + of_stage)))}; }
+  __device__ T* pool(void* base) const { return static_cast<T*>(base) + head * D; }
+  __device__ int64_t row_elements() const { return int64_t{s.K} * D; }
+
+  // The new row is left out.
+  __device__ void fetch(int of, int to_stage) const {
+    if (of <= last_page) {
+      const int64_t from = table[of] * kPage * row_elements();
+      const T *const k = pool(layer.pool_k), *const v = pool(layer.pool_v);
+#pragma unroll
+      for (int i = lane; i < kPage * D / 8; i += 32) {
+        const int row = i / (D / 8), piece = i % (D / 8);
+        const bool inside = of * kPage + row < min(end, length - 1);
+        const int64_t at = from + row * row_elements() + piece * 8;
+        copy_16_bytes(shared_address(key_tile(to_stage).at(row, piece)), k + at, inside);
+        copy_16_bytes(shared_address(value_tile(to_stage).at(row, piece)), v + at, inside);
+      }
+    }
+    commit_copies();
+  }
+
+  // Before what the layer's projection wrote can be seen.
+  __device__ void start() {
+    if (item >= items) return;
+    run = item / heads;
+    sequence = item % heads / s.K;
+    head = item % s.K;
+    length = static_cast<int>(s.lengths[sequence]);
+    table = s.tables + int64_t{sequence} * s.width;
+    const int window = layer.window, run_keys = s.run_pages * kPage;
+    low = window > 0 && length > window ? length - window : 0;
+    begin = max(low, run * run_keys), end = min(length, (run + 1) * run_keys);
+    page = begin / kPage + warp;
+    last_page = (end - 1) / kPage;
+    stage = 0;
+    if (begin >= end || warp >= kPageWarps) return;
+    for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
+  }
+
+  __device__ void finish() {
+    for (; item < items; item += static_cast<int>(gridDim.x), start()) {
+      T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
+      if (begin >= end) {
+        // A row that belongs to no sequence.
+        if (length == 0 && run == 0) {
+          for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) out[i] = from_float<T>(0);
+        }
+        continue;
+      }
+      const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
+      const float *const cos = layer.cos + sequence * (s.R / 2), *const sin = layer.sin + sequence * (s.R / 2);
+#pragma unroll 1
+      for (int i = threadIdx.x; i < kPage * D / 8; i += kDecodeThreads) {
+        const int of_group = i / (D / 8), piece = i % (D / 8);
+        const uint4 q = turned<T, D>(row + (head * group + min(of_group, group - 1)) * D, piece, static_cast<const T*>(layer.q_norm), s.q_eps,
+                                     s.q_norm_offset, cos, sin, s.R);
+        *reinterpret_cast<uint4*>(query_tile().at(of_group, piece)) = of_group < group ? q : make_uint4(0, 0, 0, 0);
+      }
+      // The warp that has the newest page makes the new key, while others wait for the queries.
+      uint4 key = make_uint4(0, 0, 0, 0), value = key;
+      const bool newest = warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
+      if (newest) {
+        const T *const k = row + (s.H + head) * D, *const v = k + s.K * D;
+        const int piece = min(lane, D / 8 - 1);
+        key = turned<T, D>(k, piece, static_cast<const T*>(layer.k_norm), s.q_eps, s.q_norm_offset, cos, sin, s.R);
+        value = reinterpret_cast<const uint4*>(v)[piece];
+        if (lane < D / 8) {
+          const int64_t at = (table[last_page] * kPage + (length - 1) % kPage) * row_elements();
+          reinterpret_cast<uint4*>(pool(layer.pool_k) + at)[lane] = key;
+          reinterpret_cast<uint4*>(pool(layer.pool_v) + at)[lane] = value;
+        }
+      }
+      __syncthreads();
+      PagedSums<D> sums;
+      if (warp < kPageWarps) {
+        for (; page <= last_page; page += kPageWarps) {
+          s.at.stages == 2 ? wait_copies<1>() : wait_copies<0>();
+          if (newest && page == last_page && lane < D / 8) {
+            *reinterpret_cast<uint4*>(key_tile(stage).at((length - 1) % kPage, lane)) = key;
+            *reinterpret_cast<uint4*>(value_tile(stage).at((length - 1) % kPage, lane)) = value;
+          }
+          __syncwarp();
+          add_page<T, D>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap);
+          __syncwarp();
+          fetch(page + s.at.stages * kPageWarps, stage);
+          if (++stage == s.at.stages) stage = 0;
+        }
+      }
+      wait_copies<0>();
+      __syncthreads();
+      float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
+      auto* const statistics = reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps));
+      if (warp < kPageWarps) put_parts<D>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
+      __syncthreads();
+      join(out, parts, statistics);
+      __syncthreads();
+    }
+  }
+
+  // What the warps have, and where there are several runs what the others left, by the thread block that comes last.
+  __device__ void join(T* out, const float* parts, const float2* statistics) const {
+    const int run_keys = s.run_pages * kPage, runs = (length - 1) / run_keys - low / run_keys + 1;
+    float* const partial = s.partial + int64_t{sequence * s.K + head} * group * s.runs * kLeft<D>;
+    for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
+      const int row = i / D, d = i % D;
+      const float3 all = joined<D, kPageWarps>(parts, statistics, group, row, d);
+      if (runs == 1) {
+        out[i] = from_float<T>(all.x / all.z);
+        continue;
+      }
+      float* const mine = partial + (row * s.runs + run) * kLeft<D>;
+      __stcg(mine + d, all.x);
+      if (d == 0) {
+        __stcg(mine + D, all.y);
+        __stcg(mine + D + 1, all.z);
+      }
+    }
+    if (runs == 1) return;
+    int* const last = reinterpret_cast<int*>(const_cast<float2*>(statistics) + kPageWarps * kMostHeads);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* const arrived = s.arrived + sequence * s.K + head;
+      *last = atomicAdd(arrived, 1) == runs - 1;
+      if (*last) *arrived = 0;
+    }
+    __syncthreads();
+    if (!*last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
+      const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);
+      out[i] = from_float<T>(all.x / all.z);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace ferrotune

@@ -15,11 +15,11 @@ template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
   static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
+  // Units of each warp that come into the second-level cache before their product begins.
+  static constexpr int kAhead = kNf4 ? 4 : 6;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeStack& s;
-  char* const bytes;
-  DecodeTile* const tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   int a_target = 0;
 
@@ -27,35 +27,36 @@ struct Products {
   DecodePhase phase;
   const DecodeLayer* layer;
   const DecodePart* parts;
-  int columns, units, count, from, left;
+  int columns, units, count, all, from, left;
   // Loads under way, and where the next one is.
   uint4 ring[kDepth][4];
   const char* source;
-  int source_tile, source_unit, source_bytes, ahead;
-  uint4 norm_weight;
+  int source_tile, source_unit, below, ahead;
+  float first_added;
 
-  __device__ Products(const DecodeStack& stack, char* shared)
-      : s(stack), bytes(shared), tiles(reinterpret_cast<DecodeTile*>(shared + stack.at.tiles)) {}
+  __device__ explicit Products(const DecodeStack& stack) : s(stack) {}
 
-  __device__ const char* x_row(int column) const {
-    const char* const base = s.x_shared[phase] ? bytes + s.at.x : static_cast<const char*>(s.product);
-    return base + min(column, s.M - 1) * (columns * 2 + (s.x_shared[phase] ? 16 : 0));
+  __device__ __forceinline__ const DecodeTile& tile_at(int local) const {
+    return reinterpret_cast<const DecodeTile*>(shared_at(s.at.tiles))[local];
+  }
+  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x + min(column, s.M - 1) * (columns * 2 + 16); }
+  __device__ __forceinline__ const char* x_memory_row(int column) const {
+    return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
 
   __device__ __forceinline__ void seek() {
-    const DecodeTile& at = tiles[source_tile];
-    source_bytes = at.row_bytes;
+    const DecodeTile& at = tile_at(source_tile);
+    below = 8 * at.row_bytes;
     source = at.w + int64_t{g} * at.row_bytes + source_unit * 128 + t * (kNf4 ? 16 : 32);
   }
   // A unit has 128 bytes of each row.
   __device__ __forceinline__ void fetch(uint4 (&to)[4]) {
     if (ahead <= 0) return;
-    const char* const below = source + 8 * int64_t{source_bytes};
     constexpr int kNext = kNf4 ? 64 : 16;
     to[0] = load_once(reinterpret_cast<const uint4*>(source));
     to[1] = load_once(reinterpret_cast<const uint4*>(source + kNext));
-    to[2] = load_once(reinterpret_cast<const uint4*>(below));
-    to[3] = load_once(reinterpret_cast<const uint4*>(below + kNext));
+    to[2] = load_once(reinterpret_cast<const uint4*>(source + below));
+    to[3] = load_once(reinterpret_cast<const uint4*>(source + below + kNext));
     source += 128;
     --ahead;
     if (++source_unit == units) {
@@ -77,7 +78,7 @@ struct Products {
     const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
     const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid;
     count = last - first << pairs;
-    const int all = count * units;
+    all = count * units;
     from = warp * all / kDecodeWarps;
     left = ahead = warp < kDecodeWarps ? (warp + 1) * all / kDecodeWarps - from : 0;
     const int blocks = columns / kBlock;
@@ -88,30 +89,24 @@ struct Products {
       while (row >= parts[part].rows) row -= parts[part++].rows;
       const int begin = ((local * units + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * units * kDecodeWarps - 1) / all;
       const int before = row * blocks & ((1 << s.nested_shift) - 1);
-      tiles[local] = {parts[part].w + int64_t{row} * parts[part].row_bytes, part, row, out, parts[part].row_bytes, before, begin + local, end - begin + 1};
+      reinterpret_cast<DecodeTile*>(shared_at(s.at.tiles))[local] = {
+          parts[part].w + int64_t{row} * parts[part].row_bytes, part, row, out, parts[part].row_bytes, before, begin + local, end - begin + 1};
     }
     if (all < kDecodeWarps) {
-      float* const slots = reinterpret_cast<float*>(bytes + s.at.slots);
+      float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
       for (int i = threadIdx.x; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
     __syncthreads();
-    // Nothing of the last product's is of use.
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) ring[i][k] = make_uint4(0, 0, 0, 0);
-    }
-    if (left > 0) {
-      source_tile = from / units;
-      source_unit = from % units;
-      seek();
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) fetch(ring[i]);
-    }
-    if constexpr (kNf4) fetch_scales(blocks);
-    const void* const norm = phase == kQkv ? of.norms[0] : phase == kGateUp ? of.norms[1] : nullptr;
-    norm_weight = norm == nullptr ? make_uint4(0, 0, 0, 0) : static_cast<const uint4*>(norm)[min(static_cast<int>(threadIdx.x), columns / 8 - 1)];
-    if (warp == kDecodeWarps) {
+    source_tile = from / units;
+    source_unit = from % units;
+    if (warp < kDecodeWarps) {
+      // This warp's first units, into the second-level cache.
+      if (left > 0 && lane < kTileRows) {
+        const DecodeTile& tile = tile_at(source_tile);
+        const int bytes = min(min(left, units - source_unit), kAhead) * 128;
+        prefetch_l2(tile.w + int64_t{lane} * tile.row_bytes + source_unit * 128, static_cast<unsigned>(bytes));
+      }
+    } else {
       each_piece([&](const DecodePart& part, int tile, int piece, int) {
         const int first_unit = piece_begin(piece), last_unit = piece_begin(piece + 1);
         const int row = tile * kTileRows + lane % kTileRows;
@@ -120,6 +115,41 @@ struct Products {
         prefetch_l2(static_cast<const char*>(part.a) + (int64_t{row} * columns + first_unit * kBlock) * element,
                     static_cast<unsigned>((last_unit - first_unit) * kBlock * element));
       });
+    }
+    if constexpr (kNf4) fetch_scales(blocks);
+    if (s.b_shared[phase]) fetch_b();
+    const void* const norm = phase == kQkv ? of.norms[0] : phase == kGateUp ? of.norms[1] : nullptr;
+    if (norm != nullptr) {
+      for (int i = threadIdx.x; i < columns / 8; i += kDecodeThreads) {
+        copy_16_bytes(shared_address(shared_at(s.at.norm + 16 * i)), static_cast<const uint4*>(norm) + i, true);
+      }
+    }
+    commit_copies();
+  }
+  // The first weights into registers, once they may be there.
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) ring[i][k] = make_uint4(0, 0, 0, 0);
+    }
+    if (left > 0) {
+      seek();
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) fetch(ring[i]);
+    }
+  }
+
+  __device__ __forceinline__ int b_stride(const DecodePart& part) const { return part.R * (s.lora_f32 ? 4 : 2) + 16; }
+  __device__ __forceinline__ void fetch_b() {
+    for (int i = threadIdx.x; i < count * kTileRows * (kMostRank * 4 / 16); i += kDecodeThreads) {
+      const int row = i / (kMostRank * 4 / 16), piece = i % (kMostRank * 4 / 16);
+      const DecodeTile& tile = tile_at(row / kTileRows);
+      const DecodePart& part = parts[tile.part];
+      const int row_bytes = b_stride(part) - 16;
+      if (part.b == nullptr || piece * 16 >= row_bytes) continue;
+      copy_16_bytes(shared_address(shared_at(s.at.b + row * s.b_most + piece * 16)),
+                    static_cast<const char*>(part.b) + int64_t{tile.row + row % kTileRows} * row_bytes + piece * 16, true);
     }
   }
 
@@ -132,32 +162,31 @@ struct Products {
     const int piece = blocks % 16 == 0 ? 16 : 4, pieces = blocks / piece, stride = absmax_stride();
     for (int i = threadIdx.x; i < count * kTileRows * pieces; i += kDecodeThreads) {
       const int row = i / pieces, at = (i - row * pieces) * piece;
-      const DecodeTile& tile = tiles[row / kTileRows];
+      const DecodeTile& tile = tile_at(row / kTileRows);
       const auto* const absmax = static_cast<const uint8_t*>(parts[tile.part].absmax) + int64_t{tile.row + row % kTileRows} * blocks + at;
-      const unsigned to = shared_address(bytes + s.at.absmax + row * stride + at);
+      const unsigned to = shared_address(shared_at(s.at.absmax + row * stride + at));
       piece == 16 ? copy_16_bytes(to, absmax, true) : copy_4_bytes(to, absmax);
     }
     for (int i = threadIdx.x; i < count * kNestedOfTile; i += kDecodeThreads) {
-      const DecodeTile& tile = tiles[i / kNestedOfTile];
+      const DecodeTile& tile = tile_at(i / kNestedOfTile);
       const int at = i % kNestedOfTile, nested = (tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) + 1;
       if (at >= nested) continue;
       const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
-      copy_4_bytes(shared_address(bytes + s.at.nested + 4 * i), parts[tile.part].nested + first + at);
+      copy_4_bytes(shared_address(shared_at(s.at.nested + 4 * i)), parts[tile.part].nested + first + at);
     }
-    commit_copies();
   }
 
   // x into shared memory: as it is, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage(const void* from_memory) {
     const bool norm = phase == kQkv || phase == kGateUp;
     const auto* const x = static_cast<const T*>(from_memory);
-    const int vectors = columns / 8, stride = columns * 2 + 16;
-    char* const to = bytes + s.at.x;
+    const int vectors = columns / 8;
+    const auto place = [&](int c, int i) { return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i)); };
     if (!norm) {
       if (s.x_shared[phase]) {
         for (int c = 0; c < s.M; ++c) {
           for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
-            copy_16_bytes(shared_address(to + c * stride + 16 * i), x + int64_t{c} * columns + 8 * i, true);
+            copy_16_bytes(shared_address(place(c, i)), x + int64_t{c} * columns + 8 * i, true);
           }
         }
         commit_copies();
@@ -166,15 +195,19 @@ struct Products {
       __syncthreads();
       return;
     }
-    float* const statistics = reinterpret_cast<float*>(bytes + s.at.statistics);
+    float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
     float sums[MP] = {};
+    for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+      uint4 raw[MP];
 #pragma unroll
-    for (int c = 0; c < MP; ++c) {
-      if (c >= s.M) break;
-      for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
-        const uint4 raw = *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i);
-        *reinterpret_cast<uint4*>(to + c * stride + 16 * i) = raw;
-        const Eight<T> v(reinterpret_cast<const T*>(&raw));
+      for (int c = 0; c < MP; ++c) {
+        if (c < s.M) raw[c] = *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i);
+      }
+#pragma unroll
+      for (int c = 0; c < MP; ++c) {
+        if (c >= s.M) continue;
+        *place(c, i) = raw[c];
+        const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
 #pragma unroll
         for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
       }
@@ -192,23 +225,20 @@ struct Products {
       for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
       if (lane == 0) statistics[16 * MP + warp] = rsqrtf(sum / columns + s.eps);
     }
+    wait_copies<0>();
     __syncthreads();
-    const void* const weight = layer->norms[phase == kGateUp];
     for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
-      const uint4 packed = i < kDecodeThreads ? norm_weight : static_cast<const uint4*>(weight)[i];
-      const Eight<T> w(reinterpret_cast<const T*>(&packed));
+      const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm + 16 * i)));
 #pragma unroll
       for (int c = 0; c < MP; ++c) {
         if (c >= s.M) break;
-        auto* const at = reinterpret_cast<uint4*>(to + c * stride + 16 * i);
         const float rstd = statistics[16 * MP + c];
-        Eight<T> v(reinterpret_cast<const T*>(at));
+        Eight<T> v(reinterpret_cast<const T*>(place(c, i)));
 #pragma unroll
         for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
-        *at = v.rounded();
+        *place(c, i) = v.rounded();
       }
     }
-    wait_copies<0>();
     __syncthreads();
   }
 
@@ -236,8 +266,17 @@ struct Products {
   // [kEight, kTileRows] f32 of a task.
   __device__ __forceinline__ float* sums_of(int task) const { return s.a_sums + int64_t{task} * (kEight * kTileRows); }
 
+  // Elements 16 t .. of this lane's column of x.
+  __device__ __forceinline__ XOfUnit x_unit(bool shared, int unit) const {
+    if (shared) {
+      const auto* const at = reinterpret_cast<const uint4*>(shared_at(x_shared_row(g) + unit * 128 + t * 32));
+      return {at[0], at[1]};
+    }
+    return load_x(reinterpret_cast<const T*>(x_memory_row(g) + unit * 128 + t * 32));
+  }
+
   __device__ __forceinline__ void multiply_by_a() {
-    const char* const x = x_row(g) + t * 32;
+    const bool shared = s.x_shared[phase];
     const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int task) {
       const int first = piece_begin(piece), units_of_piece = piece_begin(piece + 1) - first;
       float sum[4] = {}, odd[4] = {};
@@ -263,7 +302,7 @@ struct Products {
         unsigned top[8], bottom[8];
         pairs(above + unit * kBlock, top);
         pairs(below + unit * kBlock, bottom);
-        multiply_pairs<T>(sum, odd, top, bottom, load_x(reinterpret_cast<const T*>(x + (first + unit) * 128)));
+        multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, first + unit));
       }
       float* const to = sums_of(task);
       __stcg(to + 2 * t * kTileRows + g, sum[0] + odd[0]);
@@ -276,7 +315,7 @@ struct Products {
     a_target += tasks;
     if (tasks == 0 || count == 0) return;
     while (load_acquire(s.counters + 1) < a_target) {}
-    const int first = tiles[0].part, last = tiles[count - 1].part;
+    const int first = tile_at(0).part, last = tile_at(count - 1).part;
     int task = 0;
     for (int p = 0; p <= last; ++p) {
       const DecodePart& part = parts[p];
@@ -324,16 +363,10 @@ struct Products {
     }
   }
   __device__ __forceinline__ float* z(int part, int column) const {
-    return reinterpret_cast<float*>(bytes + s.at.z) + (part * MP + column) * kMostRank;
+    return reinterpret_cast<float*>(shared_at(s.at.z)) + (part * MP + column) * kMostRank;
   }
 
   // ---- the products
-
-  template <bool kShared>
-  __device__ __forceinline__ uint4 x_at(unsigned shared, const char* memory) const {
-    if constexpr (kShared) return load_shared_4(shared);
-    return *reinterpret_cast<const uint4*>(memory);
-  }
 
   __device__ __forceinline__ void put(float*& slot, const float (&total)[4]) {
     if (2 * t < MP) {
@@ -345,13 +378,13 @@ struct Products {
 
   template <bool kShared>
   __device__ __forceinline__ void multiply_dense() {
-    const char* const memory = x_row(g) + t * 32;
-    const unsigned shared = kShared ? shared_address(memory) : 0;
     int unit = from % units;
-    float* slot = reinterpret_cast<float*>(bytes + s.at.slots) + (warp + from / units) * kSlot + g;
+    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + from / units) * kSlot + g;
+    const char* const shared = shared_at(x_shared_row(g) + t * 32);
     float sum[4] = {}, odd[4] = {};
     const auto step = [&](uint4 (&own)[4]) {
-      const XOfUnit x{x_at<kShared>(shared + unit * 128, memory + unit * 128), x_at<kShared>(shared + unit * 128 + 16, memory + unit * 128 + 16)};
+      const auto* const at = reinterpret_cast<const uint4*>(shared + unit * 128);
+      const XOfUnit x = kShared ? XOfUnit{at[0], at[1]} : x_unit(false, unit);
       const unsigned top[8] = {own[0].x, own[0].y, own[0].z, own[0].w, own[1].x, own[1].y, own[1].z, own[1].w};
       const unsigned bottom[8] = {own[2].x, own[2].y, own[2].z, own[2].w, own[3].x, own[3].y, own[3].z, own[3].w};
       multiply_pairs<T>(sum, odd, top, bottom, x);
@@ -375,21 +408,21 @@ struct Products {
   // As strips_kernel does: see there.
   template <bool kShared>
   __device__ __forceinline__ void multiply_nf4() {
-    const float* const map = reinterpret_cast<const float*>(bytes + s.at.map) + g;
+    const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
     const unsigned table = s.at.table + lane * 4;
-    const int blocks = columns / kBlock, stride = absmax_stride();
+    const int blocks = columns / kBlock, stride = absmax_stride(), shift = s.nested_shift;
     const bool has = Use::has(g, t) && g % MP < s.M;
-    const char* const memory = x_row(g % MP) + t * 64 + Use::run(g) * 256;
-    const unsigned shared = kShared ? shared_address(memory) : 0;
+    const char* const shared = shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256);
+    const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
     int unit = from % units, local = from / units;
-    float* slot = reinterpret_cast<float*>(bytes + s.at.slots) + (warp + local) * kSlot + g;
+    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + g;
     const auto load = [&](int at) {
       if (!has) return;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 four = x_at<kShared>(shared + at + 16 * i, memory + at + 16 * i);
+        const uint4 four = kShared ? reinterpret_cast<const uint4*>(shared + at)[i] : reinterpret_cast<const uint4*>(memory + at)[i];
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
       }
     };
@@ -398,18 +431,18 @@ struct Products {
     float offset;
     int top_block;
     const auto rows_of_tile = [&] {
-      absmax_at = bytes + s.at.absmax + (local * kTileRows + g) * stride;
-      nested = reinterpret_cast<const float*>(bytes + s.at.nested) + local * kNestedOfTile;
-      top_block = tiles[local].nested_before + g * blocks;
-      offset = parts[tiles[local].part].nested_offset;
+      absmax_at = shared_at(s.at.absmax + (local * kTileRows + g) * stride);
+      nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
+      const DecodeTile& tile = tile_at(local);
+      top_block = tile.nested_before + g * blocks;
+      offset = parts[tile.part].nested_offset;
     };
     rows_of_tile();
     const auto step = [&](uint4 (&own)[4]) {
       if (!Use::kXOfRun) load(unit * 512);
       const unsigned absmax[2] = {*reinterpret_cast<const unsigned*>(absmax_at + unit * 4),
                                   *reinterpret_cast<const unsigned*>(absmax_at + unit * 4 + 8 * stride)};
-      const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> s.nested_shift],
-                                  nested[top_block + 8 * blocks + unit * kGroupBlocks >> s.nested_shift]};
+      const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> shift], nested[top_block + 8 * blocks + unit * kGroupBlocks >> shift]};
       const auto scale = [&](int half, int of_group) {
         const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
         return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
@@ -492,7 +525,8 @@ struct Products {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // residual: what finish adds.
+  __device__ __forceinline__ void run(const void* residual) {
     if (warp == kDecodeWarps) {
       multiply_by_a();
     } else if (left > 0) {
@@ -503,53 +537,69 @@ struct Products {
         s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
       }
     }
+    first_added = static_cast<int>(threadIdx.x) < outputs() ? added(residual, threadIdx.x) : 0;
     __syncthreads();
   }
 
   // Row `row` of a local tile and column c: the product, LoRA and the bias.
   __device__ __forceinline__ float value(int local, int row, int c) const {
-    const DecodeTile& tile = tiles[local];
-    const DecodePart& part = parts[tile.part];
-    const float* const slots = reinterpret_cast<const float*>(bytes + s.at.slots) + c * kSumStride + row;
+    const DecodeTile& tile = tile_at(local);
+    const float* const slots = reinterpret_cast<const float*>(shared_at(s.at.slots)) + c * kSumStride + row;
     float value = 0;
     for (int k = 0; k < tile.slots; ++k) value += slots[(tile.first_slot + k) * kSlot];
+    const DecodePart& part = parts[tile.part];
     if (part.b != nullptr) {
       const float* const own_z = z(tile.part, c);
-      const int64_t at = int64_t{tile.row + row} * part.R;
       const auto add = [&](const auto* b) {
         using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
         constexpr int kWidth = 16 / sizeof(Element);
 #pragma unroll 4
         for (int j = 0; j < part.R; j += kWidth) {
-          const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + at + j);
+          const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + j);
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) value += to_float(from_float<T>(to_float(v.v[i]))) * own_z[j + i];
         }
       };
-      s.lora_f32 ? add(static_cast<const float*>(part.b)) : add(static_cast<const T*>(part.b));
+      if (s.b_shared[phase]) {
+        const char* const b = shared_at(s.at.b + (local * kTileRows + row) * s.b_most);
+        s.lora_f32 ? add(reinterpret_cast<const float*>(b)) : add(reinterpret_cast<const T*>(b));
+      } else {
+        const int64_t at = int64_t{tile.row + row} * part.R;
+        s.lora_f32 ? add(static_cast<const float*>(part.b) + at) : add(static_cast<const T*>(part.b) + at);
+      }
     }
     const void* const bias = layer->bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
     return value;
   }
 
+  // Output i of this thread block: rows first, then columns of x.
+  struct Output {
+    int c, local, row;
+    int64_t at;
+  };
+  __device__ __forceinline__ int outputs() const { return (count >> (phase == kGateUp)) * kTileRows * s.M; }
+  __device__ __forceinline__ Output output(int i) const {
+    const bool pairs = phase == kGateUp;
+    const int rows = (count >> pairs) * kTileRows, width = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C;
+    const int c = i / rows, row = i - c * rows, local = row / kTileRows << pairs;
+    return {c, local, row % kTileRows, int64_t{c} * width + tile_at(local).out + row % kTileRows};
+  }
+  __device__ __forceinline__ float added(const void* residual, int i) const {
+    return residual == nullptr ? 0 : to_float(static_cast<const T*>(residual)[output(i).at]);
+  }
+
   // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
   __device__ __forceinline__ void finish(void* to, const void* residual) const {
-    const bool pairs = phase == kGateUp;
-    const int width = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C;
-    const int rows = (count >> pairs) * kTileRows;
-    for (int i = threadIdx.x; i < rows * s.M; i += kDecodeThreads) {
-      const int c = i / rows, row = i - c * rows, local = row / kTileRows << pairs;
-      const int64_t at = int64_t{c} * width + tiles[local].out + row % kTileRows;
-      // On its way while the sums are made.
-      const float added = residual == nullptr ? 0 : to_float(static_cast<const T*>(residual)[at]);
-      float v = value(local, row % kTileRows, c) + added;
-      if (pairs) {
+    for (int i = threadIdx.x; i < outputs(); i += kDecodeThreads) {
+      const Output at = output(i);
+      float v = value(at.local, at.row, at.c) + (i < kDecodeThreads ? first_added : added(residual, i));
+      if (phase == kGateUp) {
         // Rounded as what stands in memory elsewhere.
-        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(local + 1, row % kTileRows, c)));
+        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(at.local + 1, at.row, at.c)));
         v = activated(gate) * up;
       }
-      static_cast<T*>(to)[at] = from_float<T>(v);
+      static_cast<T*>(to)[at.at] = from_float<T>(v);
     }
   }
   __device__ __forceinline__ float activated(float x) const {

@@ -25,6 +25,124 @@ constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 
 // Pages of a run: longer runs for long contexts, or adding them up takes too long.
 inline int pages_of_run(int64_t longest) { return longest <= 8192 ? 2 * kPagedWarps : 8 * kPagedWarps; }
 
+// What a warp has of its keys so far, of rows g and g + 8: heads of the group.
+template <int D>
+struct PagedSums {
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[D / 8][4] = {};
+};
+
+// One page more: keys from `first` on, of which [begin, end) are seen.
+template <typename T, int D, typename AnyTile>
+__device__ __forceinline__ void add_page(PagedSums<D>& sums, const AnyTile& query, const AnyTile& keys, const AnyTile& values, int first, int begin,
+                                         int end, float scale, float softcap) {
+  const int t = threadIdx.x % 4;
+  auto& [m, l, o] = sums;
+  float s[2][4] = {};
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    unsigned a[4], b[4];
+    load_a(a, query, 0, 2 * i);
+    load_b_rows(b, keys, 0, 2 * i);
+    multiply(s[0], a, b[0], b[1], T{});
+    multiply(s[1], a, b[2], b[3], T{});
+  }
+  float most[2] = {m[0], m[1]};
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = first + 8 * n + 2 * t + i % 2;
+      float score = s[n][i] * scale;
+      if (softcap > 0) score = softcap * tanhf(score / softcap);
+      s[n][i] = key >= begin && key < end ? score : -INFINITY;
+      most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 1));
+    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 2));
+    // A page of which nothing is seen leaves everything as it was.
+    const float base = most[h] == -INFINITY ? 0 : most[h], factor = __expf(m[h] - base);
+    m[h] = most[h];
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 2 * h; i < 2 * h + 2; ++i) {
+        s[n][i] = __expf(s[n][i] - base);
+        sum += s[n][i];
+      }
+    }
+    l[h] = l[h] * factor + sum;
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      o[i][2 * h] *= factor;
+      o[i][2 * h + 1] *= factor;
+    }
+  }
+  const unsigned weights[4] = {pack(s[0][0], s[0][1], T{}), pack(s[0][2], s[0][3], T{}), pack(s[1][0], s[1][1], T{}),
+                               pack(s[1][2], s[1][3], T{})};
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    unsigned b[4];
+    load_b(b, values, 0, 2 * i);
+    multiply(o[2 * i], weights, b[0], b[1], T{});
+    multiply(o[2 * i + 1], weights, b[2], b[3], T{});
+  }
+}
+
+// To parts [group, D] and statistics [group], m and l, of this warp.
+template <int D>
+__device__ __forceinline__ void put_parts(const PagedSums<D>& sums, float* parts, float2* statistics, int group) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float l = sums.l[h];
+    l += __shfl_xor_sync(0xffffffff, l, 1);
+    l += __shfl_xor_sync(0xffffffff, l, 2);
+    const int row = g + 8 * h;
+    if (row >= group) continue;
+    if (t == 0) statistics[row] = make_float2(sums.m[h], l);
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      *reinterpret_cast<float2*>(parts + row * D + 8 * i + 2 * t) = make_float2(sums.o[i][2 * h], sums.o[i][2 * h + 1]);
+    }
+  }
+}
+
+// o, m and l of element d of head `row` from the parts of kWarps warps.
+template <int D, int kWarps>
+__device__ __forceinline__ float3 joined(const float* parts, const float2* statistics, int group, int row, int d) {
+  float most = -INFINITY, sum = 0, total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) most = fmaxf(most, statistics[w * kMostHeads + row].x);
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float2 own = statistics[w * kMostHeads + row];
+    const float factor = __expf(own.x - most);
+    sum += factor * parts[(w * group + row) * D + d];
+    total += factor * own.y;
+  }
+  return make_float3(sum, most, total);
+}
+
+// The same from what `runs` runs left one behind the other.
+template <int D>
+__device__ __forceinline__ float3 joined_runs(const float* left, int runs, int d) {
+  float most = -INFINITY, sum = 0, total = 0;
+#pragma unroll 4
+  for (int r = 0; r < runs; ++r) {
+    const float* const theirs = left + r * kLeft<D>;
+    const float their_most = __ldcg(theirs + D), higher = fmaxf(most, their_most);
+    const float factor = __expf(most - higher), their_factor = __expf(their_most - higher);
+    sum = sum * factor + their_factor * __ldcg(theirs + d);
+    total = total * factor + their_factor * __ldcg(theirs + D + 1);
+    most = higher;
+  }
+  return make_float3(sum, most, total);
+}
+
 // A run of keys of one sequence for one key/value head.
 template <typename T>
 struct PagedRun {
@@ -45,7 +163,7 @@ template <typename T, int D, typename Query, typename PutNew, typename Sync>
 __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int thread, Query&& query, PutNew&& put_new, Sync&& sync) {
   float2* const statistics = reinterpret_cast<float2*>(shared + kPagedTileBytes<D>);  // [warps, heads]: m, l
   int* const last = reinterpret_cast<int*>(statistics + kPagedWarps * kMostHeads);
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int warp = thread / 32, lane = thread % 32;
   const int group = p.group, length = p.length;
   const int low = p.window > 0 && length > p.window ? length - p.window : 0;
   const int begin = max(low, p.run * p.run_keys), end = min(length, (p.run + 1) * p.run_keys);
@@ -90,65 +208,12 @@ __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int t
   };
 #pragma unroll
   for (int s = 0; s < kPagedStages; ++s) fetch(first_page + warp + s * kPagedWarps, s);
-  // Of rows g and g + 8: heads of the group.
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[D / 8][4] = {};
+  PagedSums<D> sums;
   int stage = 0;
   for (int page = first_page + warp; page <= last_page; page += kPagedWarps) {
     wait_copies<kPagedStages - 1>();
     __syncwarp();
-    float s[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      unsigned a[4], b[4];
-      load_a(a, q_tile, 0, 2 * i);
-      load_b_rows(b, key_tile(stage), 0, 2 * i);
-      multiply(s[0], a, b[0], b[1], T{});
-      multiply(s[1], a, b[2], b[3], T{});
-    }
-    float most[2] = {m[0], m[1]};
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = page * kPage + 8 * n + 2 * t + i % 2;
-        float score = s[n][i] * p.scale;
-        if (p.softcap > 0) score = p.softcap * tanhf(score / p.softcap);
-        s[n][i] = key >= begin && key < end ? score : -INFINITY;
-        most[i / 2] = fmaxf(most[i / 2], s[n][i]);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 1));
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 2));
-      // A page of which nothing is seen leaves everything as it was.
-      const float base = most[h] == -INFINITY ? 0 : most[h], factor = __expf(m[h] - base);
-      m[h] = most[h];
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[n][i] = __expf(s[n][i] - base);
-          sum += s[n][i];
-        }
-      }
-      l[h] = l[h] * factor + sum;
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        o[i][2 * h] *= factor;
-        o[i][2 * h + 1] *= factor;
-      }
-    }
-    const unsigned weights[4] = {pack(s[0][0], s[0][1], T{}), pack(s[0][2], s[0][3], T{}), pack(s[1][0], s[1][1], T{}),
-                                 pack(s[1][2], s[1][3], T{})};
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      unsigned b[4];
-      load_b(b, value_tile(stage), 0, 2 * i);
-      multiply(o[2 * i], weights, b[0], b[1], T{});
-      multiply(o[2 * i + 1], weights, b[2], b[3], T{});
-    }
+    add_page<T, D>(sums, q_tile, key_tile(stage), value_tile(stage), page * kPage, begin, end, p.scale, p.softcap);
     __syncwarp();
     fetch(page + kPagedStages * kPagedWarps, stage);
     stage = (stage + 1) % kPagedStages;
@@ -156,44 +221,24 @@ __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int t
   wait_copies<0>();
   sync();
 
-  // The four warps' parts, in the tiles' memory.
-  float* const parts = reinterpret_cast<float*>(shared);  // [warps, 16, D]
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    l[h] += __shfl_xor_sync(0xffffffff, l[h], 1);
-    l[h] += __shfl_xor_sync(0xffffffff, l[h], 2);
-    const int row = g + 8 * h;
-    if (row >= group) continue;
-    if (t == 0) statistics[warp * kMostHeads + row] = make_float2(m[h], l[h]);
-#pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      *reinterpret_cast<float2*>(parts + (warp * kMostHeads + row) * D + 8 * i + 2 * t) = make_float2(o[i][2 * h], o[i][2 * h + 1]);
-    }
-  }
+  // The warps' parts, in the tiles' memory.
+  float* const parts = reinterpret_cast<float*>(shared);  // [warps, group, D]
+  put_parts<D>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
   sync();
   const int runs = (length - 1) / p.run_keys - low / p.run_keys + 1;
   const auto left = [&](int row, int of_run) { return p.partial + (row * p.all_runs + of_run) * kLeft<D>; };
   for (int i = thread; i < group * D; i += kPagedThreads) {
     const int row = i / D, d = i % D;
-    float most = -INFINITY, sum = 0, total = 0;
-#pragma unroll
-    for (int w = 0; w < kPagedWarps; ++w) most = fmaxf(most, statistics[w * kMostHeads + row].x);
-#pragma unroll
-    for (int w = 0; w < kPagedWarps; ++w) {
-      const float2 own = statistics[w * kMostHeads + row];
-      const float factor = __expf(own.x - most);
-      sum += factor * parts[(w * kMostHeads + row) * D + d];
-      total += factor * own.y;
-    }
+    const float3 all = joined<D, kPagedWarps>(parts, statistics, group, row, d);
     if (runs == 1) {
-      p.out[i] = from_float<T>(sum / total);
+      p.out[i] = from_float<T>(all.x / all.z);
       continue;
     }
     float* const mine = left(row, p.run);
-    __stcg(mine + d, sum);
+    __stcg(mine + d, all.x);
     if (d == 0) {
-      __stcg(mine + D, most);
-      __stcg(mine + D + 1, total);
+      __stcg(mine + D, all.y);
+      __stcg(mine + D + 1, all.z);
     }
   }
   if (runs == 1) return;
@@ -208,18 +253,8 @@ __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int t
   __threadfence();
   const int first_run = low / p.run_keys;
   for (int i = thread; i < group * D; i += kPagedThreads) {
-    const int row = i / D, d = i % D;
-    float most = -INFINITY, sum = 0, total = 0;
-#pragma unroll 4
-    for (int r = 0; r < runs; ++r) {
-      const float* const theirs = left(row, first_run + r);
-      const float their_most = __ldcg(theirs + D), higher = fmaxf(most, their_most);
-      const float factor = __expf(most - higher), their_factor = __expf(their_most - higher);
-      sum = sum * factor + their_factor * __ldcg(theirs + d);
-      total = total * factor + their_factor * __ldcg(theirs + D + 1);
-      most = higher;
-    }
-    p.out[i] = from_float<T>(sum / total);
+    const float3 all = joined_runs<D>(left(i / D, first_run), runs, i % D);
+    p.out[i] = from_float<T>(all.x / all.z);
   }
 }
 
