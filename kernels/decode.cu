@@ -48,6 +48,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       *reinterpret_cast<uint4*>(shared_at(s.at.table + (i >> 3) * product.kPairBytes + i % 8 * 16)) = make_uint4(pair, pair, pair, pair);
     }
   }
+  auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
+  inputs_ready();
+  for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
+  if (s.tables_shared) {
+    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kEight + i] = static_cast<int>(s.tables[i]);
+  }
   barrier.wait();
   const auto fetch_layer = [&](int l) {
     if (l < s.layers && threadIdx.x < kLayerBytes / 8) {
@@ -68,18 +74,21 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     product.prepare(layer, phase);
     // Its place is that of the layer before, which is done.
     if (phase == kQkv) fetch_layer(l + 1);
-    step == 0 ? inputs_ready() : barrier.wait();
-    product.start();
+    if (step > 0) barrier.wait();
+    // 16 bits hold too many registers to do so before x is there.
+    if (kNf4) product.start();
     product.stage(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    if (!kNf4) product.start();
     product.run(residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
-    // o's weights come into the second-level cache meanwhile.
+    // o's first weights come into the second-level cache meanwhile.
     const DecodePart& o = layer.parts[first_part(kO)];
-    const int first = block * (s.C / kTileRows) / grid * kTileRows, last = (block + 1) * (s.C / kTileRows) / grid * kTileRows;
-    for (int row = first + static_cast<int>(threadIdx.x); row < min(last, first + 32); row += kDecodeThreads) {
-      prefetch_l2(o.w + int64_t{row} * o.row_bytes, static_cast<unsigned>(s.columns[kO] * (kNf4 ? 1 : 4) / 2));
+    if (!kNf4) {
+      const int first = block * (s.C / kTileRows) / grid * kTileRows, lines = s.columns[kO] / 64;
+      const int row = first + static_cast<int>(threadIdx.x) / lines;
+      if (row < (block + 1) * (s.C / kTileRows) / grid * kTileRows) prefetch_line(o.w + int64_t{row} * o.row_bytes + threadIdx.x % lines * 128);
     }
     if (s.D == 64) {
       attend<T, 64>(s, layer, barrier);
@@ -108,7 +117,7 @@ inline int64_t rounded_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 inline int run_pages(int64_t longest) { return longest <= 8192 ? kRunPages : kLongRunPages; }
 
 struct Workspaces {
-  int64_t copy, h, qkv, attended, product, a_sums, partial, all;
+  int64_t copy, h, qkv, attended, product, z, partial, all;
 };
 inline Workspaces workspaces_of(const KernelDecode& d) {
   Workspaces w{};
@@ -123,7 +132,7 @@ inline Workspaces workspaces_of(const KernelDecode& d) {
   take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
   take(w.attended, M * d.H * d.D * 2);
   take(w.product, M * d.F * 2);
-  take(w.a_sums, int64_t{3} * (kMostRank / kTileRows) * kMostDecodePieces * kEight * kTileRows * 4);
+  take(w.z, int64_t{2} * kMostATiles * kEight * kTileRows * 8);
   take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d.longest) * kPage) * (d.D + 2) * 4);
   w.all = at;
   return w;
@@ -225,7 +234,6 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     while (words % 8 != 4) ++words;
     if (int64_t{tiles} * kTileRows * words * 4 > absmax) absmax = int64_t{tiles} * kTileRows * words * 4;
     s.pieces[phase] = a_tiles[phase] == 0 ? 1 : processors / a_tiles[phase];
-    if (s.pieces[phase] > kMostDecodePieces) s.pieces[phase] = kMostDecodePieces;
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
   }
@@ -241,6 +249,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
   if (planned.nf4 && !wide) take(at.table, 256 * 128);
   take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
+  s.tables_shared = d.M * d.width <= kMostPages;
+  take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
   take(at.tiles, most_tiles * int64_t{sizeof(DecodeTile)});
   take(at.z, int64_t{3} * planned.MP * kMostRank * 4);
   take(at.statistics, (16 + 1) * planned.MP * 4);
@@ -284,7 +294,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.arrived = s.counters + 16;
   s.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
   s.h = base + w.h, s.qkv = base + w.qkv, s.attended = base + w.attended, s.product = base + w.product;
-  s.a_sums = reinterpret_cast<float*>(base + w.a_sums), s.partial = reinterpret_cast<float*>(base + w.partial);
+  s.z = reinterpret_cast<unsigned long long*>(base + w.z), s.partial = reinterpret_cast<float*>(base + w.partial);
   return d.M * d.K * 4 + 64 <= kCountersBytes;
 }
 

@@ -11,7 +11,12 @@ constexpr int kDecodeWarps = kStripWarps, kDecodeThreads = kStripThreads;
 // What fits the 32,764 bytes that a launch may pass.
 constexpr int kMostLayers = 56;
 // Tiles of a thread block in one product, scales of scales of a tile, pieces of a tile of A.
-constexpr int kMostTiles = 64, kNestedOfTile = 32, kMostDecodePieces = 32;
+constexpr int kMostTiles = 64, kNestedOfTile = 32;
+// Tiles of A of a product, and what they may be: 2^-28 to 2^35.
+constexpr int kMostATiles = 3 * kMostRank / kTileRows;
+constexpr float kFixed = 268435456.0f;
+// Page numbers that shared memory has room for.
+constexpr int kMostPages = 2048;
 // Warps that share the pages of a run of keys.
 constexpr int kPageWarps = 8, kRunPages = 32, kLongRunPages = 128;
 
@@ -38,20 +43,21 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, tiles, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
+  int table, map, layers, sequences, tiles, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
   int stages;  // of pages, of each warp in attention
 };
 
 struct DecodeStack {
   int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, b_most;
-  int parts[kPhases], columns[kPhases], pieces[kPhases];
-  bool lora_f32, x_shared[kPhases], b_shared[kPhases];
+  int parts[kPhases], columns[kPhases], pieces[kPhases];  // pieces: of a tile of A
+  bool lora_f32, tables_shared, x_shared[kPhases], b_shared[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths;
   const void* x;
   void *y, *h, *qkv, *attended, *product;
-  float *a_sums, *partial;
+  unsigned long long* z;  // [2, tiles of A, kEight, kTileRows], fixed point
+  float* partial;
   int *counters, *arrived;
   DecodeLayer* copy;  // of `layer` in memory
   DecodeShared at;
@@ -91,11 +97,8 @@ struct Barrier {
   }
 };
 
-__device__ inline void prefetch_l2(const void* from, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
+// A line of 128 bytes into the second-level cache.
+__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Eight elements of a row in 16 bits.
 template <typename T>
@@ -112,9 +115,9 @@ struct Eight {
 };
 
 // Elements 8 vector .. of a head of q or k: divided by its root mean square where `norm` is not null, which takes the D / 8 lanes that
-// have the head, then turned (kernels/rope.cu).
+// have the head, then turned (kernels/rope.cu) by angles [R / 2] cos, [R / 2] sin.
 template <typename T, int D>
-__device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm, float eps, float offset, const float* cos, const float* sin,
+__device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm, float eps, float offset, const float* angles,
                                         int R) {
   Eight<T> own(head + 8 * vector);
   const int half = R / 2, at = 8 * vector;
@@ -138,21 +141,22 @@ __device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm
   if (turns) {
     const int angle = low ? at : at - half;
     float c[8], s[8];
-    load_float<8>(cos + angle, 0, c);
-    load_float<8>(sin + angle, 0, s);
+    load_float<8>(angles + angle, 0, c);
+    load_float<8>(angles + half + angle, 0, s);
 #pragma unroll
     for (int i = 0; i < 8; ++i) own.v[i] = low ? own.v[i] * c[i] - partner.v[i] * s[i] : own.v[i] * c[i] + partner.v[i] * s[i];
   }
   return own.rounded();
 }
 
-// The attention of one sequence, key/value head and run of keys, by the first kPageWarps warps of a thread block. Its first pages are fetched
-// before the new row is there, which goes into its tile from where it is made.
+// The attention of one sequence, key/value head and run of keys at a time. Half of a thread block's warps read pages, the first of them
+// before the new row is there, which goes into its tile from where it is made; the other half turns the queries.
 template <int D>
 constexpr int kDecodeTileBytes = kTileElements<D> * 2;
+// Tiles; m and l of each warp's heads; whether a run came last; angles.
 template <int D>
 inline int decode_attention_bytes(int stages) {
-  return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16;
+  return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16 + D * 4;
 }
 
 template <typename T, int D>
@@ -161,7 +165,6 @@ struct DecodeAttention {
   const DecodeLayer& layer;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
-  const int64_t* table;
 
   __device__ DecodeAttention(const DecodeStack& stack, const DecodeLayer& of)
       : s(stack), layer(of), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
@@ -170,21 +173,27 @@ struct DecodeAttention {
   __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
   __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
   __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * warp + of_stage)))}; }
-  __device__ T* pool(void* base) const { return static_cast<T*>(base) + head * D; }
-  __device__ int64_t row_elements() const { return int64_t{s.K} * D; }
+  __device__ float2* statistics() const { return reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps)); }
+  __device__ int* last() const { return reinterpret_cast<int*>(statistics() + kPageWarps * kMostHeads); }
+  __device__ float* angles() const { return reinterpret_cast<float*>(last() + 4); }
+  // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
+  __device__ int64_t place(int of, int row) const {
+    const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + kEight;
+    const int64_t number = s.tables_shared ? tables[sequence * s.width + of] : s.tables[int64_t{sequence} * s.width + of];
+    return (number * kPage + row) * (int64_t{s.K} * D) + head * D;
+  }
 
   // The new row is left out.
-  __device__ void fetch(int of, int to_stage) const {
+  __device__ __noinline__ void fetch(int of, int to_stage) const {
     if (of <= last_page) {
-      const int64_t from = table[of] * kPage * row_elements();
-      const T *const k = pool(layer.pool_k), *const v = pool(layer.pool_v);
-#pragma unroll
+      const int64_t from = place(of, 0);
+      const T *const k = static_cast<const T*>(layer.pool_k) + from, *const v = static_cast<const T*>(layer.pool_v) + from;
+      const int rows = min(end, length - 1) - of * kPage;
+#pragma unroll 4
       for (int i = lane; i < kPage * D / 8; i += 32) {
-        const int row = i / (D / 8), piece = i % (D / 8);
-        const bool inside = of * kPage + row < min(end, length - 1);
-        const int64_t at = from + row * row_elements() + piece * 8;
-        copy_16_bytes(shared_address(key_tile(to_stage).at(row, piece)), k + at, inside);
-        copy_16_bytes(shared_address(value_tile(to_stage).at(row, piece)), v + at, inside);
+        const int row = i / (D / 8), piece = i % (D / 8), at = row * s.K * D + piece * 8;
+        copy_16_bytes(shared_address(key_tile(to_stage).at(row, piece)), k + at, row < rows);
+        copy_16_bytes(shared_address(value_tile(to_stage).at(row, piece)), v + at, row < rows);
       }
     }
     commit_copies();
@@ -196,16 +205,30 @@ struct DecodeAttention {
     run = item / heads;
     sequence = item % heads / s.K;
     head = item % s.K;
-    length = static_cast<int>(s.lengths[sequence]);
-    table = s.tables + int64_t{sequence} * s.width;
+    length = reinterpret_cast<const int*>(shared_at(s.at.sequences))[sequence];
     const int window = layer.window, run_keys = s.run_pages * kPage;
     low = window > 0 && length > window ? length - window : 0;
     begin = max(low, run * run_keys), end = min(length, (run + 1) * run_keys);
     page = begin / kPage + warp;
     last_page = (end - 1) / kPage;
     stage = 0;
-    if (begin >= end || warp >= kPageWarps) return;
-    for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
+    if (begin >= end) return;
+    if (warp < kPageWarps) {
+      for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
+      // The pages of the next round come into the second-level cache.
+      const int next = page + s.at.stages * kPageWarps;
+      if (next <= last_page) {
+        const int64_t at = place(next, lane % kPage);
+        const void* const pool = lane < kPage ? layer.pool_k : layer.pool_v;
+        for (int d = 0; d < D; d += 64) prefetch_line(static_cast<const T*>(pool) + at + d);
+      }
+    } else {
+      const int half = s.R / 2;
+      for (int i = threadIdx.x - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
+        angles()[i] = layer.cos[sequence * half + i];
+        angles()[half + i] = layer.sin[sequence * half + i];
+      }
+    }
   }
 
   __device__ void finish() {
@@ -218,32 +241,36 @@ struct DecodeAttention {
         }
         continue;
       }
-      const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
-      const float *const cos = layer.cos + sequence * (s.R / 2), *const sin = layer.sin + sequence * (s.R / 2);
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kPage * D / 8; i += kDecodeThreads) {
-        const int of_group = i / (D / 8), piece = i % (D / 8);
-        const uint4 q = turned<T, D>(row + (head * group + min(of_group, group - 1)) * D, piece, static_cast<const T*>(layer.q_norm), s.q_eps,
-                                     s.q_norm_offset, cos, sin, s.R);
-        *reinterpret_cast<uint4*>(query_tile().at(of_group, piece)) = of_group < group ? q : make_uint4(0, 0, 0, 0);
-      }
-      // The warp that has the newest page makes the new key, while others wait for the queries.
-      uint4 key = make_uint4(0, 0, 0, 0), value = key;
+      // This item's angles, or those of the block's first.
+      __syncthreads();
       const bool newest = warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
-      if (newest) {
-        const T *const k = row + (s.H + head) * D, *const v = k + s.K * D;
-        const int piece = min(lane, D / 8 - 1);
-        key = turned<T, D>(k, piece, static_cast<const T*>(layer.k_norm), s.q_eps, s.q_norm_offset, cos, sin, s.R);
-        value = reinterpret_cast<const uint4*>(v)[piece];
-        if (lane < D / 8) {
-          const int64_t at = (table[last_page] * kPage + (length - 1) % kPage) * row_elements();
-          reinterpret_cast<uint4*>(pool(layer.pool_k) + at)[lane] = key;
-          reinterpret_cast<uint4*>(pool(layer.pool_v) + at)[lane] = value;
+      uint4 key = make_uint4(0, 0, 0, 0), value = key;
+      if (warp >= kPageWarps || newest) {
+        // Heads of the group, or the new key.
+        const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
+        constexpr int kVectors = kPage * D / 8;
+#pragma unroll 1
+        for (int i = newest ? lane : threadIdx.x - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
+          const int of_group = newest ? 0 : i / (D / 8), piece = newest ? min(i, D / 8 - 1) : i % (D / 8);
+          const T* const from = row + (newest ? s.H + head : head * group + min(of_group, group - 1)) * D;
+          if (newest) value = reinterpret_cast<const uint4*>(from + s.K * D)[piece];
+          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(newest ? layer.k_norm : layer.q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
+          if (newest) {
+            key = made;
+          } else {
+            *reinterpret_cast<uint4*>(query_tile().at(of_group, piece)) = of_group < group ? made : make_uint4(0, 0, 0, 0);
+          }
+        }
+        if (newest && lane < D / 8) {
+          const int64_t at = place(last_page, (length - 1) % kPage);
+          reinterpret_cast<uint4*>(static_cast<T*>(layer.pool_k) + at)[lane] = key;
+          reinterpret_cast<uint4*>(static_cast<T*>(layer.pool_v) + at)[lane] = value;
         }
       }
       __syncthreads();
       PagedSums<D> sums;
       if (warp < kPageWarps) {
+#pragma unroll 1
         for (; page <= last_page; page += kPageWarps) {
           s.at.stages == 2 ? wait_copies<1>() : wait_copies<0>();
           if (newest && page == last_page && lane < D / 8) {
@@ -260,21 +287,21 @@ struct DecodeAttention {
       wait_copies<0>();
       __syncthreads();
       float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
-      auto* const statistics = reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps));
-      if (warp < kPageWarps) put_parts<D>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
+      if (warp < kPageWarps) put_parts<D>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);
       __syncthreads();
-      join(out, parts, statistics);
+      join(out, parts);
       __syncthreads();
     }
   }
 
   // What the warps have, and where there are several runs what the others left, by the thread block that comes last.
-  __device__ void join(T* out, const float* parts, const float2* statistics) const {
+  __device__ void join(T* out, const float* parts) const {
     const int run_keys = s.run_pages * kPage, runs = (length - 1) / run_keys - low / run_keys + 1;
     float* const partial = s.partial + int64_t{sequence * s.K + head} * group * s.runs * kLeft<D>;
+#pragma unroll 1
     for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
       const int row = i / D, d = i % D;
-      const float3 all = joined<D, kPageWarps>(parts, statistics, group, row, d);
+      const float3 all = joined<D, kPageWarps>(parts, statistics(), group, row, d);
       if (runs == 1) {
         out[i] = from_float<T>(all.x / all.z);
         continue;
@@ -287,16 +314,15 @@ struct DecodeAttention {
       }
     }
     if (runs == 1) return;
-    int* const last = reinterpret_cast<int*>(const_cast<float2*>(statistics) + kPageWarps * kMostHeads);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       int* const arrived = s.arrived + sequence * s.K + head;
-      *last = atomicAdd(arrived, 1) == runs - 1;
-      if (*last) *arrived = 0;
+      *last() = atomicAdd(arrived, 1) == runs - 1;
+      if (*last()) *arrived = 0;
     }
     __syncthreads();
-    if (!*last) return;
+    if (!*last()) return;
     __threadfence();
     for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
       const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);

@@ -15,8 +15,6 @@ template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
   static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
-  // Units of each warp that come into the second-level cache before their product begins.
-  static constexpr int kAhead = kNf4 ? 4 : 6;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeStack& s;
@@ -99,25 +97,20 @@ struct Products {
     __syncthreads();
     source_tile = from / units;
     source_unit = from % units;
-    if (warp < kDecodeWarps) {
-      // This warp's first units, into the second-level cache.
-      if (left > 0 && lane < kTileRows) {
-        const DecodeTile& tile = tile_at(source_tile);
-        const int bytes = min(min(left, units - source_unit), kAhead) * 128;
-        prefetch_l2(tile.w + int64_t{lane} * tile.row_bytes + source_unit * 128, static_cast<unsigned>(bytes));
-      }
-    } else {
+    if (warp == kDecodeWarps) {
       each_piece([&](const DecodePart& part, int tile, int piece, int) {
-        const int first_unit = piece_begin(piece), last_unit = piece_begin(piece + 1);
-        const int row = tile * kTileRows + lane % kTileRows;
-        if (lane >= kTileRows || row >= part.R) return;
-        const int element = s.lora_f32 ? 4 : 2;
-        prefetch_l2(static_cast<const char*>(part.a) + (int64_t{row} * columns + first_unit * kBlock) * element,
-                    static_cast<unsigned>((last_unit - first_unit) * kBlock * element));
+        const int row = min(tile * kTileRows + lane % kTileRows, part.R - 1), element = s.lora_f32 ? 4 : 2;
+        const char* const at = static_cast<const char*>(part.a) + int64_t{row} * columns * element;
+        for (int i = piece_begin(piece) * kBlock * element + lane / kTileRows * 128; i < piece_begin(piece + 1) * kBlock * element; i += 256) {
+          prefetch_line(at + i);
+        }
       });
+    } else if (!kNf4 && left > 1 && source_unit + 1 < units) {
+      // 16-bit weights wait for memory, and it has nothing to do now.
+      const DecodeTile& tile = tile_at(source_tile);
+      prefetch_line(tile.w + int64_t{lane % kTileRows} * tile.row_bytes + (source_unit + lane / kTileRows) * 128);
     }
-    if constexpr (kNf4) fetch_scales(blocks);
-    if (s.b_shared[phase]) fetch_b();
+    for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
     const void* const norm = phase == kQkv ? of.norms[0] : phase == kGateUp ? of.norms[1] : nullptr;
     if (norm != nullptr) {
       for (int i = threadIdx.x; i < columns / 8; i += kDecodeThreads) {
@@ -126,8 +119,41 @@ struct Products {
     }
     commit_copies();
   }
-  // The first weights into registers, once they may be there.
+  __device__ __forceinline__ unsigned long long* z_sums(int of_phase) const {
+    return s.z + of_phase % 2 * (kMostATiles * kEight * kTileRows);
+  }
+
+  // Starts the copies of a tile's scales and of its rows of B.
+  __device__ __forceinline__ void fetch_tile(int local) const {
+    const DecodeTile& tile = tile_at(local);
+    const DecodePart& part = parts[tile.part];
+    if constexpr (kNf4) {
+      const int blocks = columns / kBlock, piece = blocks % 16 == 0 ? 16 : 4, stride = absmax_stride();
+      const auto* const absmax = static_cast<const uint8_t*>(part.absmax) + int64_t{tile.row} * blocks;
+      const unsigned to = shared_address(shared_at(s.at.absmax + local * kTileRows * stride));
+      // Two lanes a row.
+      for (int i = lane % 2 * piece; i < blocks; i += 2 * piece) {
+        const int row = lane / 2;
+        piece == 16 ? copy_16_bytes(to + row * stride + i, absmax + row * blocks + i, true) : copy_4_bytes(to + row * stride + i, absmax + row * blocks + i);
+      }
+      if (lane <= tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) {
+        const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
+        copy_4_bytes(shared_address(shared_at(s.at.nested + 4 * (local * kNestedOfTile + lane))), part.nested + first + lane);
+      }
+    }
+    if (part.b != nullptr && s.b_shared[phase]) {
+      const int row_bytes = part.R * (s.lora_f32 ? 4 : 2), row = lane / 2;
+      const char* const b = static_cast<const char*>(part.b) + int64_t{tile.row + row} * row_bytes;
+      const unsigned to = shared_address(shared_at(s.at.b + (local * kTileRows + row) * s.b_most));
+      for (int i = lane % 2 * 16; i < row_bytes; i += 32) copy_16_bytes(to + i, b + i, true);
+    }
+  }
+  // Behind the wait: all thread blocks are done with the product before.
   __device__ __forceinline__ void start() {
+    // The next product's sums begin at zero.
+    for (int i = blockIdx.x * kDecodeThreads + threadIdx.x; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
+      z_sums(phase + 1)[i] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
@@ -140,42 +166,11 @@ struct Products {
     }
   }
 
-  __device__ __forceinline__ int b_stride(const DecodePart& part) const { return part.R * (s.lora_f32 ? 4 : 2) + 16; }
-  __device__ __forceinline__ void fetch_b() {
-    for (int i = threadIdx.x; i < count * kTileRows * (kMostRank * 4 / 16); i += kDecodeThreads) {
-      const int row = i / (kMostRank * 4 / 16), piece = i % (kMostRank * 4 / 16);
-      const DecodeTile& tile = tile_at(row / kTileRows);
-      const DecodePart& part = parts[tile.part];
-      const int row_bytes = b_stride(part) - 16;
-      if (part.b == nullptr || piece * 16 >= row_bytes) continue;
-      copy_16_bytes(shared_address(shared_at(s.at.b + row * s.b_most + piece * 16)),
-                    static_cast<const char*>(part.b) + int64_t{tile.row + row % kTileRows} * row_bytes + piece * 16, true);
-    }
-  }
-
   __device__ __forceinline__ int absmax_stride() const {
     // Words lie so that eight rows are in different banks.
     const int words = columns / kBlock / 4;
     return (words + (12 - words % 8) % 8) * 4;
   }
-  __device__ __forceinline__ void fetch_scales(int blocks) {
-    const int piece = blocks % 16 == 0 ? 16 : 4, pieces = blocks / piece, stride = absmax_stride();
-    for (int i = threadIdx.x; i < count * kTileRows * pieces; i += kDecodeThreads) {
-      const int row = i / pieces, at = (i - row * pieces) * piece;
-      const DecodeTile& tile = tile_at(row / kTileRows);
-      const auto* const absmax = static_cast<const uint8_t*>(parts[tile.part].absmax) + int64_t{tile.row + row % kTileRows} * blocks + at;
-      const unsigned to = shared_address(shared_at(s.at.absmax + row * stride + at));
-      piece == 16 ? copy_16_bytes(to, absmax, true) : copy_4_bytes(to, absmax);
-    }
-    for (int i = threadIdx.x; i < count * kNestedOfTile; i += kDecodeThreads) {
-      const DecodeTile& tile = tile_at(i / kNestedOfTile);
-      const int at = i % kNestedOfTile, nested = (tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) + 1;
-      if (at >= nested) continue;
-      const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
-      copy_4_bytes(shared_address(shared_at(s.at.nested + 4 * i)), parts[tile.part].nested + first + at);
-    }
-  }
-
   // x into shared memory: as it is, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage(const void* from_memory) {
     const bool norm = phase == kQkv || phase == kGateUp;
@@ -245,7 +240,7 @@ struct Products {
   // ---- LoRA
 
   __device__ __forceinline__ int piece_begin(int piece) const { return piece * (columns / kBlock) / s.pieces[phase]; }
-  // body(part, tile, piece, task) of the pieces of A that are this thread block's. Returns how many there are of all.
+  // body(part, tile, piece, tile among those of all parts) of the pieces of A that are this thread block's. Returns how many there are of all.
   template <typename Body>
   __device__ __forceinline__ int each_piece(Body&& body) const {
     const int pieces = s.pieces[phase];
@@ -257,14 +252,11 @@ struct Products {
       const int grid = static_cast<int>(gridDim.x);
       int task = static_cast<int>(blockIdx.x) - all % grid;
       if (task < 0) task += grid;
-      for (; task < tasks; task += grid) body(part, task / pieces, task % pieces, all + task);
+      for (; task < tasks; task += grid) body(part, task / pieces, task % pieces, (all + task) / pieces);
       all += tasks;
     }
     return all;
   }
-
-  // [kEight, kTileRows] f32 of a task.
-  __device__ __forceinline__ float* sums_of(int task) const { return s.a_sums + int64_t{task} * (kEight * kTileRows); }
 
   // Elements 16 t .. of this lane's column of x.
   __device__ __forceinline__ XOfUnit x_unit(bool shared, int unit) const {
@@ -277,7 +269,7 @@ struct Products {
 
   __device__ __forceinline__ void multiply_by_a() {
     const bool shared = s.x_shared[phase];
-    const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int task) {
+    const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int a_tile) {
       const int first = piece_begin(piece), units_of_piece = piece_begin(piece + 1) - first;
       float sum[4] = {}, odd[4] = {};
       const auto row = [&](int r) { return int64_t{min(tile * kTileRows + r, part.R - 1)} * columns + first * kBlock + 16 * t; };
@@ -304,64 +296,33 @@ struct Products {
         pairs(below + unit * kBlock, bottom);
         multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, first + unit));
       }
-      float* const to = sums_of(task);
-      __stcg(to + 2 * t * kTileRows + g, sum[0] + odd[0]);
-      __stcg(to + (2 * t + 1) * kTileRows + g, sum[1] + odd[1]);
-      __stcg(to + 2 * t * kTileRows + g + 8, sum[2] + odd[2]);
-      __stcg(to + (2 * t + 1) * kTileRows + g + 8, sum[3] + odd[3]);
+      // In fixed point: the same sum in any order.
+      unsigned long long* const to = z_sums(phase) + a_tile * (kEight * kTileRows) + g;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 2 * t + i % 2;
+        if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)));
+      }
       __syncwarp();
       if (lane == 0) add_release(s.counters + 1, 1);
     });
     a_target += tasks;
     if (tasks == 0 || count == 0) return;
     while (load_acquire(s.counters + 1) < a_target) {}
-    const int first = tile_at(0).part, last = tile_at(count - 1).part;
-    int task = 0;
-    for (int p = 0; p <= last; ++p) {
+    for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = parts[p];
-      if (part.a == nullptr) continue;
-      for (int tile = 0; tile * kTileRows < part.R; ++tile, task += s.pieces[phase]) {
-        if (p >= first) add_pieces_of(part, p, tile, task);
+      const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows;
+      if (p >= tile_at(0).part) {
+        for (int i = lane; i < of_part * kTileRows * s.M; i += 32) {
+          const int c = i / (of_part * kTileRows), j = i % (of_part * kTileRows);
+          const auto sum = static_cast<long long>(__ldcg(z_sums(phase) + ((a_tile + j / kTileRows) * kEight + c) * kTileRows + j % kTileRows));
+          z(p, c)[j] = part.scale * (__ll2float_rn(sum) * (1 / kFixed));
+        }
       }
+      a_tile += of_part;
     }
   }
 
-  // Those of one class, their numbers modulo eight, one after another, and then ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)): one order, however
-  // many columns there are.
-  __device__ __forceinline__ void add_pieces_of(const DecodePart& part, int p, int tile, int first_task) {
-    constexpr int kLanes = 4 * MP, kAtOnce = 32 / kLanes, kSums = kPieceClasses / kAtOnce;
-    const int column = lane % kLanes / 4, four = lane % 4, pieces = s.pieces[phase];
-    float4 sum[kSums] = {};
-#pragma unroll(kSums == 8 ? 1 : 4)
-    for (int piece = lane / kLanes; piece < pieces; piece += kPieceClasses) {
-#pragma unroll
-      for (int k = 0; k < kSums; ++k) {
-        if (piece + k * kAtOnce >= pieces) continue;
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(sums_of(first_task + piece + k * kAtOnce) + column * kTileRows) + four);
-        sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
-      }
-    }
-    // sum[k] of lane class c is class k * kAtOnce + c.
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-      for (int other = kLanes; other < 32; other *= 2) {
-        sum[k].x += __shfl_xor_sync(0xffffffff, sum[k].x, other), sum[k].y += __shfl_xor_sync(0xffffffff, sum[k].y, other);
-        sum[k].z += __shfl_xor_sync(0xffffffff, sum[k].z, other), sum[k].w += __shfl_xor_sync(0xffffffff, sum[k].w, other);
-      }
-    }
-#pragma unroll
-    for (int step = 1; step < kSums; step *= 2) {
-#pragma unroll
-      for (int k = 0; k + step < kSums; k += 2 * step) {
-        sum[k].x += sum[k + step].x, sum[k].y += sum[k + step].y, sum[k].z += sum[k + step].z, sum[k].w += sum[k + step].w;
-      }
-    }
-    if (lane < kLanes) {
-      float4* const to = reinterpret_cast<float4*>(z(p, column) + tile * kTileRows) + four;
-      *to = make_float4(part.scale * sum[0].x, part.scale * sum[0].y, part.scale * sum[0].z, part.scale * sum[0].w);
-    }
-  }
   __device__ __forceinline__ float* z(int part, int column) const {
     return reinterpret_cast<float*>(shared_at(s.at.z)) + (part * MP + column) * kMostRank;
   }
@@ -553,11 +514,14 @@ struct Products {
       const auto add = [&](const auto* b) {
         using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
         constexpr int kWidth = 16 / sizeof(Element);
-#pragma unroll 4
-        for (int j = 0; j < part.R; j += kWidth) {
-          const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + j);
+#pragma unroll 1
+        for (int j = 0; j < part.R; j += 8) {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) value += to_float(from_float<T>(to_float(v.v[i]))) * own_z[j + i];
+          for (int k = 0; k < 8; k += kWidth) {
+            const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + j + k);
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) value += to_float(from_float<T>(to_float(v.v[i]))) * own_z[j + k + i];
+          }
         }
       };
       if (s.b_shared[phase]) {
