@@ -13,15 +13,7 @@
 namespace ferrotune {
 namespace {
 
-template <typename T, int D>
-__device__ __noinline__ void attend(const DecodeStack& s, const DecodeLayer& layer, const Barrier& barrier) {
-  DecodeAttention<T, D> attention(s, layer);
-  attention.start();
-  barrier.wait();
-  attention.finish();
-}
-
-template <typename T, int MP, bool kNf4>
+template <typename T, int D, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack s) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 dynamic[];
@@ -68,35 +60,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
     const int l = step / kPhases;
-    const DecodeLayer& layer = *reinterpret_cast<const DecodeLayer*>(shared_at(s.at.layers + l % 2 * kLayerBytes));
+    const int layer = s.at.layers + l % 2 * kLayerBytes;
     const auto phase = static_cast<DecodePhase>(step % kPhases);
     const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
     product.prepare(layer, phase);
     // Its place is that of the layer before, which is done.
     if (phase == kQkv) fetch_layer(l + 1);
     if (step > 0) barrier.wait();
-    // 16 bits hold too many registers to do so before x is there.
-    if (kNf4) product.start();
     product.stage(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
-    if (!kNf4) product.start();
     product.run(residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
     // o's first weights come into the second-level cache meanwhile.
-    const DecodePart& o = layer.parts[first_part(kO)];
     if (!kNf4) {
+      const DecodePart& o = product.layer().parts[first_part(kO)];
       const int first = block * (s.C / kTileRows) / grid * kTileRows, lines = s.columns[kO] / 64;
       const int row = first + static_cast<int>(threadIdx.x) / lines;
       if (row < (block + 1) * (s.C / kTileRows) / grid * kTileRows) prefetch_line(o.w + int64_t{row} * o.row_bytes + threadIdx.x % lines * 128);
     }
-    if (s.D == 64) {
-      attend<T, 64>(s, layer, barrier);
-    } else if (s.D == 96) {
-      attend<T, 96>(s, layer, barrier);
-    } else {
-      attend<T, 128>(s, layer, barrier);
-    }
+    DecodeAttention<T, D>(s, layer).run_all(barrier);
     barrier.arrive();
   }
   // The last thread block leaves the counters as it found them. Nobody waits any more.
@@ -139,7 +122,7 @@ inline Workspaces workspaces_of(const KernelDecode& d) {
 }
 
 inline int attention_bytes(int64_t D, int stages) {
-  return D == 64 ? decode_attention_bytes<64>(stages) : D == 96 ? decode_attention_bytes<96>(stages) : decode_attention_bytes<128>(stages);
+  return D == 64 ? decode_attention_bytes<64>(stages) : decode_attention_bytes<128>(stages);
 }
 
 struct Planned {
@@ -153,9 +136,9 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   DecodeStack& s = planned.stack;
   s = DecodeStack{};
   const auto size = [](int64_t v) { return static_cast<int>(v); };
-  if (d.count < 1 || d.M < 1 || d.M > kEight || (d.dtype != KERNEL_BF16 && d.dtype != KERNEL_F16)) return false;
+  if (d.count < 1 || d.M < 1 || d.M > kEight || d.dtype != KERNEL_BF16) return false;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
-  if ((d.D != 64 && d.D != 96 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kMostHeads || d.R % 16 != 0 || d.R > d.D) return false;
+  if ((d.D != 64 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kMostHeads || d.R % 16 != 0 || d.R > d.D) return false;
   if (d.C % 256 != 0 || d.F % 256 != 0 || d.H * d.D % 256 != 0 || d.K * d.D % kTileRows != 0) return false;
   const KernelDecodeLayer& first = d.layers[0];
   planned.nf4 = first.o.w == nullptr;
@@ -176,7 +159,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     const KernelDecodeLayer& from = d.layers[l];
     DecodeLayer& to = s.layer[l];
     if (from.qkv_count != first.qkv_count || from.gate_up_count != first.gate_up_count || from.input_norm == nullptr || from.mlp_norm == nullptr) return false;
-    if ((from.q_norm != nullptr || from.k_norm != nullptr) && (d.D == 96 || from.q_norm == nullptr || from.k_norm == nullptr)) return false;
+    if ((from.q_norm != nullptr || from.k_norm != nullptr) && (from.q_norm == nullptr || from.k_norm == nullptr)) return false;
     for (int phase = 0; phase < kPhases; ++phase) {
       const KernelRowsPart* const parts = phase == kQkv ? from.qkv : phase == kO ? &from.o : phase == kGateUp ? from.gate_up : &from.down;
       int64_t rows = 0;
@@ -298,7 +281,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   return d.M * d.K * 4 + 64 <= kCountersBytes;
 }
 
-template <typename T>
+template <typename T, int D>
 int launch_decode(const Planned& planned, void* stream) {
   const auto launch = [&](auto* kernel) -> int {
     const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.stack.at.all);
@@ -315,16 +298,16 @@ int launch_decode(const Planned& planned, void* stream) {
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, planned.stack);
   };
-  if (!planned.nf4) return launch(decode_kernel<T, 8, false>);
+  if (!planned.nf4) return launch(decode_kernel<T, D, 8, false>);
   switch (planned.MP) {
     case 1:
-      return launch(decode_kernel<T, 1, true>);
+      return launch(decode_kernel<T, D, 1, true>);
     case 2:
-      return launch(decode_kernel<T, 2, true>);
+      return launch(decode_kernel<T, D, 2, true>);
     case 4:
-      return launch(decode_kernel<T, 4, true>);
+      return launch(decode_kernel<T, D, 4, true>);
   }
-  return launch(decode_kernel<T, 8, true>);
+  return launch(decode_kernel<T, D, 8, true>);
 }
 
 }  // namespace
@@ -350,7 +333,7 @@ extern "C" int decode(const KernelDecode* d, void* stream) {
     if (i > 0) some.x = d->y;
     Planned planned;
     if (!plan_decode(some, planned)) return cudaErrorInvalidValue;
-    const int error = d->dtype == KERNEL_BF16 ? launch_decode<__nv_bfloat16>(planned, stream) : launch_decode<__half>(planned, stream);
+    const int error = d->D == 64 ? launch_decode<__nv_bfloat16, 64>(planned, stream) : launch_decode<__nv_bfloat16, 128>(planned, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

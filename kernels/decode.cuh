@@ -71,6 +71,14 @@ __device__ __forceinline__ char* shared_at(int offset) {
   return reinterpret_cast<char*>(dynamic) + (offset - kReserved);
 }
 
+// threadIdx.x, as a value of its own at each call: else whatever follows from it is kept in registers from one product to the next, which
+// there are not enough for.
+__device__ __forceinline__ int thread_number() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // A tile of 16 rows of this thread block.
 struct DecodeTile {
   const char* w;  // its first row
@@ -162,13 +170,14 @@ inline int decode_attention_bytes(int stages) {
 template <typename T, int D>
 struct DecodeAttention {
   const DecodeStack& s;
-  const DecodeLayer& layer;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group, heads, items;
+  const int layer_at;
+  const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
 
-  __device__ DecodeAttention(const DecodeStack& stack, const DecodeLayer& of)
-      : s(stack), layer(of), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
+  __device__ DecodeAttention(const DecodeStack& stack, int of_layer)
+      : s(stack), layer_at(of_layer), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
 
+  __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ char* tile(int index) const { return shared_at(s.at.attention + index * kDecodeTileBytes<D>); }
   __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
   __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
@@ -184,10 +193,10 @@ struct DecodeAttention {
   }
 
   // The new row is left out.
-  __device__ __noinline__ void fetch(int of, int to_stage) const {
+  __device__ __forceinline__ void fetch(int of, int to_stage) const {
     if (of <= last_page) {
       const int64_t from = place(of, 0);
-      const T *const k = static_cast<const T*>(layer.pool_k) + from, *const v = static_cast<const T*>(layer.pool_v) + from;
+      const T *const k = static_cast<const T*>(layer().pool_k) + from, *const v = static_cast<const T*>(layer().pool_v) + from;
       const int rows = min(end, length - 1) - of * kPage;
 #pragma unroll 4
       for (int i = lane; i < kPage * D / 8; i += 32) {
@@ -200,13 +209,12 @@ struct DecodeAttention {
   }
 
   // Before what the layer's projection wrote can be seen.
-  __device__ void start() {
-    if (item >= items) return;
+  __device__ __forceinline__ void start() {
     run = item / heads;
     sequence = item % heads / s.K;
     head = item % s.K;
     length = reinterpret_cast<const int*>(shared_at(s.at.sequences))[sequence];
-    const int window = layer.window, run_keys = s.run_pages * kPage;
+    const int window = layer().window, run_keys = s.run_pages * kPage;
     low = window > 0 && length > window ? length - window : 0;
     begin = max(low, run * run_keys), end = min(length, (run + 1) * run_keys);
     page = begin / kPage + warp;
@@ -219,30 +227,35 @@ struct DecodeAttention {
       const int next = page + s.at.stages * kPageWarps;
       if (next <= last_page) {
         const int64_t at = place(next, lane % kPage);
-        const void* const pool = lane < kPage ? layer.pool_k : layer.pool_v;
+        const void* const pool = lane < kPage ? layer().pool_k : layer().pool_v;
         for (int d = 0; d < D; d += 64) prefetch_line(static_cast<const T*>(pool) + at + d);
       }
     } else {
       const int half = s.R / 2;
-      for (int i = threadIdx.x - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
-        angles()[i] = layer.cos[sequence * half + i];
-        angles()[half + i] = layer.sin[sequence * half + i];
+      for (int i = thread - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
+        angles()[i] = layer().cos[sequence * half + i];
+        angles()[half + i] = layer().sin[sequence * half + i];
       }
     }
   }
 
-  __device__ void finish() {
-    for (; item < items; item += static_cast<int>(gridDim.x), start()) {
+  // All of this thread block's share.
+  __device__ __forceinline__ void run_all(const Barrier& barrier) {
+    if (item >= items) barrier.wait();
+#pragma unroll 1
+    for (bool first = true; item < items; item += static_cast<int>(gridDim.x), first = false) {
+      start();
+      if (first) barrier.wait();
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
       if (begin >= end) {
         // A row that belongs to no sequence.
         if (length == 0 && run == 0) {
-          for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) out[i] = from_float<T>(0);
+          for (int i = thread; i < group * D; i += kDecodeThreads) out[i] = from_float<T>(0);
         }
         continue;
       }
-      // This item's angles, or those of the block's first.
-      __syncthreads();
+      // The angles.
+      if (!first) __syncthreads();
       const bool newest = warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
       uint4 key = make_uint4(0, 0, 0, 0), value = key;
       if (warp >= kPageWarps || newest) {
@@ -250,11 +263,11 @@ struct DecodeAttention {
         const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
         constexpr int kVectors = kPage * D / 8;
 #pragma unroll 1
-        for (int i = newest ? lane : threadIdx.x - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
+        for (int i = newest ? lane : thread - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
           const int of_group = newest ? 0 : i / (D / 8), piece = newest ? min(i, D / 8 - 1) : i % (D / 8);
           const T* const from = row + (newest ? s.H + head : head * group + min(of_group, group - 1)) * D;
           if (newest) value = reinterpret_cast<const uint4*>(from + s.K * D)[piece];
-          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(newest ? layer.k_norm : layer.q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
+          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(newest ? layer().k_norm : layer().q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
           if (newest) {
             key = made;
           } else {
@@ -263,8 +276,8 @@ struct DecodeAttention {
         }
         if (newest && lane < D / 8) {
           const int64_t at = place(last_page, (length - 1) % kPage);
-          reinterpret_cast<uint4*>(static_cast<T*>(layer.pool_k) + at)[lane] = key;
-          reinterpret_cast<uint4*>(static_cast<T*>(layer.pool_v) + at)[lane] = value;
+          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_k) + at)[lane] = key;
+          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + at)[lane] = value;
         }
       }
       __syncthreads();
@@ -295,11 +308,11 @@ struct DecodeAttention {
   }
 
   // What the warps have, and where there are several runs what the others left, by the thread block that comes last.
-  __device__ void join(T* out, const float* parts) const {
+  __device__ __forceinline__ void join(T* out, const float* parts) const {
     const int run_keys = s.run_pages * kPage, runs = (length - 1) / run_keys - low / run_keys + 1;
     float* const partial = s.partial + int64_t{sequence * s.K + head} * group * s.runs * kLeft<D>;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
+    for (int i = thread; i < group * D; i += kDecodeThreads) {
       const int row = i / D, d = i % D;
       const float3 all = joined<D, kPageWarps>(parts, statistics(), group, row, d);
       if (runs == 1) {
@@ -316,7 +329,7 @@ struct DecodeAttention {
     if (runs == 1) return;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       int* const arrived = s.arrived + sequence * s.K + head;
       *last() = atomicAdd(arrived, 1) == runs - 1;
       if (*last()) *arrived = 0;
@@ -324,7 +337,7 @@ struct DecodeAttention {
     __syncthreads();
     if (!*last()) return;
     __threadfence();
-    for (int i = threadIdx.x; i < group * D; i += kDecodeThreads) {
+    for (int i = thread; i < group * D; i += kDecodeThreads) {
       const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);
       out[i] = from_float<T>(all.x / all.z);
     }

@@ -18,22 +18,20 @@ struct Products {
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeStack& s;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int thread, warp, lane, g, t;
   int a_target = 0;
 
   // The product.
   DecodePhase phase;
-  const DecodeLayer* layer;
-  const DecodePart* parts;
-  int columns, units, count, all, from, left;
-  // Loads under way, and where the next one is.
-  uint4 ring[kDepth][4];
-  const char* source;
-  int source_tile, source_unit, below, ahead;
+  int layer_at;  // where shared memory has the layer
+  int columns, units, count, from, left;
   float first_added;
 
   __device__ explicit Products(const DecodeStack& stack) : s(stack) {}
 
+  // Whatever could be read again is: registers are few, and what does not fit them lies in memory behind a cache that every wait empties.
+  __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
+  __device__ __forceinline__ const DecodePart& part_at(int part) const { return layer().parts[first_part(phase) + part]; }
   __device__ __forceinline__ const DecodeTile& tile_at(int local) const {
     return reinterpret_cast<const DecodeTile*>(shared_at(s.at.tiles))[local];
   }
@@ -42,33 +40,47 @@ struct Products {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
 
-  __device__ __forceinline__ void seek() {
-    const DecodeTile& at = tile_at(source_tile);
-    below = 8 * at.row_bytes;
-    source = at.w + int64_t{g} * at.row_bytes + source_unit * 128 + t * (kNf4 ? 16 : 32);
-  }
-  // A unit has 128 bytes of each row.
-  __device__ __forceinline__ void fetch(uint4 (&to)[4]) {
-    if (ahead <= 0) return;
-    constexpr int kNext = kNf4 ? 64 : 16;
-    to[0] = load_once(reinterpret_cast<const uint4*>(source));
-    to[1] = load_once(reinterpret_cast<const uint4*>(source + kNext));
-    to[2] = load_once(reinterpret_cast<const uint4*>(source + below));
-    to[3] = load_once(reinterpret_cast<const uint4*>(source + below + kNext));
-    source += 128;
-    --ahead;
-    if (++source_unit == units) {
-      source_unit = 0;
-      ++source_tile;
-      if (ahead > 0) seek();
+  // The weights of this warp's units on their way into registers.
+  struct Ring {
+    const Products& product;
+    uint4 units[kDepth][4];
+    const char* source;
+    int tile, unit, below, ahead;
+
+    __device__ __forceinline__ explicit Ring(const Products& of) : product(of), tile(of.from / of.units), unit(of.from % of.units), ahead(of.left) {
+      seek();
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) fetch(units[i]);
     }
-  }
+    __device__ __forceinline__ void seek() {
+      const DecodeTile& at = product.tile_at(tile);
+      below = 8 * at.row_bytes;
+      source = at.w + int64_t{product.g} * at.row_bytes + unit * 128 + product.t * (kNf4 ? 16 : 32);
+    }
+    // A unit has 128 bytes of each row.
+    __device__ __forceinline__ void fetch(uint4 (&to)[4]) {
+      if (ahead <= 0) return;
+      constexpr int kNext = kNf4 ? 64 : 16;
+      to[0] = load_once(reinterpret_cast<const uint4*>(source));
+      to[1] = load_once(reinterpret_cast<const uint4*>(source + kNext));
+      to[2] = load_once(reinterpret_cast<const uint4*>(source + below));
+      to[3] = load_once(reinterpret_cast<const uint4*>(source + below + kNext));
+      source += 128;
+      --ahead;
+      if (++unit == product.units) {
+        unit = 0;
+        ++tile;
+        if (ahead > 0) seek();
+      }
+    }
+  };
 
   // Whatever does not depend on the product's input: where its tiles are, weights and scales on their way. Nobody uses shared memory.
-  __device__ __forceinline__ void prepare(const DecodeLayer& of, DecodePhase which) {
-    layer = &of;
+  __device__ __forceinline__ void prepare(int of_layer, DecodePhase which) {
+    thread = thread_number();
+    warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    layer_at = of_layer;
     phase = which;
-    parts = of.parts + first_part(phase);
     columns = s.columns[phase];
     units = columns / kUnit;
     const bool pairs = phase == kGateUp;
@@ -76,27 +88,25 @@ struct Products {
     const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
     const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid;
     count = last - first << pairs;
-    all = count * units;
+    const int all = count * units;
     from = warp * all / kDecodeWarps;
-    left = ahead = warp < kDecodeWarps ? (warp + 1) * all / kDecodeWarps - from : 0;
+    left = warp < kDecodeWarps ? (warp + 1) * all / kDecodeWarps - from : 0;
     const int blocks = columns / kBlock;
-    if (static_cast<int>(threadIdx.x) < count) {
-      const int local = threadIdx.x;
+    if (thread < count) {
+      const int local = thread;
       int row = (first + (local >> pairs)) * kTileRows + (pairs && local % 2 == 1 ? s.F : 0), part = 0;
       const int out = row;
-      while (row >= parts[part].rows) row -= parts[part++].rows;
+      while (row >= part_at(part).rows) row -= part_at(part++).rows;
       const int begin = ((local * units + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * units * kDecodeWarps - 1) / all;
       const int before = row * blocks & ((1 << s.nested_shift) - 1);
       reinterpret_cast<DecodeTile*>(shared_at(s.at.tiles))[local] = {
-          parts[part].w + int64_t{row} * parts[part].row_bytes, part, row, out, parts[part].row_bytes, before, begin + local, end - begin + 1};
+          part_at(part).w + int64_t{row} * part_at(part).row_bytes, part, row, out, part_at(part).row_bytes, before, begin + local, end - begin + 1};
     }
     if (all < kDecodeWarps) {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
-      for (int i = threadIdx.x; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
+      for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
     __syncthreads();
-    source_tile = from / units;
-    source_unit = from % units;
     if (warp == kDecodeWarps) {
       each_piece([&](const DecodePart& part, int tile, int piece, int) {
         const int row = min(tile * kTileRows + lane % kTileRows, part.R - 1), element = s.lora_f32 ? 4 : 2;
@@ -105,15 +115,16 @@ struct Products {
           prefetch_line(at + i);
         }
       });
-    } else if (!kNf4 && left > 1 && source_unit + 1 < units) {
-      // 16-bit weights wait for memory, and it has nothing to do now.
-      const DecodeTile& tile = tile_at(source_tile);
-      prefetch_line(tile.w + int64_t{lane % kTileRows} * tile.row_bytes + (source_unit + lane / kTileRows) * 128);
+    } else if (left > 0) {
+      // This warp's first two units into the second-level cache.
+      const int unit = from % units + lane / kTileRows;
+      const DecodeTile& tile = tile_at(from / units);
+      if (unit < units) prefetch_line(tile.w + int64_t{lane % kTileRows} * tile.row_bytes + unit * 128);
     }
     for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
-    const void* const norm = phase == kQkv ? of.norms[0] : phase == kGateUp ? of.norms[1] : nullptr;
+    const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
     if (norm != nullptr) {
-      for (int i = threadIdx.x; i < columns / 8; i += kDecodeThreads) {
+      for (int i = thread; i < columns / 8; i += kDecodeThreads) {
         copy_16_bytes(shared_address(shared_at(s.at.norm + 16 * i)), static_cast<const uint4*>(norm) + i, true);
       }
     }
@@ -126,7 +137,7 @@ struct Products {
   // Starts the copies of a tile's scales and of its rows of B.
   __device__ __forceinline__ void fetch_tile(int local) const {
     const DecodeTile& tile = tile_at(local);
-    const DecodePart& part = parts[tile.part];
+    const DecodePart& part = part_at(tile.part);
     if constexpr (kNf4) {
       const int blocks = columns / kBlock, piece = blocks % 16 == 0 ? 16 : 4, stride = absmax_stride();
       const auto* const absmax = static_cast<const uint8_t*>(part.absmax) + int64_t{tile.row} * blocks;
@@ -148,31 +159,17 @@ struct Products {
       for (int i = lane % 2 * 16; i < row_bytes; i += 32) copy_16_bytes(to + i, b + i, true);
     }
   }
-  // Behind the wait: all thread blocks are done with the product before.
-  __device__ __forceinline__ void start() {
-    // The next product's sums begin at zero.
-    for (int i = blockIdx.x * kDecodeThreads + threadIdx.x; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
-      z_sums(phase + 1)[i] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) ring[i][k] = make_uint4(0, 0, 0, 0);
-    }
-    if (left > 0) {
-      seek();
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) fetch(ring[i]);
-    }
-  }
-
   __device__ __forceinline__ int absmax_stride() const {
     // Words lie so that eight rows are in different banks.
     const int words = columns / kBlock / 4;
     return (words + (12 - words % 8) % 8) * 4;
   }
-  // x into shared memory: as it is, or divided by its rows' root mean squares.
+  // x into shared memory: as it is, or divided by its rows' root mean squares. All thread blocks are done with the product before.
   __device__ __forceinline__ void stage(const void* from_memory) {
+    // The next product's sums begin at zero.
+    for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
+      z_sums(phase + 1)[i] = 0;
+    }
     const bool norm = phase == kQkv || phase == kGateUp;
     const auto* const x = static_cast<const T*>(from_memory);
     const int vectors = columns / 8;
@@ -180,7 +177,7 @@ struct Products {
     if (!norm) {
       if (s.x_shared[phase]) {
         for (int c = 0; c < s.M; ++c) {
-          for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+          for (int i = thread; i < vectors; i += kDecodeThreads) {
             copy_16_bytes(shared_address(place(c, i)), x + int64_t{c} * columns + 8 * i, true);
           }
         }
@@ -192,7 +189,7 @@ struct Products {
     }
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
     float sums[MP] = {};
-    for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+    for (int i = thread; i < vectors; i += kDecodeThreads) {
       uint4 raw[MP];
 #pragma unroll
       for (int c = 0; c < MP; ++c) {
@@ -222,7 +219,7 @@ struct Products {
     }
     wait_copies<0>();
     __syncthreads();
-    for (int i = threadIdx.x; i < vectors; i += kDecodeThreads) {
+    for (int i = thread; i < vectors; i += kDecodeThreads) {
       const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm + 16 * i)));
 #pragma unroll
       for (int c = 0; c < MP; ++c) {
@@ -246,7 +243,7 @@ struct Products {
     const int pieces = s.pieces[phase];
     int all = 0;
     for (int p = 0; p < s.parts[phase]; ++p) {
-      const DecodePart& part = parts[p];
+      const DecodePart& part = part_at(p);
       const int tasks = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows * pieces;
       // The first task of the part that is ours.
       const int grid = static_cast<int>(gridDim.x);
@@ -310,7 +307,7 @@ struct Products {
     if (tasks == 0 || count == 0) return;
     while (load_acquire(s.counters + 1) < a_target) {}
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
-      const DecodePart& part = parts[p];
+      const DecodePart& part = part_at(p);
       const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows;
       if (p >= tile_at(0).part) {
         for (int i = lane; i < of_part * kTileRows * s.M; i += 32) {
@@ -343,13 +340,14 @@ struct Products {
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + from / units) * kSlot + g;
     const char* const shared = shared_at(x_shared_row(g) + t * 32);
     float sum[4] = {}, odd[4] = {};
+    Ring ring(*this);
     const auto step = [&](uint4 (&own)[4]) {
       const auto* const at = reinterpret_cast<const uint4*>(shared + unit * 128);
       const XOfUnit x = kShared ? XOfUnit{at[0], at[1]} : x_unit(false, unit);
       const unsigned top[8] = {own[0].x, own[0].y, own[0].z, own[0].w, own[1].x, own[1].y, own[1].z, own[1].w};
       const unsigned bottom[8] = {own[2].x, own[2].y, own[2].z, own[2].w, own[3].x, own[3].y, own[3].z, own[3].w};
       multiply_pairs<T>(sum, odd, top, bottom, x);
-      fetch(own);
+      ring.fetch(own);
       --left;
       if (++unit < units && left > 0) return;
       const float total[4] = {sum[0] + odd[0], sum[1] + odd[1], sum[2] + odd[2], sum[3] + odd[3]};
@@ -361,7 +359,7 @@ struct Products {
     while (left > 0) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring[i]);
+        if (left > 0) step(ring.units[i]);
       }
     }
   }
@@ -396,9 +394,10 @@ struct Products {
       nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
       const DecodeTile& tile = tile_at(local);
       top_block = tile.nested_before + g * blocks;
-      offset = parts[tile.part].nested_offset;
+      offset = part_at(tile.part).nested_offset;
     };
     rows_of_tile();
+    Ring ring(*this);
     const auto step = [&](uint4 (&own)[4]) {
       if (!Use::kXOfRun) load(unit * 512);
       const unsigned absmax[2] = {*reinterpret_cast<const unsigned*>(absmax_at + unit * 4),
@@ -415,7 +414,7 @@ struct Products {
         unsigned top[16], bottom[16];
         look_up_words<Use::kWide>(own[run], table, top);
         look_up_words<Use::kWide>(own[2 + run], table, bottom);
-        if (run == 1) fetch(own);
+        if (run == 1) ring.fetch(own);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
@@ -481,7 +480,7 @@ struct Products {
     while (left > 0) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring[i]);
+        if (left > 0) step(ring.units[i]);
       }
     }
   }
@@ -498,7 +497,7 @@ struct Products {
         s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
       }
     }
-    first_added = static_cast<int>(threadIdx.x) < outputs() ? added(residual, threadIdx.x) : 0;
+    first_added = thread < outputs() ? added(residual, thread) : 0;
     __syncthreads();
   }
 
@@ -508,7 +507,7 @@ struct Products {
     const float* const slots = reinterpret_cast<const float*>(shared_at(s.at.slots)) + c * kSumStride + row;
     float value = 0;
     for (int k = 0; k < tile.slots; ++k) value += slots[(tile.first_slot + k) * kSlot];
-    const DecodePart& part = parts[tile.part];
+    const DecodePart& part = part_at(tile.part);
     if (part.b != nullptr) {
       const float* const own_z = z(tile.part, c);
       const auto add = [&](const auto* b) {
@@ -532,7 +531,7 @@ struct Products {
         s.lora_f32 ? add(static_cast<const float*>(part.b) + at) : add(static_cast<const T*>(part.b) + at);
       }
     }
-    const void* const bias = layer->bias[phase];
+    const void* const bias = layer().bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
     return value;
   }
@@ -555,7 +554,7 @@ struct Products {
 
   // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
   __device__ __forceinline__ void finish(void* to, const void* residual) const {
-    for (int i = threadIdx.x; i < outputs(); i += kDecodeThreads) {
+    for (int i = thread; i < outputs(); i += kDecodeThreads) {
       const Output at = output(i);
       float v = value(at.local, at.row, at.c) + (i < kDecodeThreads ? first_added : added(residual, i));
       if (phase == kGateUp) {
