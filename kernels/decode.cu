@@ -13,6 +13,12 @@
 namespace ferrotune {
 namespace {
 
+// A function of its own: its sums need the registers that products have their weights in.
+template <typename T, int D>
+__device__ __noinline__ void attend(const DecodeStack& s, int layer, Barrier barrier) {
+  DecodeAttention<T, D>(s, layer).run_all(barrier);
+}
+
 template <typename T, int D, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack s) {
 #if __CUDA_ARCH__ >= 800
@@ -67,8 +73,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     // Its place is that of the layer before, which is done.
     if (phase == kQkv) fetch_layer(l + 1);
     if (step > 0) barrier.wait();
+    // Zero, as registers that may hold what they held before would have to hold it everywhere.
+    uint4 ring[product.kDepth][4] = {};
+    auto source = product.start(ring);
     product.stage(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
-    product.run(residual);
+    product.run(ring, source, residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       const int row = first + static_cast<int>(threadIdx.x) / lines;
       if (row < (block + 1) * (s.C / kTileRows) / grid * kTileRows) prefetch_line(o.w + int64_t{row} * o.row_bytes + threadIdx.x % lines * 128);
     }
-    DecodeAttention<T, D>(s, layer).run_all(barrier);
+    attend<T, D>(s, layer, barrier);
     barrier.arrive();
   }
   // The last thread block leaves the counters as it found them. Nobody waits any more.

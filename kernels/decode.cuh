@@ -18,7 +18,7 @@ constexpr float kFixed = 268435456.0f;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
 // Warps that share the pages of a run of keys.
-constexpr int kPageWarps = 8, kRunPages = 32, kLongRunPages = 128;
+constexpr int kPageWarps = 8, kRunPages = 16, kLongRunPages = 64;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
 // The first of a product's parts.
@@ -77,6 +77,10 @@ __device__ __forceinline__ int thread_number() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // A tile of 16 rows of this thread block.
@@ -170,7 +174,7 @@ inline int decode_attention_bytes(int stages) {
 template <typename T, int D>
 struct DecodeAttention {
   const DecodeStack& s;
-  const int layer_at;
+  const int layer_at, at = anew(s.at.attention);
   const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
 
@@ -178,7 +182,7 @@ struct DecodeAttention {
       : s(stack), layer_at(of_layer), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
 
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
-  __device__ char* tile(int index) const { return shared_at(s.at.attention + index * kDecodeTileBytes<D>); }
+  __device__ char* tile(int index) const { return shared_at(at + index * kDecodeTileBytes<D>); }
   __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
   __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
   __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * warp + of_stage)))}; }

@@ -40,40 +40,41 @@ struct Products {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
 
-  // The weights of this warp's units on their way into registers.
-  struct Ring {
-    const Products& product;
-    uint4 units[kDepth][4];
-    const char* source;
-    int tile, unit, below, ahead;
-
-    __device__ __forceinline__ explicit Ring(const Products& of) : product(of), tile(of.from / of.units), unit(of.from % of.units), ahead(of.left) {
-      seek();
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) fetch(units[i]);
-    }
-    __device__ __forceinline__ void seek() {
-      const DecodeTile& at = product.tile_at(tile);
-      below = 8 * at.row_bytes;
-      source = at.w + int64_t{product.g} * at.row_bytes + unit * 128 + product.t * (kNf4 ? 16 : 32);
-    }
-    // A unit has 128 bytes of each row.
-    __device__ __forceinline__ void fetch(uint4 (&to)[4]) {
-      if (ahead <= 0) return;
-      constexpr int kNext = kNf4 ? 64 : 16;
-      to[0] = load_once(reinterpret_cast<const uint4*>(source));
-      to[1] = load_once(reinterpret_cast<const uint4*>(source + kNext));
-      to[2] = load_once(reinterpret_cast<const uint4*>(source + below));
-      to[3] = load_once(reinterpret_cast<const uint4*>(source + below + kNext));
-      source += 128;
-      --ahead;
-      if (++unit == product.units) {
-        unit = 0;
-        ++tile;
-        if (ahead > 0) seek();
-      }
-    }
+  // Where the weights of this warp's next unit are. The units under way are an array of their own: beside it these would be in memory, too.
+  struct Source {
+    const char* at;
+    int tile, unit, below;
   };
+  __device__ __forceinline__ void seek(Source& source) const {
+    const DecodeTile& tile = tile_at(source.tile);
+    source.below = 8 * tile.row_bytes;
+    source.at = tile.w + int64_t{g} * tile.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
+  }
+  // A unit has 128 bytes of each row. `ahead`: how many are still to be fetched.
+  __device__ __forceinline__ void fetch(Source& source, uint4 (&to)[4], int ahead) const {
+    if (ahead <= 0) return;
+    constexpr int kNext = kNf4 ? 64 : 16;
+    to[0] = load_once(reinterpret_cast<const uint4*>(source.at));
+    to[1] = load_once(reinterpret_cast<const uint4*>(source.at + kNext));
+    to[2] = load_once(reinterpret_cast<const uint4*>(source.at + source.below));
+    to[3] = load_once(reinterpret_cast<const uint4*>(source.at + source.below + kNext));
+    source.at += 128;
+    if (++source.unit == units) {
+      source.unit = 0;
+      ++source.tile;
+      if (ahead > 1) seek(source);
+    }
+  }
+
+  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4]) const {
+    Source source{nullptr, from / units, from % units, 0};
+    if (left > 0) {
+      seek(source);
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) fetch(source, ring[i], left - i);
+    }
+    return source;
+  }
 
   // Whatever does not depend on the product's input: where its tiles are, weights and scales on their way. Nobody uses shared memory.
   __device__ __forceinline__ void prepare(int of_layer, DecodePhase which) {
@@ -193,7 +194,7 @@ struct Products {
       uint4 raw[MP];
 #pragma unroll
       for (int c = 0; c < MP; ++c) {
-        if (c < s.M) raw[c] = *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i);
+        raw[c] = c < s.M ? *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i) : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
       for (int c = 0; c < MP; ++c) {
@@ -335,19 +336,18 @@ struct Products {
   }
 
   template <bool kShared>
-  __device__ __forceinline__ void multiply_dense() {
+  __device__ __forceinline__ void multiply_dense(uint4 (&ring)[kDepth][4], Source& source) {
     int unit = from % units;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + from / units) * kSlot + g;
     const char* const shared = shared_at(x_shared_row(g) + t * 32);
     float sum[4] = {}, odd[4] = {};
-    Ring ring(*this);
     const auto step = [&](uint4 (&own)[4]) {
       const auto* const at = reinterpret_cast<const uint4*>(shared + unit * 128);
       const XOfUnit x = kShared ? XOfUnit{at[0], at[1]} : x_unit(false, unit);
       const unsigned top[8] = {own[0].x, own[0].y, own[0].z, own[0].w, own[1].x, own[1].y, own[1].z, own[1].w};
       const unsigned bottom[8] = {own[2].x, own[2].y, own[2].z, own[2].w, own[3].x, own[3].y, own[3].z, own[3].w};
       multiply_pairs<T>(sum, odd, top, bottom, x);
-      ring.fetch(own);
+      fetch(source, own, left - kDepth);
       --left;
       if (++unit < units && left > 0) return;
       const float total[4] = {sum[0] + odd[0], sum[1] + odd[1], sum[2] + odd[2], sum[3] + odd[3]};
@@ -359,14 +359,14 @@ struct Products {
     while (left > 0) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring.units[i]);
+        if (left > 0) step(ring[i]);
       }
     }
   }
 
   // As strips_kernel does: see there.
   template <bool kShared>
-  __device__ __forceinline__ void multiply_nf4() {
+  __device__ __forceinline__ void multiply_nf4(uint4 (&ring)[kDepth][4], Source& source) {
     const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
     const unsigned table = s.at.table + lane * 4;
     const int blocks = columns / kBlock, stride = absmax_stride(), shift = s.nested_shift;
@@ -397,7 +397,6 @@ struct Products {
       offset = part_at(tile.part).nested_offset;
     };
     rows_of_tile();
-    Ring ring(*this);
     const auto step = [&](uint4 (&own)[4]) {
       if (!Use::kXOfRun) load(unit * 512);
       const unsigned absmax[2] = {*reinterpret_cast<const unsigned*>(absmax_at + unit * 4),
@@ -414,7 +413,7 @@ struct Products {
         unsigned top[16], bottom[16];
         look_up_words<Use::kWide>(own[run], table, top);
         look_up_words<Use::kWide>(own[2 + run], table, bottom);
-        if (run == 1) ring.fetch(own);
+        if (run == 1) fetch(source, own, left - kDepth);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
@@ -480,21 +479,21 @@ struct Products {
     while (left > 0) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring.units[i]);
+        if (left > 0) step(ring[i]);
       }
     }
   }
 
   // residual: what finish adds.
-  __device__ __forceinline__ void run(const void* residual) {
+  __device__ __forceinline__ void run(uint4 (&ring)[kDepth][4], Source& source, const void* residual) {
     if (warp == kDecodeWarps) {
       multiply_by_a();
     } else if (left > 0) {
       if constexpr (kNf4) {
         // One or two rows always fit shared memory.
-        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>() : multiply_nf4<MP <= 2>();
+        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>(ring, source) : multiply_nf4<MP <= 2>(ring, source);
       } else {
-        s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
+        s.x_shared[phase] ? multiply_dense<true>(ring, source) : multiply_dense<false>(ring, source);
       }
     }
     first_added = thread < outputs() ? added(residual, thread) : 0;
