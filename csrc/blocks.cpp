@@ -23,20 +23,20 @@ struct Norm {
 
   explicit Norm(const NormView& view) : weight(view.weight), eps(view.eps), offset(view.offset) {}
 
-  // rstd is null where no backward will follow. `tail`: see linear_tail.
-  Tensor forward(const Tensor& x, Tensor* rstd, int64_t tail = 0) const {
+  // rstd is null where no backward will follow. `tail`: see linear_tail; `fp8`: see rms_norm_forward.
+  Tensor forward(const Tensor& x, Tensor* rstd, int64_t tail = 0, const Fp8Rows& fp8 = {}) const {
     if (!weight.defined()) return x;
-    if (rstd == nullptr && tail == 0) return rms_norm(x, weight, eps, offset);
-    const auto [y, r] = rms_norm_forward(x, weight, eps, offset, tail);
+    if (rstd == nullptr && tail == 0 && !fp8.defined()) return rms_norm(x, weight, eps, offset);
+    const auto [y, r] = rms_norm_forward(x, weight, eps, offset, tail, &fp8);
     if (rstd != nullptr) *rstd = r;
     return y;
   }
 
-  // Plus `residual`, the gradient that reaches x around the norm, if there is one. `room`: see rms_norm_backward.
+  // Plus `residual`, the gradient that reaches x around the norm, if there is one. `room`, `fp8`: see rms_norm_backward.
   Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, Tensor& dweight, const Tensor& residual = {},
-                  int64_t room = 0) const {
+                  int64_t room = 0, const Fp8Rows& fp8 = {}) const {
     if (!weight.defined()) return residual.defined() ? dy + residual : dy;
-    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual, room);
+    const auto [dx, dw] = rms_norm_backward(dy, x, weight, rstd, offset, residual, room, &fp8);
     dweight = dw;
     return dx;
   }
@@ -46,8 +46,9 @@ struct Norm {
 Tensor norm_linear(const Norm& norm, const Linear& l, const Tensor& x, Tensor* rstd, Tensor& normed, Tensor* z,
                    int64_t room = 0) {
   const int64_t tail = norm.weight.defined() ? linear_tail(x, l) : 0;
-  normed = norm.forward(x, rstd, tail);
-  const Tensor y = tail > 0 ? linear_with_tail(normed, l, z, room) : linear_forward(normed, l, z);
+  Fp8Rows fp8 = norm.weight.defined() ? linear_fp8_rows(x, l, x.size(1)) : Fp8Rows{};
+  normed = norm.forward(x, rstd, tail, fp8);
+  const Tensor y = tail > 0 ? linear_with_tail(normed, l, z, room) : linear_forward(normed, l, z, std::move(fp8));
   if (tail > 0) normed = normed.narrow(1, 0, x.size(1));
   if (!l.needs_input()) normed = Tensor();
   return y;
@@ -57,6 +58,24 @@ Tensor norm_linear(const Norm& norm, const Linear& l, const Tensor& x, Tensor* r
 int64_t tail_behind(const Tensor& d, const Linear& l) {
   const int64_t tail = linear_gradient_tail(d, l);
   return room_behind(d) >= tail ? tail : 0;
+}
+
+// The gradient of l's output, the last of a block, and that in e4m3: post's backward, or dy as it came.
+std::tuple<Tensor, Fp8Rows> last_gradient(const Norm& post, const Linear& l, const Tensor& dy, const Tensor& out, const Tensor& rstd,
+                                          Tensor& dweight) {
+  if (!post.weight.defined()) return {dy, fp8_take(dy)};
+  const Fp8Rows fp8 = linear_fp8_rows(dy, l, dy.size(1));
+  return {post.backward(dy, out, rstd, dweight, {}, 0, fp8), fp8};
+}
+
+// A block's gradient: through `norm`, and dy around it. The block before it ends in a product like `last`, whose gradient this is
+// then, unless a norm follows that.
+Tensor block_gradient(const Norm& norm, const Norm& post, const Linear& last, const Tensor& d_normed, const Tensor& x, const Tensor& rstd,
+                      Tensor& dweight, const Tensor& dy) {
+  Fp8Rows fp8 = norm.weight.defined() && !post.weight.defined() ? linear_fp8_rows(x, last, x.size(1)) : Fp8Rows{};
+  const Tensor dx = norm.backward(d_normed, x, rstd, dweight, dy, linear_gradient_tail(x, last), fp8);
+  if (fp8.defined()) fp8_leave(dx, std::move(fp8));
+  return dx;
 }
 
 struct AttentionBlock {
@@ -194,8 +213,8 @@ struct AttentionBlock {
 
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const qkv_grads = grads + 4, *const o_grads = qkv_grads + 2 + 2 * qkv.parts.size();
-    const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[3]);
-    Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o));
+    auto [d_out, d_out_rows] = last_gradient(post_norm, o, dy, k.out, k.post_rstd, grads[3]);
+    Tensor d_attended = linear_backward(d_out, k.attended, k.o_z, o, true, o_grads, tail_behind(d_out, o), std::move(d_out_rows));
     const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
     const int64_t rows = k.projected.size(1), tail = linear_gradient_tail(x, qkv);
     const Tensor d_projected = at::empty({x.size(0), rows + tail}, x.options()).narrow(1, 0, rows);
@@ -214,7 +233,7 @@ struct AttentionBlock {
     if (!k.normed.defined() && qkv.needs_input()) k.normed = norm.forward(x, nullptr);
     const Tensor d_normed = linear_backward(d_projected, std::move(k.normed), k.qkv_z, qkv, need_normed, qkv_grads, tail);
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, o));
+    return block_gradient(norm, post_norm, o, d_normed, x, k.rstd, grads[0], dy);
   }
 };
 
@@ -262,15 +281,17 @@ struct MlpBlock {
     }
     const bool last = whole || (post_norm.weight.defined() && !k.out.defined());
     const int64_t tail = last ? linear_tail(x, down) : 0;
+    Fp8Rows fp8 = last ? linear_fp8_rows(x, down, down.in()) : Fp8Rows{};
     if (last || (down.needs_input() && !k.product.defined())) {
-      k.product = keeps || tail > 0 ? swiglu_forward(k.gated, activation, tail) : swiglu(k.gated, activation);
+      const bool plain = !keeps && tail == 0 && !fp8.defined();
+      k.product = plain ? swiglu(k.gated, activation) : swiglu_forward(k.gated, activation, tail, &fp8);
     }
     if (!last) {
       if (!k.down_z.defined() && k.product.defined()) k.down_z = linear_z(k.product, down);
       return {};
     }
     Tensor* const z = keeps ? &k.down_z : nullptr;
-    k.out = tail > 0 ? linear_with_tail(k.product, down, z) : linear_forward(k.product, down, z);
+    k.out = tail > 0 ? linear_with_tail(k.product, down, z) : linear_forward(k.product, down, z, std::move(fp8));
     if (tail > 0) k.product = k.product.narrow(1, 0, down.in());
     if (!down.needs_input()) k.product = Tensor();
     const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
@@ -281,16 +302,18 @@ struct MlpBlock {
   // Nobody else will read what is kept: its memory is used again.
   Tensor backward(const Tensor& dy, const Tensor& x, Kept& k, bool need_dx, Tensor* grads) const {
     Tensor *const gate_up_grads = grads + 2, *const down_grads = gate_up_grads + 2 + 2 * gate_up.parts.size();
-    const Tensor d_out = post_norm.backward(dy, k.out, k.post_rstd, grads[1]);
+    auto [d_out, d_out_rows] = last_gradient(post_norm, down, dy, k.out, k.post_rstd, grads[1]);
     const Tensor d_product = linear_backward(d_out, std::move(k.product), k.down_z, down, true, down_grads,
-                                             tail_behind(d_out, down));
+                                             tail_behind(d_out, down), std::move(d_out_rows));
     const int64_t tail = linear_gradient_tail(x, gate_up);
     const bool in_place = k.gated.stride(0) >= k.gated.size(1) + tail;
-    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, in_place, tail);
     const bool need_normed = need_dx || norm.weight.requires_grad();
-    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads, tail);
+    Fp8Rows d_gated_rows = need_normed ? linear_fp8_rows(x, gate_up, gate_up.rows()) : Fp8Rows{};
+    const Tensor d_gated = swiglu_backward(d_product, k.gated, activation, in_place, tail, &d_gated_rows);
+    const Tensor d_normed = linear_backward(d_gated, std::move(k.normed), k.gate_up_z, gate_up, need_normed, gate_up_grads, tail,
+                                            std::move(d_gated_rows));
     if (!need_normed) return {};
-    return norm.backward(d_normed, x, k.rstd, grads[0], dy, linear_gradient_tail(x, down));
+    return block_gradient(norm, post_norm, down, d_normed, x, k.rstd, grads[0], dy);
   }
 
   // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.

@@ -1,7 +1,6 @@
 #include "ferrotune/csrc/fp8.h"
 
 #include "ferrotune/csrc/cpu.h"
-#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/lora.h"
 #include "ferrotune/src/ffi.rs.h"
 
@@ -11,152 +10,170 @@ namespace {
 
 constexpr auto kE4m3 = at::kFloat8_e4m3fn;
 
-// What LoRA's two factors are multiplied by and divided by, so that both are in the range of e4m3: B up to eight times the
-// largest weight of its row, A up to 3.5. Beyond, the result is NaN.
-constexpr double kForwardFactor = 8, kBackwardFactor = 1.0 / 128;
+// Bits of head room of a row, and of a weight.
+constexpr int kHeadRoom = 3, kWeightHeadRoom = 4;
+
+// What Z and G are multiplied by, and B and A divided by, so that both are in the range of e4m3: Z and G up to 32 times the largest
+// number of their row, B and A up to four times the largest weight. Beyond, the result is NaN.
+constexpr double kFactor = 0.25;
 
 // 2^e, f32, for e of -126 .. 127; a power function may round.
 Tensor power_of_two(const Tensor& e) { return e.to(at::kInt).add(127).mul_(1 << 23).view(at::kFloat); }
 
-// The least e of -126 .. with absmax <= 448 * 2^e, int32. frexp: absmax = f 2^k, f of [0.5, 1).
-Tensor scale_exponent(const Tensor& absmax) {
+// The least e of -126 .. with 2^room absmax <= 448 * 2^e, int32. frexp: absmax = f 2^k, f of [0.5, 1).
+Tensor scale_exponent(const Tensor& absmax, int room) {
   const auto [f, k] = at::frexp(absmax);
-  const Tensor e = k.to(at::kInt).sub(9).add(f.gt(0.875)).masked_fill(absmax.eq(0), -126);
-  return e.clamp(-126, 120);
+  const Tensor e = k.to(at::kInt).add(room - 9).add(f.gt(0.875)).masked_fill(absmax.eq(0), -126);
+  return e.clamp(-126, 126);
 }
-
-// X [N, K + tail] in e4m3 as bytes, and the scales [N].
-struct Rows {
-  Tensor bytes, scale;
-
-  // The matrix without its tail.
-  Tensor value(int64_t columns, at::ScalarType dtype) const {
-    return bytes.narrow(1, 0, columns).view(kE4m3).to(dtype).mul_(scale.unsqueeze(1).to(dtype));
-  }
-};
 
 Tensor bytes_of(const Tensor& x, const Tensor& exponents) {
-  return (x * power_of_two(exponents.neg()).unsqueeze(1)).to(at::kFloat).to(kE4m3).view(at::kByte);
+  return (x * power_of_two(exponents.neg())).to(at::kFloat).to(kE4m3).view(at::kByte);
 }
 
-// The definition: of x diag(2^exponents), where there are any.
-Rows rows_by_formula(const Tensor& given, const Tensor& exponents) {
-  const Tensor x = exponents.defined() ? given * power_of_two(exponents).to(given.scalar_type()) : given;
-  const Tensor exact = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat), absmax = exact.abs().amax(1);
-  const Tensor e = scale_exponent(absmax);
-  return {bytes_of(exact, e), power_of_two(e).masked_fill(absmax.isfinite().logical_not(), NAN)};
+Tensor value_of(const Tensor& bytes, const Tensor& scale, at::ScalarType dtype) {
+  return bytes.view(kE4m3).to(dtype).mul_(scale.unsqueeze(1).to(dtype));
 }
 
 int64_t padded(int64_t rank) { return (rank + 15) / 16 * 16; }
 
-// The same by the kernel, with z behind it.
-Rows rows_by_kernel(const Kernels& kernels, const Tensor& given, const Tensor& exponents, const Tensor& z, double z_factor) {
+// The definition.
+Fp8Rows rows_by_formula(const Tensor& x) {
+  const Tensor exact = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat), absmax = exact.abs().amax(1);
+  const Tensor e = scale_exponent(absmax, kHeadRoom);
+  return {bytes_of(exact, e.unsqueeze(1)), power_of_two(e).masked_fill(absmax.isfinite().logical_not(), NAN)};
+}
+
+Fp8Rows rows_by_kernel(const Kernels& kernels, const Tensor& given, int64_t room) {
   const bool in_place = given.stride(1) == 1 && given.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(given.const_data_ptr()) % 16 == 0;
   const Tensor x = in_place ? given : given.clone(at::MemoryFormat::Contiguous);
   const Launch launch(x);
-  const int64_t n = x.size(0), k = x.size(1), rank = z.defined() ? z.size(1) : 0, wide = k + 3 * padded(rank);
-  const Rows rows{at::empty({n, wide}, x.options().dtype(at::kByte)), at::empty({n}, x.options().dtype(at::kFloat))};
-  TORCH_CHECK(!z.defined() || z.stride(1) == 1, "fp8: columns of z lie apart");
-  check_launch(kernels.fp8_rows(x.const_data_ptr(), exponents.defined() ? exponents.const_data_ptr<int8_t>() : nullptr,
-                                z.defined() ? z.const_data_ptr() : nullptr, rows.bytes.mutable_data_ptr<uint8_t>(),
-                                rows.scale.mutable_data_ptr<float>(), n, k, x.stride(0), rank, z.defined() ? z.stride(0) : 0, wide,
-                                padded(rank), static_cast<float>(z_factor), launch.stream()),
-               "fp8_rows");
+  Fp8Rows rows = fp8_rows_like(x, x.size(1), room);
+  check_launch(kernels.fp8_rows(x.const_data_ptr(), rows.to(), x.size(0), x.size(1), x.stride(0), launch.stream()), "fp8_rows");
   return rows;
 }
 
-Rows quantized(const Tensor& x, const Tensor& exponents, const Tensor& z = {}, double z_factor = 1) {
+Fp8Rows quantized(const Tensor& x, int64_t room) {
   const Kernels* const kernels = kernels_for(x);
-  if (kernels != nullptr && x.scalar_type() == at::kBFloat16) return rows_by_kernel(*kernels, x, exponents, z, z_factor);
-  return rows_by_formula(x, exponents);
+  if (kernels != nullptr && x.scalar_type() == at::kBFloat16) return rows_by_kernel(*kernels, x, room);
+  return rows_by_formula(x);
 }
 
-// Bytes of rows [N, K] times columns [M, K], in bf16.
-Tensor scaled_product(const Rows& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias) {
+KernelFp8Rows behind(const Tensor& bytes, int64_t columns, const Tensor& scale) {
+  return {bytes.mutable_data_ptr<uint8_t>() + columns, scale.mutable_data_ptr<float>(), bytes.stride(0)};
+}
+
+// rows [N, columns + tail] times weight [M, columns + tail], in bf16. `operands` has LoRA's parts and their count; `first` is Z or G
+// [N, R], or undefined where nothing stands behind.
+Tensor scaled_product(const Fp8Rows& rows, const Tensor& weight, const Fp8& w, int64_t columns, const Tensor& bias, KernelFp8Lora operands,
+                      const Tensor& first) {
+  const int64_t m = weight.size(0), wide = columns + (first.defined() ? fp8_room(first.size(1)) : 0);
+  if (first.defined()) {
+    TORCH_CHECK(first.stride(1) == 1, "fp8: columns of LoRA's first product lie apart");
+    operands.x = behind(rows.bytes, columns, rows.scale);
+    operands.weight = behind(weight, columns, w.scale);
+    operands.z = first.const_data_ptr();
+    operands.z_stride = first.stride(0);
+    operands.z_factor = static_cast<float>(kFactor);
+    operands.N = first.size(0);
+    operands.R = first.size(1);
+    operands.rows = m;
+    operands.padded = padded(first.size(1));
+    const Launch launch(first);
+    check_launch(kernels_for(first)->fp8_lora(&operands, launch.stream()), "fp8_lora");
+  }
   const std::optional<Tensor> added = bias.defined() ? std::optional(bias.to(at::kBFloat16)) : std::nullopt;
   // Fast accumulation, in the precision of the tensor cores: 0.21 in place of 0.17 % off, bf16's rounding included, for 10 % of the
   // time (H200, K = 4096).
-  return at::_scaled_mm(rows.bytes.view(kE4m3), columns.view(kE4m3).t(), rows.scale.unsqueeze(1), scale.unsqueeze(0), added, {},
-                        at::kBFloat16, true);
+  return at::_scaled_mm(rows.bytes.narrow(1, 0, wide).view(kE4m3), weight.narrow(1, 0, wide).view(kE4m3).t(), rows.scale.unsqueeze(1),
+                        w.scale.narrow(0, 0, m).unsqueeze(0), added, {}, at::kBFloat16, true);
 }
 
-// Writes LoRA behind a weight, `to` [rows, 3 padded].
-void put_behind(const Tensor& to, const Tensor& exponents, KernelFp8Lora operands, const Kernels& kernels) {
-  operands.to = to.mutable_data_ptr<uint8_t>();
-  operands.exponents = exponents.defined() ? exponents.const_data_ptr<int8_t>() : nullptr;
-  operands.rows = to.size(0);
-  operands.to_stride = to.stride(0);
-  operands.padded = to.size(1) / 3;
-  const Launch launch(to);
-  check_launch(kernels.fp8_lora(&operands, launch.stream()), "fp8_lora");
-}
+// Q(d), and at which version of d.
+struct Left : c10::BackendMeta {
+  Left(Fp8Rows rows, uint32_t version) : rows(std::move(rows)), version(version) {}
+  Fp8Rows rows;
+  uint32_t version;
+};
 
 }  // namespace
 
-Fp8::Fp8(const Fp8View& view)
-    : by_rows(view.by_rows), by_columns(view.by_columns), exponents(view.exponents), scale(view.scale), ones(view.ones) {}
+Fp8::Fp8(const Fp8View& view) : by_rows(view.by_rows), by_columns(view.by_columns), scale(view.scale) {}
 
-Tensor Fp8::dense(at::ScalarType dtype) const { return Rows{by_rows, scale}.value(in(), dtype); }
+Tensor Fp8::dense(at::ScalarType dtype) const { return value_of(by_rows.narrow(1, 0, in()), scale.narrow(0, 0, rows()), dtype); }
 
-bool fp8_folds(const Tensor& x, const Fp8& w, const LoraParts& lora) {
-  if (kernels_for(x) == nullptr || x.scalar_type() != at::kBFloat16 || lora.drops) return false;
-  const int64_t room = w.by_rows.size(1) - w.in();
-  return !lora.places.empty() && lora.places.size() <= std::size(KernelFp8Lora{}.parts) && 3 * padded(lora.rank) <= room;
+KernelFp8Rows Fp8Rows::to() const { return defined() ? behind(bytes, 0, scale) : KernelFp8Rows{}; }
+
+int64_t fp8_room(int64_t rank) { return 3 * padded(rank); }
+
+Fp8Rows fp8_rows_like(const Tensor& x, int64_t columns, int64_t room) {
+  const int64_t n = x.size(0);
+  return {at::empty({n, columns + room}, x.options().dtype(at::kByte)), at::empty({n}, x.options().dtype(at::kFloat))};
 }
 
-Tensor fp8_forward(const Tensor& x, const Fp8& w, const Tensor& bias, const LoraParts& lora, const Tensor& z) {
-  const int64_t in = w.in(), tail = z.defined() ? 3 * padded(lora.rank) : 0;
-  const Rows rows = quantized(x, {}, z, kForwardFactor);
+void fp8_leave(const Tensor& d, Fp8Rows rows) {
+  d.unsafeGetTensorImpl()->set_backend_meta(c10::make_intrusive<Left>(std::move(rows), d._version()));
+}
+
+Fp8Rows fp8_take(const Tensor& d) {
+  auto* const left = dynamic_cast<Left*>(d.unsafeGetTensorImpl()->get_backend_meta());
+  if (left == nullptr) return {};
+  Fp8Rows rows = left->version == d._version() ? left->rows : Fp8Rows{};
+  d.unsafeGetTensorImpl()->set_backend_meta(nullptr);
+  return rows;
+}
+
+Tensor fp8_forward(const Tensor& x, const Fp8& w, const Tensor& bias, const LoraParts& lora, const Tensor& z, Fp8Rows rows) {
+  const int64_t in = w.in();
+  if (!rows.defined()) rows = quantized(x, z.defined() ? fp8_room(lora.rank) : 0);
   if (!x.is_cuda()) {
-    const Tensor y = product(rows.value(in, x.scalar_type()), w.dense(x.scalar_type()).t());
+    const Tensor y = product(value_of(rows.bytes, rows.scale, x.scalar_type()), w.dense(x.scalar_type()).t());
     return bias.defined() ? y.add_(bias) : y;
   }
-  if (tail > 0) {
-    KernelFp8Lora operands{};
-    std::vector<Tensor> bs;
-    for (const auto& [part, row, column, rank] : lora.places) {
-      bs.push_back(part->b.to(at::kFloat).contiguous());
-      operands.parts[operands.count++] = {bs.back().const_data_ptr<float>(), row, part->rows, column, rank, rank, 1,
-                                          static_cast<float>(part->scale / kForwardFactor)};
-    }
-    put_behind(w.by_rows.narrow(1, in, tail), w.exponents, operands, *kernels_for(x));
+  KernelFp8Lora operands{};
+  std::vector<Tensor> bs;
+  for (const auto& [part, row, column, rank] : lora.places) {
+    if (!z.defined()) break;
+    bs.push_back(part->b.to(at::kFloat).contiguous());
+    operands.parts[operands.count++] = {bs.back().const_data_ptr<float>(), row, part->rows, column, rank, rank, 1,
+                                        static_cast<float>(part->scale / kFactor)};
   }
-  return scaled_product(rows, w.by_rows.narrow(1, 0, in + tail), w.scale, bias);
+  return scaled_product(rows, w.by_rows, w, in, bias, operands, z);
 }
 
-Tensor fp8_backward(const Tensor& dy, const Fp8& w, const LoraParts& lora, const Tensor& g) {
-  const int64_t rows = w.rows(), tail = g.defined() ? 3 * padded(lora.rank) : 0;
-  const Rows quantized_dy = quantized(dy, w.exponents, g, kBackwardFactor);
-  if (!dy.is_cuda()) {
-    const Tensor bytes = w.by_rows.narrow(1, 0, w.in()).view(kE4m3).to(dy.scalar_type());
-    return product(quantized_dy.value(rows, dy.scalar_type()), bytes);
+Tensor fp8_backward(const Tensor& dy, const Fp8& w, const LoraParts& lora, const Tensor& g, Fp8Rows rows) {
+  if (!rows.defined()) rows = quantized(dy, g.defined() ? fp8_room(lora.rank) : 0);
+  if (!dy.is_cuda()) return product(value_of(rows.bytes, rows.scale, dy.scalar_type()), w.dense(dy.scalar_type()));
+  KernelFp8Lora operands{};
+  std::vector<Tensor> as;
+  for (const auto& [part, row, column, rank] : lora.places) {
+    if (!g.defined()) break;
+    as.push_back(part->a.to(at::kFloat).contiguous());
+    operands.parts[operands.count++] = {as.back().const_data_ptr<float>(), 0, w.in(), column, rank, 1, w.in(),
+                                        static_cast<float>(1 / kFactor)};
   }
-  if (tail > 0) {
-    KernelFp8Lora operands{};
-    std::vector<Tensor> as;
-    for (const auto& [part, row, column, rank] : lora.places) {
-      as.push_back(part->a.to(at::kFloat).contiguous());
-      operands.parts[operands.count++] = {as.back().const_data_ptr<float>(), 0, w.in(), column, rank, 1, w.in(),
-                                          static_cast<float>(1 / kBackwardFactor)};
-    }
-    put_behind(w.by_columns.narrow(1, rows, tail), {}, operands, *kernels_for(dy));
-  }
-  return scaled_product(quantized_dy, w.by_columns.narrow(1, 0, rows + tail), w.ones, {});
+  return scaled_product(rows, w.by_columns, w, w.rows(), {}, operands, g);
 }
 
 void fp8_quantize(const Tensor& weight, const Fp8View& view) {
   const Fp8 to(view);
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == to.rows() && weight.size(1) == to.in(), "fp8: the weight is ", weight.sizes(),
               ", expected [", to.rows(), ", ", to.in(), "]");
-  const Tensor exact = weight.scalar_type() == at::kDouble ? weight : weight.to(at::kFloat), absmax = exact.abs().amax(1);
-  TORCH_CHECK(absmax.isfinite().all().item<bool>(), "NaN or infinite values");
-  const Tensor own = scale_exponent(absmax), e = own.maximum(own.max().sub(2));
-  const Tensor bytes = bytes_of(exact, e);
-  to.by_rows.narrow(1, 0, to.in()).copy_(bytes);
-  to.by_columns.narrow(1, 0, to.rows()).copy_(bytes.t());
-  to.exponents.copy_(e);
-  to.scale.copy_(power_of_two(e));
-  to.ones.fill_(1);
+  const auto wide = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto [least, largest] = at::aminmax(weight);
+  const Tensor absmax = at::maximum(least.neg(), largest).to(wide);
+  TORCH_CHECK(absmax.isfinite().item<bool>(), "NaN or infinite values");
+  const Tensor e = scale_exponent(absmax, kWeightHeadRoom);
+  to.scale.copy_(power_of_two(e).expand_as(to.scale));
+  // In runs of rows: what is in f32 meanwhile would be twice the weight, and leave holes of that size in the allocator's memory.
+  constexpr int64_t kElements = 1 << 24;
+  const int64_t run = std::max<int64_t>(1, kElements / to.in());
+  for (int64_t first = 0; first < to.rows(); first += run) {
+    const int64_t count = std::min(run, to.rows() - first);
+    const Tensor bytes = bytes_of(weight.narrow(0, first, count).to(wide), e);
+    to.by_rows.narrow(0, first, count).narrow(1, 0, to.in()).copy_(bytes);
+    to.by_columns.narrow(1, first, count).copy_(bytes.t());
+  }
 }
 
 void fp8_dequantize(const Fp8View& view, const Tensor& destination) {

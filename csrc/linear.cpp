@@ -144,9 +144,28 @@ Tensor merged(const Tensor& w, const LoraParts& lora) {
   return sum;
 }
 
+// Columns behind the operands of a product in e4m3 for LoRA; 0 where it does not ride in it.
+int64_t fp8_tail(const Tensor& x, const Linear& l) {
+  if (kernels_for(x) == nullptr || x.scalar_type() != at::kBFloat16) return 0;
+  int64_t rank = 0, count = 0;
+  for (const Lora& part : l.parts) {
+    if (part.dropout > 0) return 0;
+    if (!part.a.defined()) continue;
+    rank += part.a.size(0);
+    ++count;
+  }
+  const int64_t tail = fp8_room(rank), room = l.fp8.by_rows.size(1) - l.fp8.in();
+  return count <= static_cast<int64_t>(std::size(KernelFp8Lora{}.parts)) && tail <= room ? tail : 0;
+}
+
 }  // namespace
 
-Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
+Fp8Rows linear_fp8_rows(const Tensor& like, const Linear& l, int64_t columns) {
+  if (!l.fp8.defined() || kernels_for(like) == nullptr || like.scalar_type() != at::kBFloat16) return {};
+  return fp8_rows_like(like, columns, fp8_tail(like, l));
+}
+
+Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out, Fp8Rows rows) {
   TORCH_CHECK(x.dim() == 2 && (!l.weight.defined() || l.weight.dim() == 2) && x.size(1) == l.in(), "linear: x is ", x.sizes(),
               ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
   if (z_out == nullptr && is_rows(x) && rows_fit_linear(x, l)) return rows_linear(x, l);
@@ -156,8 +175,8 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out) {
   bool has_lora = false;  // y, already
   if (l.fp8.defined()) {
     z = lora_z(x, lora);
-    has_lora = fp8_folds(x, l.fp8, lora);
-    y = fp8_forward(x, l.fp8, l.bias, lora, has_lora ? z : Tensor());
+    has_lora = fp8_tail(x, l) > 0;
+    y = fp8_forward(x, l.fp8, l.bias, lora, has_lora ? z : Tensor(), std::move(rows));
   } else {
     Tensor w = l.dense(dtype);
     has_lora = merging_pays(x, w, lora);
@@ -229,7 +248,7 @@ int64_t linear_gradient_tail(const Tensor& dy, const Linear& l) {
 //   dA_p = G_p^T X_p        dB_p = s_p dY_p^T Z_p
 //   dW   = dY^T X           dbias = sum_n dY           (only where they train)
 Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Linear& l, bool need_dx, Tensor* grads,
-                       int64_t tail) {
+                       int64_t tail, Fp8Rows dy_rows) {
   const Tensor dy = given.stride(1) == 1 ? given : given.contiguous();
   const auto dtype = dy.scalar_type();
   const LoraParts lora(l, dtype);
@@ -264,9 +283,11 @@ Tensor linear_backward(const Tensor& given, Tensor x, const Tensor& z, const Lin
   }
   Tensor dx;
   if (l.fp8.defined()) {
-    const bool folds = fp8_folds(dy, l.fp8, lora);
-    dx = fp8_backward(dy, l.fp8, lora, folds ? g : Tensor());
-    if (folds) return dx;
+    const int64_t room = fp8_tail(dy, l);
+    // Made by a block that did not know this one.
+    if (dy_rows.defined() && dy_rows.bytes.size(1) < rows + room) dy_rows = {};
+    dx = fp8_backward(dy, l.fp8, lora, room > 0 ? g : Tensor(), std::move(dy_rows));
+    if (room > 0) return dx;
   } else {
     const Tensor w = l.dense(dtype);
     if (merging_pays(dy, w, lora)) return product(dy, merged(w, lora));

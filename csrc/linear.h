@@ -71,9 +71,13 @@ struct Linear {
 // x [N, in] -> [N, rows]. LoRA: arXiv:2106.09685. Takes part in autograd.
 Tensor linear(const Tensor& x, const Linear& linear);
 
-// The same without autograd. Where z is given it receives the products with all A_p side by side, [N, sum of R], which the
+// The same without autograd. `rows`: Q(x) of linear_fp8_rows, if someone made it. Where z is given it receives the products with all A_p side by side, [N, sum of R], which the
 // backward needs; without it, one row on the CPU takes a faster path.
-Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z);
+Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z, Fp8Rows rows = {});
+
+// Memory for x in e4m3, x [N, columns] being the input or the gradient of `linear`, for the kernel that writes x in bf16; undefined
+// where `linear` is not in e4m3 or x not written by a kernel. With room for LoRA, where that rides in the product.
+Fp8Rows linear_fp8_rows(const Tensor& like, const Linear& linear, int64_t columns);
 
 // LoRA inside the main product: with Z = X A^T behind X and scale B behind W, y = [X | Z] [W | scale B]^T is one product whose
 // inner dimension is 64 longer, and y is not read and written once more. linear_tail: how many columns X needs behind it, a
@@ -95,8 +99,9 @@ Tensor linear_z(const Tensor& x, const Linear& linear);
 int64_t linear_gradient_tail(const Tensor& dy, const Linear& linear);
 
 // dx (undefined if not wanted), and into grads the gradients of what trains, in the order of visit(). A caller that moves x in
-// frees its memory for dx. `tail` columns behind dy's, in rows [N, rows + tail], are this function's to write.
+// frees its memory for dx. `tail` columns behind dy's, in rows [N, rows + tail], are this function's to write. dy_rows: Q(dy), if
+// someone made it.
 Tensor linear_backward(const Tensor& dy, Tensor x, const Tensor& z, const Linear& linear, bool need_dx, Tensor* grads,
-                       int64_t tail = 0);
+                       int64_t tail = 0, Fp8Rows dy_rows = {});
 
 }  // namespace ferrotune

@@ -39,6 +39,7 @@ enum class Activation : std::uint8_t;
 struct BlockPolicy;
 
 class Segments;
+struct Fp8Rows;
 
 using TensorList = std::vector<Tensor>;
 std::unique_ptr<TensorList> tensor_list();
@@ -58,21 +59,23 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin);
 Tensor swiglu(const Tensor& gate_up, Activation activation);
 
 // ---- the same without autograd, for nodes that differentiate a whole block
-// y and rstd. The kernel leaves `tail` columns of y's rows for the caller to write: [N, C + tail].
+// y and rstd. The kernel leaves `tail` columns of y's rows for the caller to write: [N, C + tail]. Here and below `fp8`, where it
+// is defined (csrc/fp8.h), receives what is written in e4m3, too: the kernel of bf16 does that.
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
-                                            int64_t tail = 0);
+                                            int64_t tail = 0, const Fp8Rows* fp8 = nullptr);
 // dx, plus `residual` where it is defined, and dweight where it trains. The kernel leaves `room` columns behind the rows of
 // dx [N, C], in memory that no other tensor holds.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset, const Tensor& residual = {}, int64_t room = 0);
+                                             double offset, const Tensor& residual = {}, int64_t room = 0,
+                                             const Fp8Rows* fp8 = nullptr);
 // By the opposite angles where `inverse`, which is the backward. y may have a token stride of its own, or be x.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 void rotate_into(const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
 // The kernel leaves `tail` columns of y's rows for the caller to write: [N, F + tail].
-Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail = 0);
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail = 0, const Fp8Rows* fp8 = nullptr);
 // in_place: a kernel may write over gate_up. Else it leaves `room` columns behind the rows of the result.
 Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place = false,
-                       int64_t room = 0);
+                       int64_t room = 0, const Fp8Rows* fp8 = nullptr);
 // Into y [N, F], whose rows may lie apart.
 void swiglu_forward_into(const Tensor& y, const Tensor& gate_up, Activation activation);
 // gate_up becomes its gradient, and dy, whose rows may lie apart, what the forward gave.

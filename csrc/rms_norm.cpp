@@ -5,6 +5,7 @@
 // Backward, with g = dy (w + offset) and xh = x r:
 //   dr/dx_c = -r^3 x_c / C, so  dx = r (g - xh mean_c(g xh))  and  dw = sum_n dy xh.
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/fp8.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/rows.h"
@@ -34,7 +35,7 @@ Tensor rms_kernel_weight(const Tensor& weight, const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tensor& x, const Tensor& weight, double eps,
-                                              double offset, int64_t tail) {
+                                              double offset, int64_t tail, const Fp8Rows* fp8) {
   const Launch launch(x);
   const TokenRows rows(rms_heads(x));
   const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
@@ -43,14 +44,14 @@ std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tens
   Tensor rstd = at::empty({n, h, 1}, x.options().dtype(at::kFloat));
   check_launch(kernels.rms_norm_forward(rows.x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(),
                                         rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, h * c + tail,
-                                        static_cast<float>(eps), static_cast<float>(offset), kernel_dtype(x),
-                                        kernel_dtype(w), launch.stream()),
+                                        static_cast<float>(eps), static_cast<float>(offset), Fp8Rows::to(fp8),
+                                        kernel_dtype(x), kernel_dtype(w), launch.stream()),
                "rms_norm_forward");
   return {y, rstd};
 }
 
 Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& weight,
-                           const Tensor& rstd, double offset, const Tensor& residual, int64_t room) {
+                           const Tensor& rstd, double offset, const Tensor& residual, int64_t room, const Fp8Rows* fp8) {
   const Launch launch(x);
   const TokenRows rows(rms_heads(x)), around(residual.defined() ? rms_heads(residual) : rows.x);
   const Tensor w = rms_kernel_weight(weight, x);
@@ -66,7 +67,7 @@ Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tenso
                                          residual.defined() ? around.x.const_data_ptr() : nullptr,
                                          dx.mutable_data_ptr(), rows.x.size(0), rows.x.size(1), rows.x.size(2),
                                          rows.stride, around.stride, wide + room, static_cast<float>(offset),
-                                         kernel_dtype(x), kernel_dtype(w), launch.stream()),
+                                         Fp8Rows::to(fp8), kernel_dtype(x), kernel_dtype(w), launch.stream()),
                "rms_norm_backward");
   return dx;
 }
@@ -128,12 +129,12 @@ std::tuple<Tensor, Tensor> rms_backward_cpu(const CpuKernels& kernels, const Ten
 }  // namespace
 
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
-                                            int64_t tail) {
+                                            int64_t tail, const Fp8Rows* fp8) {
   TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
               ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
               " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
-  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset, tail);
+  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset, tail, fp8);
   if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
     return rms_forward_cpu(*kernels, x, weight, eps, offset);
   }
@@ -146,12 +147,12 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             double offset, const Tensor& residual, int64_t room) {
+                                             double offset, const Tensor& residual, int64_t room, const Fp8Rows* fp8) {
   const bool need_dw = weight.requires_grad();
   Tensor dx, dw;
   if (const Kernels* kernels = kernels_for(x)) {
     const Tensor dy = grad.contiguous();
-    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, residual, room);
+    dx = rms_backward_kernel(*kernels, dy, x, weight, rstd, offset, residual, room, fp8);
     if (need_dw) dw = rms_weight_backward_kernel(*kernels, dy, x, rstd).to(weight.scalar_type());
     return {dx, dw};
   }

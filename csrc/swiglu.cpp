@@ -2,6 +2,7 @@
 //   y = act(gate) * up,   act = silu (SwiGLU) or gelu (GeGLU, exact or its tanh form).
 // Backward: dgate = dy up act'(gate), dup = dy act(gate). act(gate) is recomputed from gate, not kept.
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/fp8.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/rows.h"
@@ -36,16 +37,17 @@ int kernel_activation(Activation activation) {
   }
 }
 
-void swiglu_forward_kernel(const Kernels& kernels, const Tensor& y, const Tensor& gate_up, Activation activation) {
+void swiglu_forward_kernel(const Kernels& kernels, const Tensor& y, const Tensor& gate_up, Activation activation,
+                           const Fp8Rows* fp8 = nullptr) {
   const Launch launch(gate_up);
   const TokenRows rows(gate_up.unsqueeze(1));
   check_launch(kernels.swiglu_forward(rows.x.const_data_ptr(), y.mutable_data_ptr(), y.size(0), y.size(1), rows.stride, y.stride(0),
-                                      kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
+                                      Fp8Rows::to(fp8), kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
                "swiglu_forward");
 }
 
 Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& gate_up, Activation activation,
-                              bool in_place, int64_t room) {
+                              bool in_place, int64_t room, const Fp8Rows* fp8) {
   const Launch launch(gate_up);
   const Tensor d = dy.contiguous();
   const TokenRows rows(gate_up.unsqueeze(1));
@@ -54,7 +56,7 @@ Tensor swiglu_backward_kernel(const Kernels& kernels, const Tensor& dy, const Te
                                    : at::empty({n, wide + room}, gate_up.options()).narrow(1, 0, wide);
   check_launch(kernels.swiglu_backward(d.const_data_ptr(), rows.x.const_data_ptr(), dgate_up.mutable_data_ptr(),
                                        nullptr, n, wide / 2, wide / 2, rows.stride, in_place ? rows.stride : wide + room,
-                                       kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
+                                       Fp8Rows::to(fp8), kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
                "swiglu_backward");
   return dgate_up;
 }
@@ -87,11 +89,11 @@ Tensor swiglu_backward_cpu(const CpuKernels& kernels, const Tensor& dy, const Te
 
 }  // namespace
 
-Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail) {
+Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail, const Fp8Rows* fp8) {
   if (const Kernels* kernels = kernels_for(gate_up)) {
     const int64_t f = gate_up.size(1) / 2;
     const Tensor y = at::empty({gate_up.size(0), f + tail}, gate_up.options());
-    swiglu_forward_kernel(*kernels, y.narrow(1, 0, f), gate_up, activation);
+    swiglu_forward_kernel(*kernels, y.narrow(1, 0, f), gate_up, activation, fp8);
     return y;
   }
   TORCH_CHECK(tail == 0, "swiglu: only the kernel leaves room in its rows");
@@ -100,9 +102,10 @@ Tensor swiglu_forward(const Tensor& gate_up, Activation activation, int64_t tail
   return activate(gate_up.narrow(1, 0, f), activation).mul_(gate_up.narrow(1, f, f));
 }
 
-Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place, int64_t room) {
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up, Activation activation, bool in_place, int64_t room,
+                       const Fp8Rows* fp8) {
   if (const Kernels* kernels = kernels_for(gate_up)) {
-    return swiglu_backward_kernel(*kernels, dy, gate_up, activation, in_place, room);
+    return swiglu_backward_kernel(*kernels, dy, gate_up, activation, in_place, room, fp8);
   }
   if (const CpuKernels* kernels = cpu_kernels_for(gate_up)) return swiglu_backward_cpu(*kernels, dy, gate_up, activation);
   const int64_t f = gate_up.size(1) / 2;
@@ -129,7 +132,7 @@ void swiglu_backward_in_place(const Tensor& dy, const Tensor& gate_up, Activatio
     const Launch launch(gate_up);
     void* const y = dy.mutable_data_ptr();
     check_launch(kernels->swiglu_backward(y, gate_up.const_data_ptr(), gate_up.mutable_data_ptr(), y, dy.size(0),
-                                          dy.size(1), dy.stride(0), gate_up.stride(0), gate_up.stride(0),
+                                          dy.size(1), dy.stride(0), gate_up.stride(0), gate_up.stride(0), {},
                                           kernel_activation(activation), kernel_dtype(gate_up), launch.stream()),
                  "swiglu_backward");
     return;

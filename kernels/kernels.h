@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 10
+#define FERROTUNE_KERNELS_ABI 11
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -75,21 +75,29 @@ struct KernelFill {
   int from_f32;
 };
 
+// Where rows in e4m3 go: bytes [N, K], rows `stride` apart, a multiple of 16, and their scales [N]. Nowhere where bytes is null.
+struct KernelFp8Rows {
+  uint8_t* bytes;
+  float* scale;
+  int64_t stride;
+};
+
 // One part of fp8_lora: factor times from, element (i, r) of which is at i row_stride + r rank_stride; rows first .. first + rows
-// and columns column .. column + R of the matrix.
+// and columns column .. column + R of what stands behind the weight.
 struct KernelFp8Part {
   const float* from;
   int64_t first, rows, column, R, row_stride, rank_stride;
   float factor;
 };
 
-// to [rows, 3 padded] e4m3, rows to_stride apart: 2^-exponents times the parts, or as they are where exponents is null, zero around
-// them. padded and to_stride are multiples of 16.
+// x [N, 3 padded] behind rows in e4m3 and weight [rows, 3 padded] behind those of a weight: z_factor z [N, R], bf16, and the parts,
+// over the scales of their rows, zero around them. padded and strides of bytes are multiples of 16.
 struct KernelFp8Lora {
   struct KernelFp8Part parts[3];
-  uint8_t* to;
-  const int8_t* exponents;
-  int64_t count, rows, to_stride, padded;
+  struct KernelFp8Rows x, weight;
+  const void* z;
+  int64_t count, N, rows, R, z_stride, padded;
+  float z_factor;
 };
 
 // One part of rows_linear: rows of W [rows, K], dense in the dtype of x, or NF4 where w is null (y and rows of nf4 unused). LoRA a
@@ -192,13 +200,10 @@ int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void*
 // `count` matrices, at most 4, one launch.
 int fill(const struct KernelFill* matrices, int64_t count, int dtype, void* stream);
 
-// y [N, K + 3 padded] e4m3, rows y_stride apart, and the scale [N] of each row of x [N, K] bf16, times 2^exponents [K] unless that
-// is null; behind it z_factor z [N, R], bf16, with the same scale, as kernels/fp8.cu says. K, y_stride and padded are multiples of
-// 16, x_stride of 8; padded is 0 without z and at most 256.
-int fp8_rows(const void* x, const int8_t* exponents, const void* z, uint8_t* y, float* scale, int64_t N, int64_t K,
-             int64_t x_stride, int64_t R, int64_t z_stride, int64_t y_stride, int64_t padded, float z_factor, void* stream);
+// x [N, K] bf16 in e4m3. K is a multiple of 16, x_stride of 8.
+int fp8_rows(const void* x, struct KernelFp8Rows to, int64_t N, int64_t K, int64_t x_stride, void* stream);
 
-// LoRA's A or B behind the rows of a weight in e4m3.
+// LoRA's two factors behind the rows of a product's operands in e4m3, as kernels/fp8.cu says.
 int fp8_lora(const struct KernelFp8Lora* lora, void* stream);
 
 // g = scale dy b and db = scale dy^T z of all parts. 16-bit dtypes. workspace: as many floats as lora_gradients_workspace
@@ -214,16 +219,16 @@ int nf4_quantize(const void* x, uint8_t* packed, float* absmax, int64_t n, int d
 
 // x [N, H, C] with token stride x_stride (heads stand side by side), weight [C], y [N, H, C] with token stride y_stride,
 // rstd [N, H] f32.
-// weight has dtype weight_dtype: that of x, or f32.
+// weight has dtype weight_dtype: that of x, or f32. fp8: y in e4m3, too; bf16 and H of 1 alone.
 int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H, int64_t C,
-                     int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype, int weight_dtype,
-                     void* stream);
+                     int64_t x_stride, int64_t y_stride, float eps, float offset, struct KernelFp8Rows fp8, int dtype,
+                     int weight_dtype, void* stream);
 
 // dy [N, H, C], x and weight as above, rstd [N, H] from the forward, residual [N, H, C] or null: added to dx [N, H, C]. These
-// two have token strides of their own.
+// two have token strides of their own. fp8: dx in e4m3, too; bf16 and H of 1 alone.
 int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd, const void* residual,
                       void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride, int64_t residual_stride,
-                      int64_t dx_stride, float offset, int dtype, int weight_dtype, void* stream);
+                      int64_t dx_stride, float offset, struct KernelFp8Rows fp8, int dtype, int weight_dtype, void* stream);
 
 // partial [chunks, C] f32: sums of dweight over `chunks` runs of rows, for the caller to add up.
 int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, float* partial, int64_t N, int64_t H,
@@ -234,15 +239,15 @@ int rms_norm_weight_backward(const void* dy, const void* x, const float* rstd, f
 int rope(const void* x, const float* cos, const float* sin, void* y, int64_t N, int64_t H, int64_t D, int64_t R,
          int64_t x_stride, int64_t y_stride, int inverse, int dtype, void* stream);
 
-// gate_up [N, 2F] and y [N, F], with row strides.
+// gate_up [N, 2F] and y [N, F], with row strides. fp8: y in e4m3, too; bf16 alone.
 int swiglu_forward(const void* gate_up, void* y, int64_t N, int64_t F, int64_t gate_up_stride, int64_t y_stride,
-                   int activation, int dtype, void* stream);
+                   struct KernelFp8Rows fp8, int activation, int dtype, void* stream);
 
 // dy [N, F], gate_up [N, 2F] and dgate_up [N, 2F], which may be gate_up, with row strides. y, unless null, receives what the
-// forward wrote, in rows as far apart as dy's, and may be dy.
+// forward wrote, in rows as far apart as dy's, and may be dy. fp8: dgate_up in e4m3, too; bf16 alone, and without y.
 int swiglu_backward(const void* dy, const void* gate_up, void* dgate_up, void* y, int64_t N, int64_t F,
-                    int64_t dy_stride, int64_t gate_up_stride, int64_t dgate_up_stride, int activation, int dtype,
-                    void* stream);
+                    int64_t dy_stride, int64_t gate_up_stride, int64_t dgate_up_stride, struct KernelFp8Rows fp8,
+                    int activation, int dtype, void* stream);
 
 // logits [N, V] f32, labels [N] (negative for none), losses [N] f32. With gradient != 0 the memory of logits then holds
 // the gradient of the sum of losses in dtype, each row from where it started. softcap 0 for none.

@@ -6,6 +6,7 @@
 //   backward, dx     read dy and x, write dx      3 N C elements; one more where the gradient that goes around the norm is
 //                                                added in the same pass (plain libtorch: 3 more)
 //   backward, dw     read dy and x                2 N C elements, only where the weight trains
+// y or dx in e4m3 at once (csrc/fp8.h), for a product that takes it so: N C bytes more, where fp8_rows would read the row again, too.
 //
 // Backward. With g = dy (w + offset) and xh = x r:
 //   dr/dx_c = -r^3 x_c / C
@@ -13,6 +14,7 @@
 //   dw_c = sum over rows of dy_c xh_c
 // dw is summed in fixed runs of rows, then over the runs (by the caller): no atomics, the same bits every time.
 #include "chain.cuh"
+#include "e4m3.cuh"
 
 namespace ferrotune {
 namespace {
@@ -48,11 +50,38 @@ __device__ inline float row_sum(float value) {
   return value;
 }
 
-template <typename T, typename W, int kWidth>
+// What a thread has written of a row, in e4m3: the vectors it holds, and those it reads again.
+template <int kWidth, int kHeld>
+__device__ inline void write_e4m3(const KernelFp8Rows& to, int64_t row, const Vector<Bf16, kWidth> (&held)[kHeld], const Bf16* written,
+                                  int vectors, bool active) {
+  uint32_t m = 0;
+  if (active) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      if (threadIdx.x + j * blockDim.x < vectors) m = magnitudes(m, held[j]);
+    }
+#pragma unroll 1
+    for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) m = magnitudes(m, load<kWidth>(written, c));
+  }
+  const RowScale scale(row_largest(m));
+  if (!active) return;
+  if (threadIdx.x == 0) to.scale[row] = scale.scale;
+  uint8_t* to_row = to.bytes + row * to.stride;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int c = threadIdx.x + j * blockDim.x;
+    if (c < vectors) store_e4m3(to_row, c, held[j], scale.inverse);
+  }
+#pragma unroll 1
+  for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) {
+    store_e4m3(to_row, c, load<kWidth>(written, c), scale.inverse);
+  }
+}
+
+template <typename T, typename W, int kWidth, bool kFp8>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
-    rms_norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* __restrict__ y,
-                                        float* __restrict__ rstd, int64_t rows, int64_t H, int64_t C, int64_t x_stride,
-                                        int64_t y_stride, float eps, float offset) {
+    rms_norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* __restrict__ y, float* __restrict__ rstd,
+                            int64_t rows, int64_t H, int64_t C, int64_t x_stride, int64_t y_stride, float eps, float offset, KernelFp8Rows fp8) {
   next_may_start();
   inputs_ready();
   const int vectors = static_cast<int>(C / kWidth);
@@ -85,9 +114,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
       }
     }
     const float r = rsqrtf(row_sum(sum) / static_cast<float>(C) + eps);
-    if (!active) continue;
-    if (threadIdx.x == 0) rstd[row] = r;
-    T* y_row = y + row_start(row, H, C, y_stride);
+    if (!kFp8 && !active) continue;
+    if (active && threadIdx.x == 0) rstd[row] = r;
+    T* y_row = y + (active ? row_start(row, H, C, y_stride) : 0);
     const auto write = [&](int c, const Vector<T, kWidth>& a) {
       float w[kWidth];
       load_float<kWidth>(weight, c, w);
@@ -95,24 +124,28 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) out.v[i] = from_float<T>(to_float(a.v[i]) * r * (w[i] + offset));
       store<kWidth>(y_row, c, out);
+      return out;
     };
+    if (active) {
 #pragma unroll
-    for (int j = 0; j < kForwardVectors; ++j) {
-      const int c = threadIdx.x + j * blockDim.x;
-      if (c < vectors) write(c, cached[j]);
-    }
+      for (int j = 0; j < kForwardVectors; ++j) {
+        const int c = threadIdx.x + j * blockDim.x;
+        if (c >= vectors) continue;
+        const Vector<T, kWidth> out = write(c, cached[j]);
+        if constexpr (kFp8) cached[j] = out;
+      }
 #pragma unroll 1
-    for (int c = threadIdx.x + kForwardVectors * blockDim.x; c < vectors; c += blockDim.x) write(c, load<kWidth>(x_row, c));
+      for (int c = threadIdx.x + kForwardVectors * blockDim.x; c < vectors; c += blockDim.x) write(c, load<kWidth>(x_row, c));
+    }
+    if constexpr (kFp8) write_e4m3(fp8, row, cached, y_row, vectors, active);
   }
 }
 
-template <typename T, typename W, int kWidth>
+template <typename T, typename W, int kWidth, bool kFp8>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
-    rms_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x,
-                                         const W* __restrict__ weight, const float* __restrict__ rstd,
-                                         const T* __restrict__ residual, T* __restrict__ dx,
-                                         int64_t rows, int64_t H, int64_t C, int64_t x_stride, int64_t residual_stride,
-                                         int64_t dx_stride, float offset) {
+    rms_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x, const W* __restrict__ weight,
+                             const float* __restrict__ rstd, const T* __restrict__ residual, T* __restrict__ dx, int64_t rows, int64_t H,
+                             int64_t C, int64_t x_stride, int64_t residual_stride, int64_t dx_stride, float offset, KernelFp8Rows fp8) {
   const int vectors = static_cast<int>(C / kWidth);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
@@ -150,8 +183,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
       }
     }
     const float mean = row_sum(sum) / static_cast<float>(C);
-    if (!active) continue;
-    T* dx_row = dx + row_start(row, H, C, dx_stride);
+    if (!kFp8 && !active) continue;
+    T* dx_row = dx + (active ? row_start(row, H, C, dx_stride) : 0);
     const auto write = [&](int c, const Vector<T, kWidth>& a, const Vector<T, kWidth>& d) {
       float w[kWidth], sums[kWidth];
       load_float<kWidth>(weight, c, w);
@@ -169,16 +202,22 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) out.v[i] = from_float<T>(sums[i]);
       store<kWidth>(dx_row, c, out);
+      return out;
     };
+    if (active) {
 #pragma unroll
-    for (int j = 0; j < kBackwardVectors; ++j) {
-      const int c = threadIdx.x + j * blockDim.x;
-      if (c < vectors) write(c, x_cached[j], dy_cached[j]);
-    }
+      for (int j = 0; j < kBackwardVectors; ++j) {
+        const int c = threadIdx.x + j * blockDim.x;
+        if (c >= vectors) continue;
+        const Vector<T, kWidth> out = write(c, x_cached[j], dy_cached[j]);
+        if constexpr (kFp8) x_cached[j] = out;
+      }
 #pragma unroll 1
-    for (int c = threadIdx.x + kBackwardVectors * blockDim.x; c < vectors; c += blockDim.x) {
-      write(c, load<kWidth>(x_row, c), load<kWidth>(dy_row, c));
+      for (int c = threadIdx.x + kBackwardVectors * blockDim.x; c < vectors; c += blockDim.x) {
+        write(c, load<kWidth>(x_row, c), load<kWidth>(dy_row, c));
+      }
     }
+    if constexpr (kFp8) write_e4m3(fp8, row, x_cached, dx_row, vectors, active);
   }
 }
 
@@ -251,19 +290,25 @@ int with_types(int dtype, int weight_dtype, Body&& body) {
 using namespace ferrotune;
 
 extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t N, int64_t H,
-                                int64_t C, int64_t x_stride, int64_t y_stride, float eps, float offset, int dtype,
-                                int weight_dtype, void* stream) {
+                                int64_t C, int64_t x_stride, int64_t y_stride, float eps, float offset, KernelFp8Rows fp8,
+                                int dtype, int weight_dtype, void* stream) {
   const int64_t rows = N * H;
   if (rows == 0 || C == 0) return cudaSuccess;
+  if (fp8.bytes != nullptr && (dtype != KERNEL_BF16 || H != 1)) return cudaErrorInvalidValue;
   return with_types(dtype, weight_dtype, [&](auto t, auto w) -> int {
     using T = decltype(t);
     using W = decltype(w);
     const auto launch = [&](auto width) -> int {
       constexpr int kWidth = decltype(width)::value;
       const dim3 block = row_block(C / kWidth, kForwardVectors);
-      return launch_chained(N <= kFewRows, rms_norm_forward_kernel<T, W, kWidth>, dim3(grid_x(ceil_div(rows, block.y))), block, 0,
-                            stream, static_cast<const T*>(x), static_cast<const W*>(weight), static_cast<T*>(y), rstd, rows, H,
-                            C, x_stride, y_stride, eps, offset);
+      const auto run = [&](auto* kernel) -> int {
+        return launch_chained(N <= kFewRows, kernel, dim3(grid_x(ceil_div(rows, block.y))), block, 0, stream, static_cast<const T*>(x),
+                              static_cast<const W*>(weight), static_cast<T*>(y), rstd, rows, H, C, x_stride, y_stride, eps, offset, fp8);
+      };
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (fp8.bytes != nullptr) return run(rms_norm_forward_kernel<T, W, kWidth, true>);
+      }
+      return run(rms_norm_forward_kernel<T, W, kWidth, false>);
     };
     if (vectorises<T>(C, x_stride, {x, weight, y}) && y_stride % (16 / sizeof(T)) == 0) return launch(Width<16 / sizeof(T)>{});
     return launch(Width<1>{});
@@ -272,21 +317,27 @@ extern "C" int rms_norm_forward(const void* x, const void* weight, void* y, floa
 
 extern "C" int rms_norm_backward(const void* dy, const void* x, const void* weight, const float* rstd,
                                  const void* residual, void* dx, int64_t N, int64_t H, int64_t C, int64_t x_stride,
-                                 int64_t residual_stride, int64_t dx_stride, float offset, int dtype, int weight_dtype,
-                                 void* stream) {
+                                 int64_t residual_stride, int64_t dx_stride, float offset, KernelFp8Rows fp8, int dtype,
+                                 int weight_dtype, void* stream) {
   const int64_t rows = N * H;
   if (rows == 0 || C == 0) return cudaSuccess;
+  if (fp8.bytes != nullptr && (dtype != KERNEL_BF16 || H != 1)) return cudaErrorInvalidValue;
   return with_types(dtype, weight_dtype, [&](auto t, auto w) -> int {
     using T = decltype(t);
     using W = decltype(w);
     const auto launch = [&](auto width) -> int {
       constexpr int kWidth = decltype(width)::value;
       const dim3 block = row_block(C / kWidth, kBackwardVectors);
-      rms_norm_backward_kernel<T, W, kWidth>
-          <<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const W*>(weight), rstd,
-              static_cast<const T*>(residual), static_cast<T*>(dx), rows, H, C, x_stride, residual_stride, dx_stride, offset);
-      return cudaGetLastError();
+      const auto run = [&](auto* kernel) -> int {
+        kernel<<<grid_x(ceil_div(rows, block.y)), block, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const W*>(weight), rstd, static_cast<const T*>(residual),
+            static_cast<T*>(dx), rows, H, C, x_stride, residual_stride, dx_stride, offset, fp8);
+        return cudaGetLastError();
+      };
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (fp8.bytes != nullptr) return run(rms_norm_backward_kernel<T, W, kWidth, true>);
+      }
+      return run(rms_norm_backward_kernel<T, W, kWidth, false>);
     };
     constexpr int kWidth = 16 / sizeof(T);
     const bool strided = residual_stride % kWidth == 0 && dx_stride % kWidth == 0;

@@ -68,9 +68,18 @@ chromium = subprocess.Popen(
     [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
      f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
     preexec_fn=wire, close_fds=False, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-# A browser that ends is then an end of file here.
+# A browser that ends is then an end of file here, unless a helper of its own outlives it.
 os.close(to_browser[0])
 os.close(from_browser[1])
+
+
+def too_late(*_):
+    raise AssertionError(f"Chromium did not answer within {LIMIT} s; it {'runs' if chromium.poll() is None else 'has ended'}")
+
+
+LIMIT = 120
+signal.signal(signal.SIGALRM, too_late)
+signal.alarm(LIMIT)
 try:
     page = Page()
     page.wait("document.readyState === 'complete' && !!document.getElementById('form')")
@@ -91,7 +100,11 @@ try:
     assert page.value("document.querySelectorAll('.turn').length") == 0
     print("the chat page in Chromium: ok")
 finally:
+    signal.alarm(0)
     # Its helpers too: they go on writing to the profile for a moment after their parent is gone.
-    os.killpg(chromium.pid, signal.SIGKILL)
+    try:
+        os.killpg(chromium.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     chromium.wait()
     shutil.rmtree(profile, ignore_errors=True)

@@ -41,9 +41,7 @@ pub(crate) mod bridge {
     struct Fp8View<'a> {
         by_rows: &'a Tensor,
         by_columns: &'a Tensor,
-        exponents: &'a Tensor,
         scale: &'a Tensor,
-        ones: &'a Tensor,
     }
 
     struct LinearView<'a> {

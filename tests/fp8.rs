@@ -24,17 +24,21 @@ fn e4m3(x: &Tensor) -> Tensor {
     (x / &step).round() * step
 }
 
-/// The rows of `x` in e4m3 with a power of two each, the least with which none exceeds 448; at least `least`.
-pub fn quantized(x: &Tensor, least: f64) -> (Tensor, Tensor) {
-    let absmax = x.abs().amax([1], true).clamp_min(2f64.powi(-120));
-    let scale = (absmax / 448.0).log2().ceil().exp2().clamp_min(least);
+/// The least power of two with which nothing up to `largest` exceeds 448.
+fn least_scale(largest: &Tensor) -> Tensor {
+    (largest.clamp_min(2f64.powi(-120)) / 448.0).log2().ceil().exp2()
+}
+
+/// The rows of `x` in e4m3 with a power of two each, three bits of head room left.
+pub fn quantized(x: &Tensor) -> (Tensor, Tensor) {
+    let scale = least_scale(&(x.abs().amax([1], true) * 8.0));
     (e4m3(&(x / &scale)), scale)
 }
 
-/// What [`Fp8::quantize`] makes of `w`: e4m3 and the scales of the rows.
+/// What [`Fp8::quantize`] makes of `w`: e4m3 and one scale, four bits of head room left.
 pub fn quantized_weight(w: &Tensor) -> (Tensor, Tensor) {
-    let (_, own) = quantized(w, 0.0);
-    quantized(w, own.max().double_value(&[]) / 4.0)
+    let scale = least_scale(&(w.abs().max() * 16.0));
+    (e4m3(&(w / &scale)), scale)
 }
 
 fn random(shape: [i64; 2]) -> Tensor {
@@ -77,6 +81,9 @@ fn every_number_of_e4m3_stays() {
         .collect();
     let x = Tensor::from_slice(&numbers).view([1, 127]);
     assert!(e4m3(&x).equal(&x));
+    // Those up to 448 / 16, which is what head room leaves.
+    let x = x.narrow(1, 0, 95);
+    assert_eq!(x.max().double_value(&[]), 28.0);
     for scale in [1.0, 2f64.powi(-30), 2f64.powi(40)] {
         let w = Tensor::cat(&[&x * scale, -&x * scale], 0);
         for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
@@ -105,14 +112,15 @@ fn products_are_those_of_their_definition() {
         let found = Tensor::run_backward(&[(&ours * &dy).sum(Kind::Double)], &[&x, &a, &b], true, false);
 
         let (w8, scale) = quantized_weight(&w);
-        let (x8, x_scale) = quantized(&x.detach(), 0.0);
+        let (x8, x_scale) = quantized(&x.detach());
         let z = x.matmul(&a.tr());
         let update = z.matmul(&b.tr()) * SCALE;
         let none = Tensor::zeros([n, rows[0]], (Kind::Double, Device::Cpu));
         let lora = Tensor::cat(&[none, update], 1);
-        let value = (x8 * x_scale).matmul(&(&w8 * &scale).tr()) + &lora;
+        let w8 = w8 * scale;
+        let value = (x8 * x_scale).matmul(&w8.tr()) + &lora;
         let around = Tensor::run_backward(&[(&lora * &dy).sum(Kind::Double)], &[&x, &a, &b], false, false);
-        let (dy8, dy_scale) = quantized(&(&dy * scale.tr()), 0.0);
+        let (dy8, dy_scale) = quantized(&dy);
         let dx = (dy8 * dy_scale).matmul(&w8) + &around[0];
 
         assert_close(&label, What::Value, &ours, &value, &value);

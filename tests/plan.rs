@@ -35,10 +35,11 @@ const QLORA_DROPOUT: &[&str] = &["--load-in-4bit", "--lora-dropout", "0.1"];
 const SAVED: &[&str] = &["--modules-to-save", "embed_tokens,lm_head"];
 const IN_F32: &[&str] = &["--dtype", "f32"];
 const DETERMINISTIC: &[&str] = &["--load-in-4bit", "--deterministic"];
+const FP8: &[&str] = &["--base-dtype", "fp8"];
 
 /// The last before there were runs of columns and LoRA inside the products, which change little there.
 #[allow(clippy::approx_constant)] // 6.28 GiB is not tau
-const MEASURED: [Measured; 27] = [
+const MEASURED: [Measured; 30] = [
     ("llama-3.1-8b", 2, 2048, Unsloth, QLORA, 6.14, 7.15),
     ("llama-3.1-8b", 2, 2048, On, QLORA, 8.04, 9.10),
     ("llama-3.1-8b", 2, 2048, Off, QLORA, 23.17, 24.92),
@@ -66,6 +67,9 @@ const MEASURED: [Measured; 27] = [
     ("llama-3.2-1b", 2, 1024, On, IN_F32, 5.60, 6.60),
     ("llama-3.1-8b", 2, 2048, Unsloth, DETERMINISTIC, 6.31, 7.14),
     ("llama-3.1-8b", 1, 16384, Off, QLORA, 74.78, 78.82),
+    ("llama-3.1-8b", 2, 2048, Off, FP8, 33.37, 35.95),
+    ("llama-3.1-8b", 2, 2048, Unsloth, FP8, 16.67, 18.45),
+    ("llama-3.1-8b", 2, 2048, On, FP8, 18.51, 20.39),
 ];
 
 #[test]
@@ -99,6 +103,7 @@ fn card() -> Card {
         processors: 132,
         product_tflops: 700.0,
         product_f32_tflops: 50.0,
+        product_fp8_tflops: Some(1300.0),
         attention_tflops: Rates { forward: 480.0, backward: 360.0 },
         flash_tflops: Rates { forward: 250.0, backward: 210.0 },
         attention_f32_tflops: Rates { forward: 20.0, backward: 15.0 },
@@ -219,7 +224,7 @@ fn rollouts_are_planned_beside_steps() {
 fn what_does_not_fit_is_refused_with_the_smallest_change() {
     let (quantised, one) = ("--load-in-4bit", "--per-device-train-batch-size=1");
     let (grpo, gathered) = ("--max-completion-length=100000", "--gradient-accumulation-steps=8");
-    let full = "--full-finetuning";
+    let (full, fp8) = ("--full-finetuning", "--base-dtype=fp8");
     for (flags, change) in [
         (
             &[quantised, "--use-gradient-checkpointing=off", "--max-memory=12GiB"][..],
@@ -241,6 +246,7 @@ fn what_does_not_fit_is_refused_with_the_smallest_change() {
         ),
         (&[quantised, "--max-memory=8GiB", one, "--max-seq-length=100000"], "--max-seq-length"),
         (&[quantised, "--max-memory=7GiB"], "--offload-embedding"),
+        (&[fp8, "--max-memory=12GiB"], "--base-dtype auto --load-in-4bit"),
         (&[quantised, "--max-memory=6000MiB", one, "--offload-embedding"], "--nf4-head"),
         (&[quantised, "--max-memory=6000MiB", one], "--offload-embedding --nf4-head"),
         (
@@ -347,6 +353,29 @@ fn a_plan_of_grpo_shows_both_phases() {
         let output = plan(&[&flags[..], &more].concat());
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(2) && error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn a_plan_in_fp8_needs_the_rate_of_the_card() {
+    let with = |flags: &[&str]| {
+        let shape = ["--shape", "llama-3.1-8b", "--base-dtype", "fp8"];
+        let output = plan(&[&shape, flags].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(with(&["--card", "h200"]).0, Some(0));
+    for (flags, expected) in [
+        (&["--card", "h100"][..], "the rate of NVIDIA H100 in fp8 is not known"),
+        (&["--load-in-4bit"], "--base-dtype fp8 and --load-in-4bit"),
+        (&["--full-finetuning"], "--base-dtype fp8 and --full-finetuning"),
+        (&["--dtype", "f32"], "--base-dtype fp8 and --dtype f32"),
+        (
+            &["--max-completion-length=64", "--prompt=64", "--num-generations=2"],
+            "--base-dtype fp8 and the rollouts of GRPO",
+        ),
+    ] {
+        let (code, error) = with(flags);
+        assert!(code == Some(2) && error.contains(expected), "{flags:?}: {error}");
     }
 }
 

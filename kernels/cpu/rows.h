@@ -4,30 +4,38 @@
 // every weight once and uses it once, so memory sets its time: 4 bytes for each multiply-add.
 #pragma once
 
+#include <type_traits>
+
 #include "pointwise.h"
 
 namespace ferrotune {
 namespace {
 
-inline V4 quarters(V v) {
-  V4 parts[kLanes / 4];
-  memcpy(parts, &v, sizeof v);
-  V4 total = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
-  return total;
+// The sums over the lanes of four vectors, side by side: two steps pair a and b, c and d within each quarter, and then the quarters
+// are added up. By masks where gcc 12 warns of the plain ones' undefined operand.
+inline V4 sums(V4 a, V4 b, V4 c, V4 d) {
+  const V4 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)), cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 }
-
-inline V4 quarters(V4 v) { return v; }
-
-// The sums over the lanes of four vectors.
-template <typename T>
-inline V4 sums(T a, T b, T c, T d) {
-  typedef int32_t I4 __attribute__((vector_size(16)));
-  const V4 p = quarters(a), q = quarters(b), r = quarters(c), s = quarters(d);
-  const V4 pq = __builtin_shuffle(p, q, I4{0, 4, 1, 5}) + __builtin_shuffle(p, q, I4{2, 6, 3, 7});
-  const V4 rs = __builtin_shuffle(r, s, I4{0, 4, 1, 5}) + __builtin_shuffle(r, s, I4{2, 6, 3, 7});
-  return __builtin_shuffle(pq, rs, I4{0, 1, 4, 5}) + __builtin_shuffle(pq, rs, I4{2, 3, 6, 7});
+#if defined(__AVX512F__)
+inline V4 sums(V a, V b, V c, V d) {
+  const auto low = [](__m512d x, __m512d y) { return _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)); };
+  const auto high = [](__m512d x, __m512d y) { return _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)); };
+  const auto pairs = [](V x, V y) { return _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xffff, x, y) + _mm512_maskz_unpackhi_ps(0xffff, x, y)); };
+  const __m512d ab = pairs(a, b), cd = pairs(c, d);
+  const __m512 quarters = low(ab, cd) + high(ab, cd);
+  const auto half = [&](auto which) { return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(quarters), which.value)); };
+  const __m256 halves = half(std::integral_constant<int, 0>()) + half(std::integral_constant<int, 1>());
+  return _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
 }
+#else
+inline V4 sums(V a, V b, V c, V d) {
+  const auto pairs = [](V x, V y) { return _mm256_castps_pd(_mm256_unpacklo_ps(x, y) + _mm256_unpackhi_ps(x, y)); };
+  const __m256d ab = pairs(a, b), cd = pairs(c, d);
+  const __m256 halves = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+  return _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
+}
+#endif
 
 template <typename T>
 inline T load_as(const float* p) {
@@ -55,13 +63,13 @@ inline void dots(const float* w, int64_t w_stride, const float* x, int64_t x_str
       for (int r = 0; r < 4; ++r) acc[m][r] = fma(rows[r], v, acc[m][r]);
     }
   }
-  for (int m = 0; m < kX; ++m) {
-    result[m] = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-    for (int64_t j = i; j < n; ++j) {
-      const float* column = w + j;
-      const V4 rows{column[0], column[w_stride], column[2 * w_stride], column[3 * w_stride]};
-      result[m] = fma(rows, V4{} + x[m * x_stride + j], result[m]);
-    }
+  // Unrolled, or the sums would be in memory.
+#pragma GCC unroll 6
+  for (int m = 0; m < kX; ++m) result[m] = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+  for (; i < n; ++i) {
+    const float* column = w + i;
+    const V4 rows{column[0], column[w_stride], column[2 * w_stride], column[3 * w_stride]};
+    for (int m = 0; m < kX; ++m) result[m] = fma(rows, V4{} + x[m * x_stride + i], result[m]);
   }
 }
 
@@ -94,6 +102,13 @@ inline void products(int64_t rows, int64_t n, float scale, const float* w, const
   }
 }
 
+// The same for the last m rows of x, at most kMost.
+template <int kMost, typename... Arguments>
+inline void some_products(int64_t m, Arguments... arguments) {
+  if (m == kMost) return products<kMost>(arguments...);
+  if constexpr (kMost > 1) some_products<kMost - 1>(m, arguments...);
+}
+
 inline void rows_product(int64_t m, int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y,
                          int64_t y_stride, bool add) {
   for (int64_t r = 0; r < rows; r += 4) {
@@ -102,7 +117,7 @@ inline void rows_product(int64_t m, int64_t rows, int64_t n, float scale, const 
     for (; i + kRows <= m; i += kRows) {
       products<kRows>(count, n, scale, w + r * n, x + i * n, n, y + i * y_stride + r, y_stride, add);
     }
-    for (; i < m; ++i) products<1>(count, n, scale, w + r * n, x + i * n, n, y + i * y_stride + r, y_stride, add);
+    some_products<kRows - 1>(m - i, count, n, scale, w + r * n, x + i * n, n, y + i * y_stride + r, y_stride, add);
   }
 }
 

@@ -91,7 +91,7 @@ inline V exp(V x) {
   constexpr float kInverseLn2 = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   // Beyond these the result is 0 and infinite anyway, and n stays small.
   const V clamped = max(min(x, spread(89.0f)), spread(-104.0f));
-  const V n = _mm512_roundscale_ps(clamped * kInverseLn2, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const V n = _mm512_maskz_roundscale_ps(0xffff, clamped * kInverseLn2, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const V r = (clamped - n * kLn2High) - n * kLn2Low;
   V p = r * (1.0f / 5040) + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -100,7 +100,7 @@ inline V exp(V x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return _mm512_scalef_ps(p, n);
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
 }
 #else
 // e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln(2)/2, e^r by its Taylor polynomial of degree 7 (error 5e-9).

@@ -168,11 +168,6 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
         }
     }
     args.method.check()?;
-    if args.base_dtype == BaseDtype::Fp8 && (args.max_memory.is_some() || args.max_host_memory.is_some()) {
-        let what =
-            "--base-dtype fp8: no plan covers it, so --max-memory and --max-host-memory bound nothing here";
-        bail!(Error::Usage(what.into()));
-    }
     let device = args.machine.init()?;
     warn_without_gpu(device, args.max_memory, args.max_host_memory);
     let arguments = TrainingArguments {
@@ -301,7 +296,7 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
 
 /// The plan of these steps on a GPU.
 fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option<(Plan, RunPlan)>> {
-    if !device.is_cuda() || args.base_dtype == BaseDtype::Fp8 {
+    if !device.is_cuda() {
         return Ok(None);
     }
     let (tokens, sample) = match args.packing.iter().max() {
@@ -311,6 +306,9 @@ fn plan(args: &BenchTrainArgs, config: &Config, device: Device) -> Result<Option
     let card = cards::of_gpu(device)?;
     let kind = kind_of(args.method.dtype, device, config.overflows_f16());
     let mut work = args.method.work(config, (1, sample), &args.weights, kind, &card)?;
+    if args.base_dtype == BaseDtype::Fp8 {
+        work = work.in_fp8()?;
+    }
     work.tokens = tokens as u64;
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     let budget = budget(args.max_memory, args.max_host_memory, device)?;

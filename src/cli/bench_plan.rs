@@ -18,8 +18,9 @@ use super::model_args::{MachineArgs, kind_of};
 use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::device;
 use crate::error::Error;
+use crate::nn::LoadOptions;
 use crate::train::plan::{Budget, Memory};
-use crate::train::{Sft, Size, Stepper};
+use crate::train::{BaseDtype, Sft, Size, Stepper};
 
 /// Training under budgets from the least to what everything needs.
 #[derive(Debug, Args)]
@@ -32,6 +33,9 @@ pub struct BenchPlanArgs {
     pub weights: WeightsArgs,
     #[command(flatten)]
     pub method: MethodArgs,
+    /// Type of the frozen weights of the layers; fp8 is an experiment
+    #[arg(long, value_enum, default_value_t = BaseDtype::Auto)]
+    pub base_dtype: BaseDtype,
     /// Budgets, at equal distances
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub budgets: usize,
@@ -80,11 +84,16 @@ pub fn run(args: BenchPlanArgs) -> Result<()> {
     let card = cards::of_gpu(device)?;
     let kind = kind_of(args.method.dtype, device, config.overflows_f16());
     let batch = (args.rows.batch, args.rows.seq);
-    let work = args.method.work(&config, batch, &args.weights, kind, &card)?;
+    let mut work = args.method.work(&config, batch, &args.weights, kind, &card)?;
+    let base_fp8 = args.base_dtype == BaseDtype::Fp8;
+    if base_fp8 {
+        work = work.in_fp8()?;
+    }
     let arguments = args.method.arguments();
     let most = budget(None, args.max_host_memory, device)?;
     device::limit_memory(device, Memory::allocator_limit(most.device), most.host, work.tokens)?;
-    let model = args.method.model(config, &name, args.weights.options(kind, device), &arguments)?;
+    let options = LoadOptions { base_fp8, ..args.weights.options(kind, device) };
+    let model = args.method.model(config, &name, options, &arguments)?;
     let decoder = &model.decoder;
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
     let batch = random_batch(&mut random, args.rows.batch, &[args.rows.seq], decoder.config.vocab_size);

@@ -19,13 +19,14 @@ type Measure = fn() -> Card;
 /// With its name in `--card`.
 const CARDS: [(&str, Measure); 2] = [("h200", h200), ("h100", h100)];
 
-/// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130.
+/// One run on an NVIDIA H200, driver 580, torch 2.11.0+cu130; the rate in fp8 of a later one.
 fn h200() -> Card {
     Card {
         name: "NVIDIA H200".into(),
         processors: 132,
         product_tflops: 720.1,
         product_f32_tflops: 50.4,
+        product_fp8_tflops: Some(1484.3),
         attention_tflops: Rates { forward: 540.1, backward: 436.8 },
         flash_tflops: Rates { forward: 228.2, backward: 243.2 },
         attention_f32_tflops: Rates { forward: 41.1, backward: 34.1 },
@@ -42,6 +43,7 @@ fn h100() -> Card {
         processors: 132,
         product_tflops: 744.9,
         product_f32_tflops: 50.1,
+        product_fp8_tflops: None,
         attention_tflops: Rates { forward: 533.3, backward: 407.3 },
         flash_tflops: Rates { forward: 223.1, backward: 236.4 },
         attention_f32_tflops: Rates { forward: 40.8, backward: 33.6 },
@@ -78,7 +80,8 @@ pub fn of_gpu(device: Device) -> Result<Card> {
     let ours = env!("CARGO_PKG_VERSION");
     let mut measured = read();
     let found = measured.cards.iter().find(|record| {
-        record.card.name == name && record.driver == probe.driver_version && record.ferrotune == ours
+        let whole = record.card.product_fp8_tflops.is_some() || !device::supports_fp8(device);
+        record.card.name == name && record.driver == probe.driver_version && record.ferrotune == ours && whole
     });
     if let Some(record) = found {
         return Ok(record.card.clone());
@@ -112,6 +115,18 @@ pub fn named(name: Option<&str>) -> Result<Card> {
         }
         None => Ok(read().cards.pop().map_or_else(CARDS[0].1, |record| record.card)),
     }
+}
+
+/// Refuses a plan in fp8 by the rates of a card whose rate in it is not known.
+pub fn check_fp8(card: &Card) -> Result<()> {
+    let Card { name, product_fp8_tflops, .. } = card;
+    if product_fp8_tflops.is_none() {
+        let what = format!(
+            "--base-dtype fp8: the rate of {name} in fp8 is not known: name another --card, or plan on that card"
+        );
+        return Err(Error::Usage(what).into());
+    }
+    Ok(())
 }
 
 /// What is unreadable was never measured.

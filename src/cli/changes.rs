@@ -94,7 +94,8 @@ fn within(work: &Work, fit: &Fit) -> Option<String> {
         };
     }
     if one.in_4bit().is_some_and(|changed| fit.takes(&changed)) {
-        return Some(joined([Some("--load-in-4bit"), one_row]));
+        let words = if work.fp8 { "--base-dtype auto --load-in-4bit" } else { "--load-in-4bit" };
+        return Some(joined([Some(words), one_row]));
     }
     for (offload, nf4) in [(true, false), (false, true), (true, true)] {
         if let Some((words, changed)) = with_flags(&one, offload, nf4)

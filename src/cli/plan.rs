@@ -15,7 +15,7 @@ use super::method_args::MethodArgs;
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::error::Error;
 use crate::train::plan::{Budget, Card, Moment, Plan, Rollout};
-use crate::train::{Dtype, GradientCheckpointing, Size};
+use crate::train::{BaseDtype, Dtype, GradientCheckpointing, Size};
 
 /// Predicts memory and time of training on a GPU: LoRA on every linear layer, or all weights; needs no GPU. With
 /// --max-completion-length it is a GRPO run, whose rollouts are planned too.
@@ -48,6 +48,9 @@ pub struct PlanArgs {
     pub method: MethodArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
+    /// Type of the frozen weights of the layers; fp8 is an experiment
+    #[arg(long, value_enum, default_value_t = BaseDtype::Auto)]
+    pub base_dtype: BaseDtype,
     #[arg(long, help = "What is kept between forward and backward", value_enum, num_args = 0..=1, default_missing_value = "on", default_value_t = GradientCheckpointing::Auto)]
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// Of the GPU, for this process: 8GiB, 24GB, 500MiB [default: no bound]
@@ -123,6 +126,10 @@ pub fn run(args: PlanArgs) -> Result<()> {
     work.gradient_accumulation_steps = args.gradient_accumulation_steps as u64;
     if let Some(rollout) = rollout(&args)? {
         work = work.with_rollout(rollout);
+    }
+    if args.base_dtype == BaseDtype::Fp8 {
+        cards::check_fp8(&card)?;
+        work = work.in_fp8()?;
     }
     let bound = |size: Option<Size>| size.map_or(u64::MAX, |size| size.0);
     let budget = Budget { device: bound(args.max_memory), host: bound(args.max_host_memory) };
@@ -275,6 +282,7 @@ fn what(args: &PlanArgs) -> Vec<String> {
     );
     add(*dtype == Dtype::F32, "f32".into());
     add(*deterministic, "deterministic".into());
+    add(args.base_dtype == BaseDtype::Fp8, "fp8 weights".into());
     add(args.weights.load_in_4bit, "4-bit weights".into());
     add(args.weights.nf4_head, "4-bit head".into());
     add(args.weights.offload_embedding, "embedding in the host's memory".into());

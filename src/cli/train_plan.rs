@@ -14,8 +14,8 @@ use crate::io::adapter::text_module;
 use crate::io::lora_spec::LoraSpec;
 use crate::models::{Config, prefix_of, projections};
 use crate::nn::LoadOptions;
-use crate::train::plan::{Budget, Card, Memory, Module, Plan, Rollout, Work};
-use crate::train::{BaseDtype, RunPlan, TrainingArguments};
+use crate::train::plan::{Budget, Card, Module, Plan, Rollout, Work};
+use crate::train::{RunPlan, TrainingArguments};
 
 /// What a run was given and will keep to.
 pub struct TrainPlan {
@@ -38,8 +38,7 @@ pub struct Sizes {
     pub rollout: Option<Rollout>,
 }
 
-/// The plan of a run on `dir`, whose modules `dense` are not quantised; none on the CPU, and none with --base-dtype fp8, which is an
-/// experiment: such a run is not refused. The GPU is held to the budget from here on.
+/// The plan of a run on `dir`, whose modules `dense` are not quantised; none on the CPU. The GPU is held to the budget from here on.
 ///
 /// # Errors
 /// The run cannot fit.
@@ -56,14 +55,6 @@ pub fn train_plan(
         return Ok(None);
     }
     let budget = budget(args.max_memory, args.max_host_memory, options.device)?;
-    if args.base_dtype == BaseDtype::Fp8 {
-        tracing::info!("no plan covers --base-dtype fp8: whether the run fits is not checked");
-        if args.max_memory.is_some() {
-            let limit = Memory::allocator_limit(budget.device);
-            device::limit_memory(options.device, limit, budget.host, sizes.tokens)?;
-        }
-        return Ok(None);
-    }
     let card = cards::of_gpu(options.device)?;
     let mut work = work(args, dir, options, dense, sizes)?;
     // The model is yet to come.
@@ -97,6 +88,9 @@ fn work(
     };
     if options.kind == Kind::Float {
         work = work.in_f32();
+    }
+    if options.base_fp8 {
+        work = work.in_fp8()?;
     }
     work = if all {
         work.training_all()?

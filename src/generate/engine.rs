@@ -88,6 +88,8 @@ pub struct Engine {
     pub(super) graphs: DecodeGraphs,
     /// The pass after the last one, launched before its tokens were known here.
     pub(super) ahead: Option<Ahead>,
+    /// Logits of a pass that tokens are chosen from here, kept for its memory.
+    pub(super) host_rows: Vec<f32>,
     pub(super) waiting: VecDeque<Sequence>,
     /// In the order of their admission.
     pub(super) running: Vec<Sequence>,
@@ -125,6 +127,7 @@ impl Engine {
             ropes: RopeTables::default(),
             graphs: DecodeGraphs::new(decoder),
             ahead: None,
+            host_rows: Vec::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
             adapters: BTreeMap::new(),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -240,17 +240,22 @@ pub fn logprobs(logits: &[f32], id: i64, top: usize) -> Logprobs {
 
 /// Index of the largest logit, the first of equals.
 fn best(logits: &[f32]) -> Result<usize> {
-    let mut best = 0;
-    let mut valid = !logits.is_empty();
-    for (id, &logit) in logits.iter().enumerate() {
-        // A masked token may have -inf.
-        valid &= logit < f32::INFINITY;
-        if logit > logits[best] {
-            best = id;
+    /// Side by side, so that a vector of them is one comparison.
+    const LANES: usize = 16;
+    let (mut largest, mut invalid) = ([f32::NEG_INFINITY; LANES], [0_u32; LANES]);
+    let mut compare = |some: &[f32]| {
+        for ((largest, invalid), &logit) in largest.iter_mut().zip(&mut invalid).zip(some) {
+            *largest = if logit > *largest { logit } else { *largest };
+            // Infinite or NaN; a masked token may have -inf.
+            *invalid |= u32::from(logit.is_nan() || logit == f32::INFINITY);
         }
-    }
-    if !valid || logits[best] == f32::NEG_INFINITY {
+    };
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    whole.iter().for_each(|some| compare(some));
+    compare(rest);
+    let highest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if invalid != [0; LANES] || highest == f32::NEG_INFINITY {
         bail!(NO_LOGITS);
     }
-    Ok(best)
+    logits.iter().position(|&logit| logit == highest).context(NO_LOGITS)
 }

@@ -322,7 +322,7 @@ impl Engine {
             .into_iter()
             .partition(|&(at, _)| on_device && self.running[at].sampler_on_device().is_some());
         // Before the penalties change the logits.
-        let host = host_rows(logits, &rest)?;
+        let width = self.read_rows(logits, &rest)?;
         let outcomes = match self.draw(logits, &drawn)? {
             Some(draws) => {
                 if alone && rest.is_empty() {
@@ -336,11 +336,30 @@ impl Engine {
             let chosen = self.running[at].chosen_on_device(outcome);
             self.advance(model, at, chosen, events, gone);
         }
-        for ((at, _), mut row) in rest.into_iter().zip(host) {
-            let chosen = self.running[at].choose(&mut row);
+        let mut values = std::mem::take(&mut self.host_rows);
+        for (number, &(at, row)) in rest.iter().enumerate() {
+            let values = &mut values[row * width..][..width];
+            // Samples of one prompt start from one row, and choosing changes it.
+            let again = rest[number + 1..].iter().any(|&(_, other)| other == row);
+            let mut copy = if again { values.to_vec() } else { Vec::new() };
+            let chosen = self.running[at].choose(if again { &mut copy } else { values });
             self.advance(model, at, chosen, events, gone);
         }
+        self.host_rows = values;
         Ok(())
+    }
+
+    /// Reads all rows of the logits up to the last of `choosing` into `host_rows`, `[V]` each; V.
+    fn read_rows(&mut self, logits: &Tensor, choosing: &[End]) -> Result<usize> {
+        let Some(&(_, last)) = choosing.iter().max_by_key(|(_, row)| row) else { return Ok(0) };
+        let _no_grad = tch::no_grad_guard();
+        let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+        let width = logits.size()[1] as usize;
+        self.host_rows.resize((last + 1) * width, 0.0);
+        // One copy: each costs more than a short row.
+        let count = self.host_rows.len();
+        logits.f_narrow(0, 0, last as i64 + 1)?.f_copy_data(&mut self.host_rows, count)?;
+        Ok(width)
     }
 
     /// Tokens for the sequences and rows of `choosing`, by the GPU.
@@ -425,22 +444,6 @@ impl Engine {
         self.waiting.retain_mut(stay);
         self.drop_unused_adapters();
     }
-}
-
-/// The rows of `choosing` on the host, `[V]` each.
-fn host_rows(logits: &Tensor, choosing: &[End]) -> Result<Vec<Vec<f32>>> {
-    if choosing.is_empty() {
-        return Ok(Vec::new());
-    }
-    let _no_grad = tch::no_grad_guard();
-    let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-    let copy = |&(_, row): &(usize, usize)| -> Result<Vec<f32>> {
-        let mut values = vec![0.0; logits.size()[1] as usize];
-        let count = values.len();
-        logits.f_select(0, row as i64)?.f_copy_data(&mut values, count)?;
-        Ok(values)
-    };
-    choosing.iter().map(copy).collect()
 }
 
 /// Neighbours with the same adapter as one run.

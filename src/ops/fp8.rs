@@ -1,4 +1,4 @@
-//! Matrices in e4m3 (arXiv:2209.05433) with one power-of-two scale a row. csrc/fp8.h has the formulas.
+//! Matrices in e4m3 (arXiv:2209.05433) with one power-of-two scale. csrc/fp8.h has the formulas.
 
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
@@ -18,12 +18,8 @@ pub struct Fp8 {
     by_rows: Tensor,
     /// uint8 `[in, rows + room]`.
     by_columns: Tensor,
-    /// int8 `[rows]`: a row's scale is two to this.
-    exponents: Tensor,
-    /// The scales, f32 `[rows]`.
+    /// Its scale, f32 `[max(rows, in)]`, all the same: products take one a row.
     scale: Tensor,
-    /// f32 `[in]`.
-    ones: Tensor,
 }
 
 impl Fp8 {
@@ -41,9 +37,7 @@ impl Fp8 {
         let fp8 = Fp8 {
             by_rows: Tensor::f_empty([rows, in_features + room], (Kind::Uint8, device))?,
             by_columns: Tensor::f_empty([in_features, rows + room], (Kind::Uint8, device))?,
-            exponents: Tensor::f_empty([rows], (Kind::Int8, device))?,
-            scale: Tensor::f_empty([rows], (Kind::Float, device))?,
-            ones: Tensor::f_empty([in_features], (Kind::Float, device))?,
+            scale: Tensor::f_empty([rows.max(in_features)], (Kind::Float, device))?,
         };
         let absent = Tensor::new();
         bridge::fp8_quantize(ffi::borrow(weight), &view(Some(&fp8), &absent)).map_err(op_error)?;
@@ -69,8 +63,6 @@ pub(super) fn view<'a>(fp8: Option<&'a Fp8>, absent: &'a Tensor) -> bridge::Fp8V
     bridge::Fp8View {
         by_rows: tensor(|fp8| &fp8.by_rows),
         by_columns: tensor(|fp8| &fp8.by_columns),
-        exponents: tensor(|fp8| &fp8.exponents),
         scale: tensor(|fp8| &fp8.scale),
-        ones: tensor(|fp8| &fp8.ones),
     }
 }

@@ -17,9 +17,10 @@ pub use choose::{Budget, Plan};
 pub use memory::{Memory, Moment};
 pub use rollout::{Rollout, RolloutMemory};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Optim;
+use crate::error::Error;
 use crate::models::{Config, SavedModule, check_embeddings, check_trains_all, projections};
 
 /// An optimizer step of `gradient_accumulation_steps` forward passes.
@@ -34,6 +35,8 @@ pub struct Work {
     pub optim: Optim,
     /// Bytes of an element of activations and of frozen weights that are not in 4 bits: 2, or 4 in f32.
     pub element: u64,
+    /// Projections are in e4m3 (csrc/fp8.h).
+    pub fp8: bool,
     /// Bytes of the embedding on the device, and of the head where it is another matrix.
     pub embedding: u64,
     pub head: u64,
@@ -202,6 +205,7 @@ impl Work {
             gradient_accumulation_steps: 1,
             optim,
             element: 2,
+            fp8: false,
             embedding: 2 * v * c,
             head: if config.tie_word_embeddings { 0 } else { 2 * v * c },
             nf4_head: false,
@@ -256,6 +260,24 @@ impl Work {
         }
         self.element = 4;
         self
+    }
+
+    /// The same with projections in e4m3.
+    ///
+    /// # Errors
+    /// Loading would refuse it.
+    pub fn in_fp8(mut self) -> Result<Work> {
+        let refuse = |refused: bool, what: &str| {
+            ensure!(!refused, Error::Usage(format!("--base-dtype fp8 and {what}: leave one of them out")));
+            Ok(())
+        };
+        let linears = || self.layers.iter().flat_map(Layer::linears);
+        refuse(linears().any(Linear::in_4bit), "--load-in-4bit")?;
+        refuse(self.trained.layers, "--full-finetuning")?;
+        refuse(self.element == 4, "--dtype f32")?;
+        refuse(self.rollout.is_some(), "the rollouts of GRPO")?;
+        self.fp8 = true;
+        Ok(self)
     }
 
     /// The same with f32 copies of `modules` in training, as peft's `modules_to_save` makes them.
@@ -318,6 +340,7 @@ impl Work {
         for module in work.layers.iter_mut().flat_map(Layer::modules_mut) {
             module.nf4 = true;
         }
+        work.fp8 = false;
         work.optim = Optim::Adamw8bit;
         (work.layers != self.layers && !self.trained.layers).then_some(work)
     }

@@ -8,6 +8,8 @@ use crate::ops::{BlockPolicy, Place};
 const TILE: u64 = 8192;
 /// csrc/linear.h: columns behind and rows below a product's operands, for LoRA, in steps of these.
 const TAIL: u64 = 64;
+/// src/ops/fp8.rs: columns behind a weight in e4m3.
+const FP8_ROOM: u64 = 192;
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct BlockBytes {
@@ -40,7 +42,7 @@ impl Work {
     /// Columns behind the input of `linear`, rows below it and columns behind its gradient; weights that are not made for each
     /// product have room for one step.
     pub(super) fn tail(&self, linear: &Linear) -> u64 {
-        if self.element == 4 || self.dropout {
+        if self.element == 4 || self.dropout || self.fp8 {
             return 0;
         }
         let tail = linear.rank().next_multiple_of(TAIL);
@@ -57,6 +59,23 @@ impl Work {
     /// csrc/linear.cpp, `dropout`: a hash of 8 bytes for each element of the input, and the same shifted.
     fn dropping(&self, linear: &Linear, rows: u64) -> u64 {
         if self.dropout && linear.rank() > 0 { 16 * rows * linear.columns } else { 0 }
+    }
+
+    /// csrc/fp8.h: `linear` in e4m3 twice, as it lies and transposed, with room for LoRA behind its rows, and its scale.
+    pub(super) fn stored_in_e4m3(&self, linear: &Linear) -> u64 {
+        let (rows, columns) = (linear.rows(), linear.columns);
+        rows * (columns + FP8_ROOM) + columns * (rows + FP8_ROOM) + 4 * rows.max(columns)
+    }
+
+    /// Columns that LoRA takes behind both operands of a product in e4m3; 0 where it does not ride in it.
+    pub(super) fn fp8_tail(&self, linear: &Linear) -> u64 {
+        let tail = 3 * linear.rank().next_multiple_of(16);
+        if self.fp8 && !self.dropout && tail <= FP8_ROOM { tail } else { 0 }
+    }
+
+    /// An input or a gradient of `linear` of so many columns in e4m3, with LoRA behind it and scales of its rows.
+    fn rows_in_e4m3(&self, linear: &Linear, rows: u64, columns: u64) -> u64 {
+        if self.fp8 { rows * (columns + self.fp8_tail(linear) + 4) } else { 0 }
     }
 
     /// What the gradient of the input of `linear` needs beside it; with dropout also that of one LoRA's input.
@@ -92,6 +111,7 @@ impl Work {
         let (turned, attended) = (projected + qk, query + self.width_of_f32(layer.h));
         let statistics = if self.shape.qk_norm { self.width_of_f32(layer.h + layer.k) } else { 0 };
         let bytes = |width: u64| self.element * n * width;
+        let in_e4m3 = |linear: &Linear, columns: u64| self.rows_in_e4m3(linear, n, columns);
         // csrc/attention.cpp: where samples share rows, attention works on copies for each: q, k, v and its output; in the backward
         // also their gradients, and sums of those of k and v in f32.
         let copied = self.element * self.copied * (projected + query);
@@ -109,10 +129,11 @@ impl Work {
 
         let (qkv_made, o_made) = (self.made(qkv, 0, tail), self.made(o, 0, 0));
         let (qkv_dropping, o_dropping) = (self.dropping(qkv, n), self.dropping(o, n));
-        let qkv_forward =
-            |width: u64| (bytes(width) + qkv_made.max(bytes(2 * qk))).max(qkv_made + qkv_dropping);
+        let qkv_forward = |width: u64| {
+            (bytes(width) + (qkv_made + in_e4m3(qkv, c)).max(bytes(2 * qk))).max(qkv_made + qkv_dropping)
+        };
         let attending = copied + self.attention_forward_bytes(layer, attended_rows);
-        let o_forward = (o_made + bytes(c).max(o_dropping)).max(bytes(2 * c + post));
+        let o_forward = (o_made + in_e4m3(o, query) + bytes(c).max(o_dropping)).max(bytes(2 * c + post));
         let forward = (bytes(2 * c + tail) + qkv_forward(projected))
             .max(bytes(2 * c + tail + turned + attended) + o_forward.max(attending));
 
@@ -126,7 +147,10 @@ impl Work {
         let fill = (bytes(normed) + if again > 0 { qkv_forward(again) } else { 0 })
             .max(bytes(held + normed) + output.max(attending_again));
         let (d_out, d_projected) = (post, projected + tail);
-        let attention = (bytes(held + d_out + query) + self.input_gradient(o, n, o_tail)).max(
+        // The gradient of o in e4m3, which the MLP's norm has written.
+        let left = in_e4m3(o, c);
+        let fill = fill + left;
+        let attention = (bytes(held + d_out + query) + left + self.input_gradient(o, n, o_tail)).max(
             bytes(held + d_out + query + d_projected + qk)
                 + self.attention_backward_bytes(layer, attended_rows)
                 + copied_backward,
@@ -136,8 +160,9 @@ impl Work {
         let with_normed = (last + bytes(absent(policy.normed, c)) + qkv_dropping).saturating_sub(used);
         let used = used + bytes(device(policy.normed, c + tail));
         let leaving = c + self.tail(&layer.down);
-        let d_normed =
-            (last + bytes(c) + self.input_gradient(qkv, n, tail).max(bytes(leaving))).saturating_sub(used);
+        let d_projected = self.input_gradient(qkv, n, tail) + in_e4m3(qkv, projected);
+        let dx = bytes(leaving) + in_e4m3(&layer.down, c);
+        let d_normed = (last + bytes(c) + d_projected.max(dx)).saturating_sub(used);
         let backward =
             bytes(absent(policy.input, c) + c + o_tail) + fill.max(attention).max(with_normed).max(d_normed);
 
@@ -215,8 +240,10 @@ impl Work {
         let bytes = |width: u64| self.element * rows * width;
         let made = |linear, tail| if own { self.made(linear, 0, tail) } else { 0 };
         let (first, second) = (made(&layer.gate_up, tail), made(&layer.down, down_tail));
+        let in_e4m3 = |linear: &Linear, columns: u64| self.rows_in_e4m3(linear, rows, columns);
+        let second = second + in_e4m3(&layer.down, f);
         let out = (second + bytes(c).max(self.dropping(&layer.down, rows))).max(bytes(2 * c + self.post()));
-        let gated = bytes(2 * f) + first.max(bytes(f + down_tail) + out);
+        let gated = bytes(2 * f) + (first + in_e4m3(&layer.gate_up, c)).max(bytes(f + down_tail) + out);
         bytes(c + 2 * tail) + gated.max(first + self.dropping(&layer.gate_up, rows))
     }
 
@@ -238,18 +265,22 @@ impl Work {
         } else {
             0
         };
-        let first = made(gate_up, tail);
+        let in_e4m3 = |linear: &Linear, columns: u64| self.rows_in_e4m3(linear, rows, columns);
+        let first = made(gate_up, tail) + in_e4m3(gate_up, c);
         let gate_up_again =
             if gated > 0 { (bytes(gated) + first).max(first + first_dropping) } else { bytes(gated) };
-        let fill = (bytes(normed) + gate_up_again).max(bytes(normed + gated + inner + out) + output);
+        // The gradient of down in e4m3, which the norm of the block behind has written.
+        let left = in_e4m3(down, c);
+        let fill = left + (bytes(normed) + gate_up_again).max(bytes(normed + gated + inner + out) + output);
         let after = out + post;
-        let dropped = bytes(normed + gated + after + inner) + second_dropping;
+        let dropped = left + bytes(normed + gated + after + inner) + second_dropping;
         let used = bytes(device(policy.inner, f + down_tail));
         let product =
-            (bytes(normed + gated + after + f) + input_gradient(down, down_tail)).saturating_sub(used);
-        let with_normed = (bytes(normed + gated + after + f) + first_dropping).saturating_sub(used);
+            (left + bytes(normed + gated + after + f) + input_gradient(down, down_tail)).saturating_sub(used);
+        let d_gated = in_e4m3(gate_up, 2 * f);
+        let with_normed = (d_gated + bytes(normed + gated + after + f) + first_dropping).saturating_sub(used);
         let used = used + bytes(device(policy.normed, c + tail));
-        let last = input_gradient(gate_up, tail).max(bytes(c + down_tail));
+        let last = (input_gradient(gate_up, tail) + d_gated).max(bytes(c + down_tail) + in_e4m3(&layer.o, c));
         let last = (bytes(gated + after + f + c) + last).saturating_sub(used);
         fill.max(dropped).max(product).max(with_normed).max(last)
     }

@@ -17,6 +17,9 @@ pub struct Card {
     /// Of large products.
     pub product_tflops: f64,
     pub product_f32_tflops: f64,
+    /// In e4m3, a scale a row, summed fast (csrc/fp8.cpp); none where it cannot, or was not measured.
+    #[serde(default)]
+    pub product_fp8_tflops: Option<f64>,
     /// Of causal attention by the fastest kernel, by FlashAttention-2 (windows, `--deterministic`) and in f32.
     pub attention_tflops: Rates,
     pub flash_tflops: Rates,
@@ -54,6 +57,7 @@ impl Card {
         let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::BFloat16, device));
         let product_tflops = product(Kind::BFloat16, device)?;
         let product_f32_tflops = product(Kind::Float, device)?;
+        let product_fp8_tflops = if device::supports_fp8(device) { Some(product_fp8(device)?) } else { None };
         let attention_tflops = attention(Kind::BFloat16, None, device)?;
         // A window that hides one key of the last query.
         let flash_tflops = attention(Kind::BFloat16, Some(N - 1), device)?;
@@ -73,6 +77,7 @@ impl Card {
             processors,
             product_tflops,
             product_f32_tflops,
+            product_fp8_tflops,
             attention_tflops,
             flash_tflops,
             attention_f32_tflops,
@@ -86,14 +91,38 @@ impl Card {
 /// Rows that are measured on.
 const N: i64 = 4096;
 
+const INNER: i64 = 4096;
+const COLUMNS: i64 = 14336;
+
 fn product(kind: Kind, device: Device) -> Result<f64> {
     let random = |shape: &[i64]| Tensor::f_randn(shape, (kind, device));
-    let (x, weight) = (random(&[N, 4096])?, random(&[14336, 4096])?);
+    let (x, weight) = (random(&[N, INNER])?, random(&[COLUMNS, INNER])?);
     let ms = time(device, &mut || Ok(x.f_matmul(&weight.f_tr()?).map(drop)?))?;
     drop((x, weight));
+    rate(ms, device)
+}
+
+fn product_fp8(device: Device) -> Result<f64> {
+    let random = |rows: i64| -> Result<(Tensor, Tensor)> {
+        let x = Tensor::f_randn([rows, INNER], (Kind::BFloat16, device))?;
+        Ok((x.f_to_kind(Kind::Float8e4m3fn)?, Tensor::f_ones([rows, 1], (Kind::Float, device))?))
+    };
+    let ((x, x_scale), (weight, scale)) = (random(N)?, random(COLUMNS)?);
+    let (none, scale) = (None::<&Tensor>, scale.f_tr()?);
+    let ms = time(device, &mut || {
+        let y =
+            x.f_internal_scaled_mm(&weight.f_tr()?, &x_scale, &scale, none, none, Kind::BFloat16, true)?;
+        drop(y);
+        Ok(())
+    })?;
+    drop((x, weight));
+    rate(ms, device)
+}
+
+fn rate(ms: f64, device: Device) -> Result<f64> {
     // What lasts, such as workspaces of libraries, is not to lie inside these large blocks.
     device::empty_cache(device)?;
-    Ok(2.0 * (N * 4096 * 14336) as f64 / (ms * 1e9))
+    Ok(2.0 * (N * INNER * COLUMNS) as f64 / (ms * 1e9))
 }
 
 fn attention(kind: Kind, sliding_window: Option<i64>, device: Device) -> Result<Rates> {

@@ -253,6 +253,9 @@ impl Work {
         if linear.trained() {
             return 0;
         }
+        if self.fp8 {
+            return self.stored_in_e4m3(linear);
+        }
         if !linear.in_4bit() {
             let room = if self.element < 4 { ROOM } else { 0 };
             return self.element * (linear.rows() + room) * (columns + room);
