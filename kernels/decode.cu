@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   fetch_layer(0);
   wait_copies<0>();
   __syncthreads();
+  product.make_shares(s.at.layers);
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
     const int l = step / kPhases;
@@ -243,7 +244,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
   s.tables_shared = d.M * d.width <= kMostPages;
   take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
-  take(at.tiles, most_tiles * int64_t{sizeof(DecodeTile)});
+  take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
   take(at.z, int64_t{3} * planned.MP * kMostRank * 4);
   take(at.statistics, (16 + 1) * planned.MP * 4);
   at.attention = next;

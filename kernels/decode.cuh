@@ -11,7 +11,7 @@ constexpr int kDecodeWarps = kStripWarps, kDecodeThreads = kStripThreads;
 // What fits the 32,764 bytes that a launch may pass.
 constexpr int kMostLayers = 56;
 // Tiles of a thread block in one product, scales of scales of a tile, pieces of a tile of A.
-constexpr int kMostTiles = 64, kNestedOfTile = 32;
+constexpr int kMostTiles = 36, kNestedOfTile = 32;
 // Tiles of A of a product, and what they may be: 2^-28 to 2^35.
 constexpr int kMostATiles = 3 * kMostRank / kTileRows;
 constexpr float kFixed = 268435456.0f;
@@ -43,7 +43,7 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, tiles, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
+  int table, map, layers, sequences, shares, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
   int stages;  // of pages, of each warp in attention
 };
 
@@ -83,12 +83,17 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
-// A tile of 16 rows of this thread block.
+// A tile of 16 rows of this thread block: the same in every layer.
 struct DecodeTile {
-  const char* w;  // its first row
-  int part, row, out, row_bytes;
+  int part, row, out;
   int nested_before;  // blocks between the first of its scales' scales and the tile
   int first_slot, slots;
+};
+// A thread block's share of a product.
+struct DecodeShare {
+  int count;              // tiles
+  int2 units[kDecodeWarps];  // each warp's first unit, and how many
+  DecodeTile tiles[kMostTiles];
 };
 
 // All thread blocks, which are on the processors at once. What was written before `arrive` is seen behind `wait`.

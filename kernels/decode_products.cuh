@@ -32,9 +32,8 @@ struct Products {
   // Whatever could be read again is: registers are few, and what does not fit them lies in memory behind a cache that every wait empties.
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ __forceinline__ const DecodePart& part_at(int part) const { return layer().parts[first_part(phase) + part]; }
-  __device__ __forceinline__ const DecodeTile& tile_at(int local) const {
-    return reinterpret_cast<const DecodeTile*>(shared_at(s.at.tiles))[local];
-  }
+  __device__ __forceinline__ DecodeShare& share(int of_phase) const { return reinterpret_cast<DecodeShare*>(shared_at(s.at.shares))[of_phase]; }
+  __device__ __forceinline__ const DecodeTile& tile_at(int local) const { return share(phase).tiles[local]; }
   __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x + min(column, s.M - 1) * (columns * 2 + 16); }
   __device__ __forceinline__ const char* x_memory_row(int column) const {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
@@ -47,8 +46,9 @@ struct Products {
   };
   __device__ __forceinline__ void seek(Source& source) const {
     const DecodeTile& tile = tile_at(source.tile);
-    source.below = 8 * tile.row_bytes;
-    source.at = tile.w + int64_t{g} * tile.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
+    const DecodePart& part = part_at(tile.part);
+    source.below = 8 * part.row_bytes;
+    source.at = part.w + int64_t{tile.row + g} * part.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
   }
   // A unit has 128 bytes of each row. `ahead`: how many are still to be fetched.
   __device__ __forceinline__ void fetch(Source& source, uint4 (&to)[4], int ahead) const {
@@ -76,7 +76,35 @@ struct Products {
     return source;
   }
 
-  // Whatever does not depend on the product's input: where its tiles are, weights and scales on their way. Nobody uses shared memory.
+  // The shares of all four products, once.
+  __device__ __forceinline__ void make_shares(int first_layer) {
+    layer_at = first_layer;
+    const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), own_thread = thread_number();
+    for (int of = 0; of < kPhases; ++of) {
+      phase = static_cast<DecodePhase>(of);
+      const bool pairs = phase == kGateUp;
+      const int rows = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C, all_tiles = rows / kTileRows;
+      const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid, tiles = last - first << pairs;
+      const int of_tile = s.columns[of] / kUnit, all = tiles * of_tile, blocks = s.columns[of] / kBlock;
+      DecodeShare& own = share(of);
+      if (own_thread == 0) own.count = tiles;
+      if (own_thread < kDecodeWarps) {
+        const int begin = own_thread * all / kDecodeWarps;
+        own.units[own_thread] = make_int2(begin, (own_thread + 1) * all / kDecodeWarps - begin);
+      }
+      if (own_thread < tiles) {
+        const int local = own_thread;
+        int row = (first + (local >> pairs)) * kTileRows + (pairs && local % 2 == 1 ? s.F : 0), part = 0;
+        const int out = row;
+        while (row >= part_at(part).rows) row -= part_at(part++).rows;
+        const int begin = ((local * of_tile + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * of_tile * kDecodeWarps - 1) / all;
+        own.tiles[local] = {part, row, out, row * blocks & ((1 << s.nested_shift) - 1), begin + local, end - begin + 1};
+      }
+    }
+    __syncthreads();
+  }
+
+  // Whatever does not depend on the product's input: weights and scales on their way. Nobody uses shared memory but for the shares.
   __device__ __forceinline__ void prepare(int of_layer, DecodePhase which) {
     thread = thread_number();
     warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -84,30 +112,13 @@ struct Products {
     phase = which;
     columns = s.columns[phase];
     units = columns / kUnit;
-    const bool pairs = phase == kGateUp;
-    const int rows = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C, all_tiles = rows / kTileRows;
-    const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid;
-    count = last - first << pairs;
-    const int all = count * units;
-    from = warp * all / kDecodeWarps;
-    left = warp < kDecodeWarps ? (warp + 1) * all / kDecodeWarps - from : 0;
-    const int blocks = columns / kBlock;
-    if (thread < count) {
-      const int local = thread;
-      int row = (first + (local >> pairs)) * kTileRows + (pairs && local % 2 == 1 ? s.F : 0), part = 0;
-      const int out = row;
-      while (row >= part_at(part).rows) row -= part_at(part++).rows;
-      const int begin = ((local * units + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * units * kDecodeWarps - 1) / all;
-      const int before = row * blocks & ((1 << s.nested_shift) - 1);
-      reinterpret_cast<DecodeTile*>(shared_at(s.at.tiles))[local] = {
-          part_at(part).w + int64_t{row} * part_at(part).row_bytes, part, row, out, part_at(part).row_bytes, before, begin + local, end - begin + 1};
-    }
-    if (all < kDecodeWarps) {
+    count = share(phase).count;
+    const int2 own = warp < kDecodeWarps ? share(phase).units[warp] : make_int2(0, 0);
+    from = own.x, left = own.y;
+    if (count * units < kDecodeWarps) {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
       for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
-    __syncthreads();
     if (warp == kDecodeWarps) {
       each_piece([&](const DecodePart& part, int tile, int piece, int) {
         const int row = min(tile * kTileRows + lane % kTileRows, part.R - 1), element = s.lora_f32 ? 4 : 2;
@@ -120,7 +131,8 @@ struct Products {
       // This warp's first two units into the second-level cache.
       const int unit = from % units + lane / kTileRows;
       const DecodeTile& tile = tile_at(from / units);
-      if (unit < units) prefetch_line(tile.w + int64_t{lane % kTileRows} * tile.row_bytes + unit * 128);
+      const DecodePart& part = part_at(tile.part);
+      if (unit < units) prefetch_line(part.w + int64_t{tile.row + lane % kTileRows} * part.row_bytes + unit * 128);
     }
     for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
@@ -544,7 +556,7 @@ struct Products {
   __device__ __forceinline__ Output output(int i) const {
     const bool pairs = phase == kGateUp;
     const int rows = (count >> pairs) * kTileRows, width = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C;
-    const int c = i / rows, row = i - c * rows, local = row / kTileRows << pairs;
+    const int c = MP == 1 ? 0 : i / rows, row = i - c * rows, local = row / kTileRows << pairs;
     return {c, local, row % kTileRows, int64_t{c} * width + tile_at(local).out + row % kTileRows};
   }
   __device__ __forceinline__ float added(const void* residual, int i) const {
