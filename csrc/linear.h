@@ -71,8 +71,8 @@ struct Linear {
 // x [N, in] -> [N, rows]. LoRA: arXiv:2106.09685. Takes part in autograd.
 Tensor linear(const Tensor& x, const Linear& linear);
 
-// The same without autograd. `rows`: Q(x) of linear_fp8_rows, if someone made it. Where z is given it receives the products with all A_p side by side, [N, sum of R], which the
-// backward needs; without it, one row on the CPU takes a faster path.
+// The same without autograd. `rows`: Q(x) of linear_fp8_rows, if someone made it. Where z is given it receives the products with all
+// A_p side by side, [N, sum of R], which the backward needs; without it, one row on the CPU takes a faster path.
 Tensor linear_forward(const Tensor& x, const Linear& linear, Tensor* z, Fp8Rows rows = {});
 
 // Memory for x in e4m3, x [N, columns] being the input or the gradient of `linear`, for the kernel that writes x in bf16; undefined

@@ -1,4 +1,4 @@
-// defines: magnitudes, row_largest, RowScale, store_e4m3, e4m3_word: rows in e4m3 with a power of two a row, as csrc/fp8.h defines them.
+// defines: magnitudes, row_largest, RowScale, store_e4m3, write_e4m3, e4m3_word: rows in e4m3 with a power of two a row, as csrc/fp8.h defines them.
 // For kernels that write a row in bf16 and its bytes at once: |x| of a row is a maximum of 16-bit integers, two in a register; a NaN
 // is larger than infinity, so that neither is overlooked.
 #pragma once
@@ -90,6 +90,35 @@ __device__ inline uint32_t row_largest(uint32_t m) {
   m = 0;
   for (int w = 0; w < warps; ++w) m = larger(m, of_warps[first + w]);
   return m;
+}
+
+// A row in e4m3, by the threads that share it: of each the vectors that it holds, and those that it reads again. Every thread of the block
+// must call it; one that is not `active` has no row.
+template <int kWidth, int kHeld>
+__device__ inline void write_e4m3(const KernelFp8Rows& to, int64_t row, const Vector<Bf16, kWidth> (&held)[kHeld], const Bf16* written,
+                                  int vectors, bool active) {
+  uint32_t m = 0;
+  if (active) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      if (threadIdx.x + j * blockDim.x < vectors) m = magnitudes(m, held[j]);
+    }
+#pragma unroll 1
+    for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) m = magnitudes(m, load<kWidth>(written, c));
+  }
+  const RowScale scale(row_largest(m));
+  if (!active) return;
+  if (threadIdx.x == 0) to.scale[row] = scale.scale;
+  uint8_t* to_row = to.bytes + row * to.stride;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int c = threadIdx.x + j * blockDim.x;
+    if (c < vectors) store_e4m3(to_row, c, held[j], scale.inverse);
+  }
+#pragma unroll 1
+  for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) {
+    store_e4m3(to_row, c, load<kWidth>(written, c), scale.inverse);
+  }
 }
 
 }  // namespace ferrotune

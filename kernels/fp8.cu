@@ -26,30 +26,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Bf16* x_row = x + row * x_stride;
   const int vectors = static_cast<int>(K / kWidth);
   Vector<Bf16, kWidth> cached[kVectors];
-  uint32_t m = 0;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int c = threadIdx.x + j * blockDim.x;
     if (c < vectors) cached[j] = load<kWidth>(x_row, c);
   }
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    if (threadIdx.x + j * blockDim.x < vectors) m = magnitudes(m, cached[j]);
-  }
-#pragma unroll 1
-  for (int c = threadIdx.x + kVectors * blockDim.x; c < vectors; c += blockDim.x) m = magnitudes(m, load<kWidth>(x_row, c));
-  const RowScale scale(row_largest(m));
-  if (threadIdx.x == 0) to.scale[row] = scale.scale;
-  uint8_t* to_row = to.bytes + row * to.stride;
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int c = threadIdx.x + j * blockDim.x;
-    if (c < vectors) store_e4m3(to_row, c, cached[j], scale.inverse);
-  }
-#pragma unroll 1
-  for (int c = threadIdx.x + kVectors * blockDim.x; c < vectors; c += blockDim.x) {
-    store_e4m3(to_row, c, load<kWidth>(x_row, c), scale.inverse);
-  }
+  write_e4m3(to, row, cached, x_row, vectors, true);
 }
 
 // Columns of each third that a thread writes.

@@ -50,34 +50,6 @@ __device__ inline float row_sum(float value) {
   return value;
 }
 
-// What a thread has written of a row, in e4m3: the vectors it holds, and those it reads again.
-template <int kWidth, int kHeld>
-__device__ inline void write_e4m3(const KernelFp8Rows& to, int64_t row, const Vector<Bf16, kWidth> (&held)[kHeld], const Bf16* written,
-                                  int vectors, bool active) {
-  uint32_t m = 0;
-  if (active) {
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      if (threadIdx.x + j * blockDim.x < vectors) m = magnitudes(m, held[j]);
-    }
-#pragma unroll 1
-    for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) m = magnitudes(m, load<kWidth>(written, c));
-  }
-  const RowScale scale(row_largest(m));
-  if (!active) return;
-  if (threadIdx.x == 0) to.scale[row] = scale.scale;
-  uint8_t* to_row = to.bytes + row * to.stride;
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int c = threadIdx.x + j * blockDim.x;
-    if (c < vectors) store_e4m3(to_row, c, held[j], scale.inverse);
-  }
-#pragma unroll 1
-  for (int c = threadIdx.x + kHeld * blockDim.x; c < vectors; c += blockDim.x) {
-    store_e4m3(to_row, c, load<kWidth>(written, c), scale.inverse);
-  }
-}
-
 template <typename T, typename W, int kWidth, bool kFp8>
 __global__ void __launch_bounds__(kMaxRowThreads, 2)
     rms_norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* __restrict__ y, float* __restrict__ rstd,
