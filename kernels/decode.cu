@@ -15,15 +15,20 @@ namespace {
 
 // A function of its own: its sums need the registers that products have their weights in.
 template <typename T, int D>
-__device__ __noinline__ void attend(const DecodeStack& s, int layer, Barrier barrier) {
-  DecodeAttention<T, D>(s, layer).run_all(barrier);
+__device__ __noinline__ void attend(int layer, Barrier barrier) {
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(barrier);
+}
+template <typename T, int D>
+__device__ __noinline__ void prefetch_pages(int layer) {
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).prefetch();
 }
 
 template <typename T, int D, int MP, bool kNf4>
-__global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack s) {
+__global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack stack) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 dynamic[];
   if (shared_address(dynamic) != kReserved) __trap();
+  const DecodeCommon& s = stack.common;
   Products<T, MP, kNf4> product(s);
   Barrier barrier(s.counters);
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
@@ -31,7 +36,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   // Arguments of a launch are slow to read for the first time: the layers' go to memory, and from there into shared memory one layer ahead.
   for (int l = block; l < s.layers; l += grid) {
     for (int i = threadIdx.x; i < kLayerBytes / 8; i += kDecodeThreads) {
-      __stcg(reinterpret_cast<int64_t*>(s.copy + l) + i, reinterpret_cast<const int64_t*>(&s.layer[l])[i]);
+      __stcg(reinterpret_cast<int64_t*>(stack.copy + l) + i, reinterpret_cast<const int64_t*>(&stack.layer[l])[i]);
     }
   }
   barrier.arrive();
@@ -46,6 +51,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       *reinterpret_cast<uint4*>(shared_at(s.at.table + (i >> 3) * product.kPairBytes + i % 8 * 16)) = make_uint4(pair, pair, pair, pair);
     }
   }
+  static_assert(sizeof(DecodeCommon) % 8 == 0 && sizeof(DecodeCommon) / 8 <= kDecodeThreads);
+  if (threadIdx.x < sizeof(DecodeCommon) / 8) {
+    reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
+  }
+  if (threadIdx.x == 0) *reinterpret_cast<int*>(shared_at(s.at.seen)) = 0;
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
   inputs_ready();
   for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
@@ -56,7 +66,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   const auto fetch_layer = [&](int l) {
     if (l < s.layers && threadIdx.x < kLayerBytes / 8) {
       const unsigned to = shared_address(shared_at(s.at.layers + l % 2 * kLayerBytes)) + 8 * threadIdx.x;
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(reinterpret_cast<const int64_t*>(s.copy + l) + threadIdx.x));
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(reinterpret_cast<const int64_t*>(stack.copy + l) + threadIdx.x));
     }
     commit_copies();
   };
@@ -71,25 +81,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     const auto phase = static_cast<DecodePhase>(step % kPhases);
     const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
     product.prepare(layer, phase);
-    // Its place is that of the layer before, which is done.
-    if (phase == kQkv) fetch_layer(l + 1);
+    if (phase == kQkv) {
+      // Its place is that of the layer before, which is done.
+      fetch_layer(l + 1);
+      prefetch_pages<T, D>(layer);
+    }
     if (step > 0) barrier.wait();
-    // Zero, as registers that may hold what they held before would have to hold it everywhere.
-    uint4 ring[product.kDepth][4] = {};
+    product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    // Behind x, or that would come behind all these.
+    uint4 ring[product.kDepth][4];
     auto source = product.start(ring);
-    product.stage(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    product.stage();
     product.run(ring, source, residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
-    // o's first weights come into the second-level cache meanwhile.
-    if (!kNf4) {
-      const DecodePart& o = product.layer().parts[first_part(kO)];
-      const int first = block * (s.C / kTileRows) / grid * kTileRows, lines = s.columns[kO] / 64;
-      const int row = first + static_cast<int>(threadIdx.x) / lines;
-      if (row < (block + 1) * (s.C / kTileRows) / grid * kTileRows) prefetch_line(o.w + int64_t{row} * o.row_bytes + threadIdx.x % lines * 128);
-    }
-    attend<T, D>(s, layer, barrier);
+    // Memory is idle meanwhile.
+    product.prefetch(kO, kMostUnits);
+    product.prefetch(kGateUp, product.kBesideAttention);
+    attend<T, D>(layer, barrier);
     barrier.arrive();
   }
   // The last thread block leaves the counters as it found them. Nobody waits any more.
@@ -143,12 +153,13 @@ struct Planned {
 
 // False where the kernel cannot.
 inline bool plan_decode(const KernelDecode& d, Planned& planned) {
-  DecodeStack& s = planned.stack;
-  s = DecodeStack{};
+  DecodeStack& stack = planned.stack;
+  stack = DecodeStack{};
+  DecodeCommon& s = stack.common;
   const auto size = [](int64_t v) { return static_cast<int>(v); };
   if (d.count < 1 || d.M < 1 || d.M > kEight || d.dtype != KERNEL_BF16) return false;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
-  if ((d.D != 64 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kMostHeads || d.R % 16 != 0 || d.R > d.D) return false;
+  if ((d.D != 64 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kEight || d.R % 16 != 0 || d.R > d.D) return false;
   if (d.C % 256 != 0 || d.F % 256 != 0 || d.H * d.D % 256 != 0 || d.K * d.D % kTileRows != 0) return false;
   const KernelDecodeLayer& first = d.layers[0];
   planned.nf4 = first.o.w == nullptr;
@@ -164,10 +175,10 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   const int64_t of_phase[kPhases] = {(d.H + 2 * d.K) * d.D, d.C, 2 * d.F, d.C};
   bool some_lora = false;
   int most_b = 0;
-  int a_tiles[kPhases] = {};
+  int a_tiles_of[kPhases] = {};
   for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
     const KernelDecodeLayer& from = d.layers[l];
-    DecodeLayer& to = s.layer[l];
+    DecodeLayer& to = stack.layer[l];
     if (from.qkv_count != first.qkv_count || from.gate_up_count != first.gate_up_count || from.input_norm == nullptr || from.mlp_norm == nullptr) return false;
     if ((from.q_norm != nullptr || from.k_norm != nullptr) && (from.q_norm == nullptr || from.k_norm == nullptr)) return false;
     for (int phase = 0; phase < kPhases; ++phase) {
@@ -205,8 +216,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
         rows += part.rows;
       }
       if (rows != of_phase[phase]) return false;
-      if (l > 0 && tiles != a_tiles[phase]) return false;
-      a_tiles[phase] = tiles;
+      if (l > 0 && tiles != a_tiles_of[phase]) return false;
+      a_tiles_of[phase] = tiles;
     }
     to.norms[0] = from.input_norm, to.norms[1] = from.mlp_norm, to.q_norm = from.q_norm, to.k_norm = from.k_norm;
     to.bias[kQkv] = from.qkv_bias, to.bias[kO] = from.o_bias, to.bias[kGateUp] = from.gate_up_bias, to.bias[kDown] = from.down_bias;
@@ -226,13 +237,13 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     int words = s.columns[phase] / kBlock / 4;
     while (words % 8 != 4) ++words;
     if (int64_t{tiles} * kTileRows * words * 4 > absmax) absmax = int64_t{tiles} * kTileRows * words * 4;
-    s.pieces[phase] = a_tiles[phase] == 0 ? 1 : processors / a_tiles[phase];
+    s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
   }
   if (most_tiles > kMostTiles) return false;
   DecodeShared& at = s.at;
-  int next = kReserved;
+  int next = kCommonAt + (sizeof(DecodeCommon) + 15) / 16 * 16;
   const auto take = [&](int& to, int64_t bytes) {
     to = next;
     next += size(ceil_div(bytes, 16) * 16);
@@ -244,9 +255,10 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
   s.tables_shared = d.M * d.width <= kMostPages;
   take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
+  take(at.seen, 4);
   take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
   take(at.z, int64_t{3} * planned.MP * kMostRank * 4);
-  take(at.statistics, (16 + 1) * planned.MP * 4);
+  take(at.statistics, 16 * planned.MP * 4);
   at.attention = next;
   take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
   take(at.nested, nested);
@@ -276,6 +288,15 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     s.b_shared[phase] = b_bytes[phase] > 0 && at.b + b_bytes[phase] <= limit;
     if (s.b_shared[phase] && at.b + b_bytes[phase] > next) next = size(at.b + b_bytes[phase]);
   }
+  // A piece of A has as many units of 64 columns as the longest.
+  s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
+  at.a = next;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    const int64_t tasks = ceil_div(int64_t{a_tiles_of[phase]} * s.pieces[phase], processors), blocks = ceil_div(s.columns[phase] / kBlock, s.pieces[phase]);
+    const int64_t bytes = tasks * blocks * kTileRows * s.a_row;
+    s.a_shared[phase] = bytes > 0 && at.a + bytes <= limit;
+    if (s.a_shared[phase] && at.a + bytes > next) next = size(at.a + bytes);
+  }
   at.stages = at.attention + attention_bytes(d.D, 2) <= limit ? 2 : 1;
   const int attention_end = at.attention + attention_bytes(d.D, at.stages);
   if (attention_end > limit) return false;
@@ -285,7 +306,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   const Workspaces w = workspaces_of(d);
   s.counters = reinterpret_cast<int*>(base);
   s.arrived = s.counters + 16;
-  s.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
+  stack.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
   s.h = base + w.h, s.qkv = base + w.qkv, s.attended = base + w.attended, s.product = base + w.product;
   s.z = reinterpret_cast<unsigned long long*>(base + w.z), s.partial = reinterpret_cast<float*>(base + w.partial);
   return d.M * d.K * 4 + 64 <= kCountersBytes;
@@ -294,7 +315,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
 template <typename T, int D>
 int launch_decode(const Planned& planned, void* stream) {
   const auto launch = [&](auto* kernel) -> int {
-    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.stack.at.all);
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.stack.common.at.all);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
@@ -302,7 +323,7 @@ int launch_decode(const Planned& planned, void* stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount)));
     config.blockDim = dim3(kDecodeThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(planned.stack.at.all);
+    config.dynamicSmemBytes = static_cast<size_t>(planned.stack.common.at.all);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = 1;

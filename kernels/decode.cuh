@@ -43,14 +43,16 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, shares, z, statistics, slots, nested, absmax, x, norm, b, attention, all;
+  int table, map, layers, sequences, seen, shares, z, statistics, slots, nested, absmax, x, norm, a, b, attention, all;
   int stages;  // of pages, of each warp in attention
 };
 
-struct DecodeStack {
-  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, b_most;
+// All but the layers. Attention, a function of its own, has it from shared memory: arguments of a launch, read through a pointer, come from
+// memory behind a cache that every wait empties.
+struct DecodeCommon {
+  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, a_row, b_most;
   int parts[kPhases], columns[kPhases], pieces[kPhases];  // pieces: of a tile of A
-  bool lora_f32, tables_shared, x_shared[kPhases], b_shared[kPhases];
+  bool lora_f32, tables_shared, x_shared[kPhases], a_shared[kPhases], b_shared[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths;
@@ -59,11 +61,15 @@ struct DecodeStack {
   unsigned long long* z;  // [2, tiles of A, kEight, kTileRows], fixed point
   float* partial;
   int *counters, *arrived;
-  DecodeLayer* copy;  // of `layer` in memory
   DecodeShared at;
+};
+struct DecodeStack {
+  DecodeCommon common;
+  DecodeLayer* copy;  // of `layer` in memory
   DecodeLayer layer[kMostLayers];
 };
 static_assert(sizeof(DecodeStack) <= 32764);
+constexpr int kCommonAt = kReserved;
 
 // What lies `offset` bytes from the start of shared memory. A function of its own, so that the compiler sees which memory it is.
 __device__ __forceinline__ char* shared_at(int offset) {
@@ -89,10 +95,14 @@ struct DecodeTile {
   int nested_before;  // blocks between the first of its scales' scales and the tile
   int first_slot, slots;
 };
+// What a warp has of them: from this unit of this tile on.
+struct DecodeUnits {
+  int tile, unit, count;
+};
 // A thread block's share of a product.
 struct DecodeShare {
-  int count;              // tiles
-  int2 units[kDecodeWarps];  // each warp's first unit, and how many
+  int count;  // tiles
+  DecodeUnits units[kDecodeWarps];
   DecodeTile tiles[kMostTiles];
 };
 
@@ -178,13 +188,13 @@ inline int decode_attention_bytes(int stages) {
 
 template <typename T, int D>
 struct DecodeAttention {
-  const DecodeStack& s;
+  const DecodeCommon& s;
   const int layer_at, at = anew(s.at.attention);
   const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
 
-  __device__ DecodeAttention(const DecodeStack& stack, int of_layer)
-      : s(stack), layer_at(of_layer), group(stack.H / stack.K), heads(stack.M * stack.K), items(heads * stack.runs), item(blockIdx.x) {}
+  __device__ DecodeAttention(const DecodeCommon& common, int of_layer)
+      : s(common), layer_at(of_layer), group(common.H / common.K), heads(common.M * common.K), items(heads * common.runs), item(blockIdx.x) {}
 
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ char* tile(int index) const { return shared_at(at + index * kDecodeTileBytes<D>); }
@@ -217,8 +227,7 @@ struct DecodeAttention {
     commit_copies();
   }
 
-  // Before what the layer's projection wrote can be seen.
-  __device__ __forceinline__ void start() {
+  __device__ __forceinline__ void seek() {
     run = item / heads;
     sequence = item % heads / s.K;
     head = item % s.K;
@@ -229,16 +238,28 @@ struct DecodeAttention {
     page = begin / kPage + warp;
     last_page = (end - 1) / kPage;
     stage = 0;
+  }
+
+  // The pages of this thread block's first item come into the second-level cache, while there is nothing else to do.
+  __device__ __forceinline__ void prefetch() {
+    if (item >= items) return;
+    seek();
+    if (begin >= end) return;
+    constexpr int kLines = D * 2 / 128;
+    for (int at = page; at <= last_page; at += kDecodeThreads / 32) {
+      const int64_t from = place(at, lane % kPage);
+      const void* const pool = lane < kPage ? layer().pool_k : layer().pool_v;
+#pragma unroll
+      for (int line = 0; line < kLines; ++line) prefetch_line(static_cast<const T*>(pool) + from + 64 * line);
+    }
+  }
+
+  // Before what the layer's projection wrote can be seen.
+  __device__ __forceinline__ void start() {
+    seek();
     if (begin >= end) return;
     if (warp < kPageWarps) {
       for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
-      // The pages of the next round come into the second-level cache.
-      const int next = page + s.at.stages * kPageWarps;
-      if (next <= last_page) {
-        const int64_t at = place(next, lane % kPage);
-        const void* const pool = lane < kPage ? layer().pool_k : layer().pool_v;
-        for (int d = 0; d < D; d += 64) prefetch_line(static_cast<const T*>(pool) + at + d);
-      }
     } else {
       const int half = s.R / 2;
       for (int i = thread - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
@@ -270,7 +291,7 @@ struct DecodeAttention {
       if (warp >= kPageWarps || newest) {
         // Heads of the group, or the new key.
         const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
-        constexpr int kVectors = kPage * D / 8;
+        constexpr int kVectors = kEight * D / 8;
 #pragma unroll 1
         for (int i = newest ? lane : thread - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
           const int of_group = newest ? 0 : i / (D / 8), piece = newest ? min(i, D / 8 - 1) : i % (D / 8);
@@ -290,7 +311,7 @@ struct DecodeAttention {
         }
       }
       __syncthreads();
-      PagedSums<D> sums;
+      PagedSums<D, 1> sums;
       if (warp < kPageWarps) {
 #pragma unroll 1
         for (; page <= last_page; page += kPageWarps) {
@@ -300,7 +321,7 @@ struct DecodeAttention {
             *reinterpret_cast<uint4*>(value_tile(stage).at((length - 1) % kPage, lane)) = value;
           }
           __syncwarp();
-          add_page<T, D>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap);
+          add_page<T, D, 1>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap);
           __syncwarp();
           fetch(page + s.at.stages * kPageWarps, stage);
           if (++stage == s.at.stages) stage = 0;
@@ -309,7 +330,7 @@ struct DecodeAttention {
       wait_copies<0>();
       __syncthreads();
       float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
-      if (warp < kPageWarps) put_parts<D>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);
+      if (warp < kPageWarps) put_parts<D, 1>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);
       __syncthreads();
       join(out, parts);
       __syncthreads();
@@ -336,16 +357,16 @@ struct DecodeAttention {
       }
     }
     if (runs == 1) return;
-    __threadfence();
     __syncthreads();
     if (thread == 0) {
       int* const arrived = s.arrived + sequence * s.K + head;
-      *last() = atomicAdd(arrived, 1) == runs - 1;
+      int before;
+      asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+      *last() = before == runs - 1;
       if (*last()) *arrived = 0;
     }
     __syncthreads();
     if (!*last()) return;
-    __threadfence();
     for (int i = thread; i < group * D; i += kDecodeThreads) {
       const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);
       out[i] = from_float<T>(all.x / all.z);

@@ -8,26 +8,47 @@
 #include "decode.cuh"
 #include "rows_strips.cuh"
 
+#ifndef PRE_BEFORE
+#define PRE_BEFORE 2
+#define PRE_BESIDE 2
+#define NU 2
+#endif
+
 namespace ferrotune {
 namespace {
+
+constexpr int kMostUnits = 1 << 30, kNormUnroll = NU;
+
+// Zeros where not `any`: registers that may hold what they held before would have to hold it everywhere.
+__device__ __forceinline__ uint4 load_once(const char* from, bool any) {
+  uint4 to = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(from), "r"(static_cast<int>(any)));
+  return to;
+}
 
 template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
   static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
+  // Units of a warp that come into the second-level cache before a product's input is there, and of gate and up beside attention.
+  static constexpr int kBefore = PRE_BEFORE, kBesideAttention = PRE_BESIDE;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
-  const DecodeStack& s;
+  const DecodeCommon& s;
   int thread, warp, lane, g, t;
-  int a_target = 0;
 
   // The product.
   DecodePhase phase;
   int layer_at;  // where shared memory has the layer
-  int columns, units, count, from, left;
+  int columns, units, count;
+  int first_tile, first_unit, left;  // of this warp
   float first_added;
 
-  __device__ explicit Products(const DecodeStack& stack) : s(stack) {}
+  __device__ explicit Products(const DecodeCommon& common) : s(common) {}
 
   // Whatever could be read again is: registers are few, and what does not fit them lies in memory behind a cache that every wait empties.
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
@@ -45,19 +66,24 @@ struct Products {
     int tile, unit, below;
   };
   __device__ __forceinline__ void seek(Source& source) const {
-    const DecodeTile& tile = tile_at(source.tile);
+    const DecodeTile& tile = tile_at(min(source.tile, count - 1));
     const DecodePart& part = part_at(tile.part);
     source.below = 8 * part.row_bytes;
     source.at = part.w + int64_t{tile.row + g} * part.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
   }
-  // A unit has 128 bytes of each row. `ahead`: how many are still to be fetched.
+  // A unit has 128 bytes of each row.
+  template <typename Load>
+  __device__ __forceinline__ static void load(const Source& source, uint4 (&to)[4], Load&& from) {
+    constexpr int kNext = kNf4 ? 64 : 16;
+    to[0] = from(source.at);
+    to[1] = from(source.at + kNext);
+    to[2] = from(source.at + source.below);
+    to[3] = from(source.at + source.below + kNext);
+  }
+  // The next unit, of `ahead` that are still to be fetched.
   __device__ __forceinline__ void fetch(Source& source, uint4 (&to)[4], int ahead) const {
     if (ahead <= 0) return;
-    constexpr int kNext = kNf4 ? 64 : 16;
-    to[0] = load_once(reinterpret_cast<const uint4*>(source.at));
-    to[1] = load_once(reinterpret_cast<const uint4*>(source.at + kNext));
-    to[2] = load_once(reinterpret_cast<const uint4*>(source.at + source.below));
-    to[3] = load_once(reinterpret_cast<const uint4*>(source.at + source.below + kNext));
+    load(source, to, [](const char* at) { return load_once(reinterpret_cast<const uint4*>(at)); });
     source.at += 128;
     if (++source.unit == units) {
       source.unit = 0;
@@ -65,15 +91,41 @@ struct Products {
       if (ahead > 1) seek(source);
     }
   }
-
+  // Without a branch between the loads, at which they would be waited for.
   __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4]) const {
-    Source source{nullptr, from / units, from % units, 0};
-    if (left > 0) {
+    Source source{nullptr, first_tile, first_unit, 0};
+    const auto next = [&](uint4 (&to)[4], bool any) {
       seek(source);
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) fetch(source, ring[i], left - i);
+      load(source, to, [&](const char* at) { return load_once(at, any); });
+      const bool over = ++source.unit == units;
+      source.unit = over ? 0 : source.unit;
+      source.tile += over;
+    };
+    // Written out: the compiler leaves a loop of this a loop until it is too late for registers.
+    next(ring[0], left > 0);
+    next(ring[1], left > 1);
+    if constexpr (kDepth == 4) {
+      next(ring[2], left > 2);
+      next(ring[3], left > 3);
     }
+    seek(source);
     return source;
+  }
+
+  // The first `most` units of a product that this warp has come into the second-level cache.
+  __device__ __forceinline__ void prefetch(DecodePhase of, int most) const {
+    const int own_warp = thread_number() / 32, row = thread_number() % kTileRows;
+    if (own_warp == kDecodeWarps) return;
+    const DecodeShare& of_share = share(of);
+    const DecodeUnits own = of_share.units[own_warp];
+    const int of_tile = s.columns[of] / kUnit, end = min(own.count, most);
+    for (int i = thread_number() / kTileRows % 2; i < end; i += 2) {
+      int unit = own.unit + i, local = own.tile;
+      while (unit >= of_tile) unit -= of_tile, ++local;
+      const DecodeTile& tile = of_share.tiles[local];
+      const DecodePart& part = layer().parts[first_part(of) + tile.part];
+      prefetch_line(part.w + int64_t{tile.row + row} * part.row_bytes + unit * 128);
+    }
   }
 
   // The shares of all four products, once.
@@ -90,7 +142,7 @@ struct Products {
       if (own_thread == 0) own.count = tiles;
       if (own_thread < kDecodeWarps) {
         const int begin = own_thread * all / kDecodeWarps;
-        own.units[own_thread] = make_int2(begin, (own_thread + 1) * all / kDecodeWarps - begin);
+        own.units[own_thread] = {begin / of_tile, begin % of_tile, (own_thread + 1) * all / kDecodeWarps - begin};
       }
       if (own_thread < tiles) {
         const int local = own_thread;
@@ -113,27 +165,14 @@ struct Products {
     columns = s.columns[phase];
     units = columns / kUnit;
     count = share(phase).count;
-    const int2 own = warp < kDecodeWarps ? share(phase).units[warp] : make_int2(0, 0);
-    from = own.x, left = own.y;
+    const DecodeUnits own = warp < kDecodeWarps ? share(phase).units[warp] : DecodeUnits{};
+    first_tile = own.tile, first_unit = own.unit, left = own.count;
     if (count * units < kDecodeWarps) {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
       for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
-    if (warp == kDecodeWarps) {
-      each_piece([&](const DecodePart& part, int tile, int piece, int) {
-        const int row = min(tile * kTileRows + lane % kTileRows, part.R - 1), element = s.lora_f32 ? 4 : 2;
-        const char* const at = static_cast<const char*>(part.a) + int64_t{row} * columns * element;
-        for (int i = piece_begin(piece) * kBlock * element + lane / kTileRows * 128; i < piece_begin(piece + 1) * kBlock * element; i += 256) {
-          prefetch_line(at + i);
-        }
-      });
-    } else if (left > 0) {
-      // This warp's first two units into the second-level cache.
-      const int unit = from % units + lane / kTileRows;
-      const DecodeTile& tile = tile_at(from / units);
-      const DecodePart& part = part_at(tile.part);
-      if (unit < units) prefetch_line(part.w + int64_t{tile.row + lane % kTileRows} * part.row_bytes + unit * 128);
-    }
+    prefetch(phase, kBefore);
+    if (warp == kDecodeWarps) fetch_a();
     for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
     if (norm != nullptr) {
@@ -177,71 +216,63 @@ struct Products {
     const int words = columns / kBlock / 4;
     return (words + (12 - words % 8) % 8) * 4;
   }
-  // x into shared memory: as it is, or divided by its rows' root mean squares. All thread blocks are done with the product before.
-  __device__ __forceinline__ void stage(const void* from_memory) {
+  // x on its way into shared memory. All thread blocks are done with the product before.
+  __device__ __forceinline__ void fetch_x(const void* from_memory) const {
+    const auto* const x = static_cast<const T*>(from_memory);
+    if (s.x_shared[phase]) {
+      for (int c = 0; c < s.M; ++c) {
+        for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(x_vector(c, i)), x + int64_t{c} * columns + 8 * i, true);
+      }
+    }
+    commit_copies();
+  }
+  __device__ __forceinline__ uint4* x_vector(int c, int i) const {
+    return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
+  }
+  // There it is: as it was, or divided by its rows' root mean squares.
+  __device__ __forceinline__ void stage() const {
     // The next product's sums begin at zero.
     for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
       z_sums(phase + 1)[i] = 0;
     }
-    const bool norm = phase == kQkv || phase == kGateUp;
-    const auto* const x = static_cast<const T*>(from_memory);
-    const int vectors = columns / 8;
-    const auto place = [&](int c, int i) { return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i)); };
-    if (!norm) {
-      if (s.x_shared[phase]) {
-        for (int c = 0; c < s.M; ++c) {
-          for (int i = thread; i < vectors; i += kDecodeThreads) {
-            copy_16_bytes(shared_address(place(c, i)), x + int64_t{c} * columns + 8 * i, true);
-          }
-        }
-        commit_copies();
-      }
-      wait_copies<0>();
+    wait_copies<0>();
+    if (phase == kO || phase == kDown) {
       __syncthreads();
       return;
     }
+    const int vectors = columns / 8;
+    // Of what this thread copied itself.
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
-    float sums[MP] = {};
-    for (int i = thread; i < vectors; i += kDecodeThreads) {
-      uint4 raw[MP];
+#pragma unroll (kNormUnroll)
+    for (int c = 0; c < s.M; ++c) {
+      float sum = 0;
+      for (int i = thread; i < vectors; i += kDecodeThreads) {
+        const Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
 #pragma unroll
-      for (int c = 0; c < MP; ++c) {
-        raw[c] = c < s.M ? *reinterpret_cast<const uint4*>(x + int64_t{c} * columns + 8 * i) : make_uint4(0, 0, 0, 0);
+        for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
       }
 #pragma unroll
-      for (int c = 0; c < MP; ++c) {
-        if (c >= s.M) continue;
-        *place(c, i) = raw[c];
-        const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < MP; ++c) {
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
-      if (lane == 0) statistics[c * 16 + warp] = sums[c];
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (lane == 0) statistics[c * 16 + warp] = sum;
     }
     __syncthreads();
-    if (warp < MP) {
-      float sum = lane < 16 ? statistics[warp * 16 + lane] : 0;
-#pragma unroll
-      for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-      if (lane == 0) statistics[16 * MP + warp] = rsqrtf(sum / columns + s.eps);
-    }
-    wait_copies<0>();
-    __syncthreads();
-    for (int i = thread; i < vectors; i += kDecodeThreads) {
+    // Every warp for itself: of column lane / 4 in these lanes.
+    const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
+    float of_column = four.x + four.y + (four.z + four.w);
+    of_column += __shfl_xor_sync(0xffffffff, of_column, 1);
+    of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
+    of_column = rsqrtf(of_column / columns + s.eps);
+    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads;
+    for (int turn = 0; turn < turns; ++turn) {
+      const int own = turn * kDecodeThreads + thread, i = min(own, vectors - 1);
       const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm + 16 * i)));
-#pragma unroll
-      for (int c = 0; c < MP; ++c) {
-        if (c >= s.M) break;
-        const float rstd = statistics[16 * MP + c];
-        Eight<T> v(reinterpret_cast<const T*>(place(c, i)));
+#pragma unroll (kNormUnroll)
+      for (int c = 0; c < s.M; ++c) {
+        const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
+        Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
 #pragma unroll
         for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
-        *place(c, i) = v.rounded();
+        if (own < vectors) *x_vector(c, i) = v.rounded();
       }
     }
     __syncthreads();
@@ -268,6 +299,22 @@ struct Products {
     return all;
   }
 
+  // Starts the copies of this thread block's pieces of A, [units, kTileRows] rows of a_row bytes.
+  __device__ __forceinline__ void fetch_a() const {
+    if (!s.a_shared[phase]) return;
+    const int element = s.lora_f32 ? 4 : 2, vectors = kBlock * element / 16;
+    unsigned to = shared_address(shared_at(s.at.a));
+    each_piece([&](const DecodePart& part, int tile, int piece, int) {
+      for (int unit = piece_begin(piece); unit < piece_begin(piece + 1); ++unit, to += kTileRows * s.a_row) {
+        for (int i = lane; i < kTileRows * vectors; i += 32) {
+          const int row = i / vectors, at = i % vectors * 16;
+          copy_16_bytes(to + row * s.a_row + at,
+                        static_cast<const char*>(part.a) + (int64_t{min(tile * kTileRows + row, part.R - 1)} * columns + unit * kBlock) * element + at, true);
+        }
+      }
+    });
+  }
+
   // Elements 16 t .. of this lane's column of x.
   __device__ __forceinline__ XOfUnit x_unit(bool shared, int unit) const {
     if (shared) {
@@ -277,16 +324,15 @@ struct Products {
     return load_x(reinterpret_cast<const T*>(x_memory_row(g) + unit * 128 + t * 32));
   }
 
-  __device__ __forceinline__ void multiply_by_a() {
-    const bool shared = s.x_shared[phase];
+  __device__ __forceinline__ void multiply_by_a() const {
+    const bool shared = s.x_shared[phase], a_shared = s.a_shared[phase];
+    const int element = s.lora_f32 ? 4 : 2;
+    int own = s.at.a;
     const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int a_tile) {
-      const int first = piece_begin(piece), units_of_piece = piece_begin(piece + 1) - first;
       float sum[4] = {}, odd[4] = {};
-      const auto row = [&](int r) { return int64_t{min(tile * kTileRows + r, part.R - 1)} * columns + first * kBlock + 16 * t; };
-      const int64_t above = row(g), below = row(g + 8);
-      const auto pairs = [&](int64_t at, unsigned (&out)[8]) {
+      const auto pairs = [&](const char* from, unsigned (&out)[8]) {
         if (s.lora_f32) {
-          const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
+          const auto* const v = reinterpret_cast<const float4*>(from);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const float4 four = v[j];
@@ -294,17 +340,25 @@ struct Products {
             out[2 * j + 1] = pack(four.z, four.w, T{});
           }
         } else {
-          const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
+          const auto* const v = reinterpret_cast<const uint4*>(from);
           const uint4 a = v[0], b = v[1];
           out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
         }
       };
-#pragma unroll 2
-      for (int unit = 0; unit < units_of_piece; ++unit) {
+      const auto row = [&](int r, int unit) {
+        return static_cast<const char*>(part.a) + (int64_t{min(tile * kTileRows + r, part.R - 1)} * columns + unit * kBlock + 16 * t) * element;
+      };
+#pragma unroll 1
+      for (int unit = piece_begin(piece); unit < piece_begin(piece + 1); ++unit, own += kTileRows * s.a_row) {
         unsigned top[8], bottom[8];
-        pairs(above + unit * kBlock, top);
-        pairs(below + unit * kBlock, bottom);
-        multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, first + unit));
+        if (a_shared) {
+          pairs(shared_at(own + g * s.a_row + 16 * t * element), top);
+          pairs(shared_at(own + (g + 8) * s.a_row + 16 * t * element), bottom);
+        } else {
+          pairs(row(g, unit), top);
+          pairs(row(g + 8, unit), bottom);
+        }
+        multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, unit));
       }
       // In fixed point: the same sum in any order.
       unsigned long long* const to = z_sums(phase) + a_tile * (kEight * kTileRows) + g;
@@ -316,9 +370,13 @@ struct Products {
       __syncwarp();
       if (lane == 0) add_release(s.counters + 1, 1);
     });
-    a_target += tasks;
+    // In registers it would not stay.
+    int& before = *reinterpret_cast<int*>(shared_at(s.at.seen));
+    const int target = before + tasks;
+    __syncwarp();
+    before = target;
     if (tasks == 0 || count == 0) return;
-    while (load_acquire(s.counters + 1) < a_target) {}
+    while (load_acquire(s.counters + 1) < target) {}
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = part_at(p);
       const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows;
@@ -349,8 +407,8 @@ struct Products {
 
   template <bool kShared>
   __device__ __forceinline__ void multiply_dense(uint4 (&ring)[kDepth][4], Source& source) {
-    int unit = from % units;
-    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + from / units) * kSlot + g;
+    int unit = first_unit;
+    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + first_tile) * kSlot + g;
     const char* const shared = shared_at(x_shared_row(g) + t * 32);
     float sum[4] = {}, odd[4] = {};
     const auto step = [&](uint4 (&own)[4]) {
@@ -387,7 +445,7 @@ struct Products {
     const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
-    int unit = from % units, local = from / units;
+    int unit = first_unit, local = first_tile;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + g;
     const auto load = [&](int at) {
       if (!has) return;
@@ -497,7 +555,7 @@ struct Products {
   }
 
   // residual: what finish adds.
-  __device__ __forceinline__ void run(uint4 (&ring)[kDepth][4], Source& source, const void* residual) {
+  __device__ __forceinline__ void run(uint4 (&ring)[kDepth][4], Source source, const void* residual) {
     if (warp == kDecodeWarps) {
       multiply_by_a();
     } else if (left > 0) {
@@ -508,30 +566,31 @@ struct Products {
         s.x_shared[phase] ? multiply_dense<true>(ring, source) : multiply_dense<false>(ring, source);
       }
     }
-    first_added = thread < outputs() ? added(residual, thread) : 0;
+    first_added = thread / kOutLanes < outputs() ? added(residual, thread / kOutLanes) : 0;
     __syncthreads();
   }
 
-  // Row `row` of a local tile and column c: the product, LoRA and the bias.
+  // Row `row` of a local tile and column c: the product, LoRA and the bias, by four lanes.
+  static constexpr int kOutLanes = 4;
   __device__ __forceinline__ float value(int local, int row, int c) const {
     const DecodeTile& tile = tile_at(local);
+    const int own = thread % kOutLanes;
     const float* const slots = reinterpret_cast<const float*>(shared_at(s.at.slots)) + c * kSumStride + row;
     float value = 0;
-    for (int k = 0; k < tile.slots; ++k) value += slots[(tile.first_slot + k) * kSlot];
+    for (int k = own; k < tile.slots; k += kOutLanes) value += slots[(tile.first_slot + k) * kSlot];
     const DecodePart& part = part_at(tile.part);
     if (part.b != nullptr) {
       const float* const own_z = z(tile.part, c);
       const auto add = [&](const auto* b) {
         using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
-        constexpr int kWidth = 16 / sizeof(Element);
 #pragma unroll 1
-        for (int j = 0; j < part.R; j += 8) {
-#pragma unroll
-          for (int k = 0; k < 8; k += kWidth) {
-            const auto v = *reinterpret_cast<const Vector<Element, kWidth>*>(b + j + k);
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) value += to_float(from_float<T>(to_float(v.v[i]))) * own_z[j + k + i];
-          }
+        for (int j = 4 * own; j < part.R; j += 4 * kOutLanes) {
+          const auto v = *reinterpret_cast<const Vector<Element, 4>*>(b + j);
+          const float4 of_z = *reinterpret_cast<const float4*>(own_z + j);
+          value += to_float(from_float<T>(to_float(v.v[0]))) * of_z.x;
+          value += to_float(from_float<T>(to_float(v.v[1]))) * of_z.y;
+          value += to_float(from_float<T>(to_float(v.v[2]))) * of_z.z;
+          value += to_float(from_float<T>(to_float(v.v[3]))) * of_z.w;
         }
       };
       if (s.b_shared[phase]) {
@@ -542,6 +601,8 @@ struct Products {
         s.lora_f32 ? add(static_cast<const float*>(part.b) + at) : add(static_cast<const T*>(part.b) + at);
       }
     }
+#pragma unroll
+    for (int step = 1; step < kOutLanes; step *= 2) value += __shfl_xor_sync(0xffffffff, value, step);
     const void* const bias = layer().bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
     return value;
@@ -565,15 +626,19 @@ struct Products {
 
   // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
   __device__ __forceinline__ void finish(void* to, const void* residual) const {
-    for (int i = thread; i < outputs(); i += kDecodeThreads) {
+    const int all = outputs();
+#pragma unroll 1
+    for (int first = 0; first < all; first += kDecodeThreads / kOutLanes) {
+      // Whole warps, as lanes add up what they have.
+      const int i = min(first + thread / kOutLanes, all - 1);
       const Output at = output(i);
-      float v = value(at.local, at.row, at.c) + (i < kDecodeThreads ? first_added : added(residual, i));
+      float v = value(at.local, at.row, at.c) + (first == 0 ? first_added : added(residual, i));
       if (phase == kGateUp) {
         // Rounded as what stands in memory elsewhere.
         const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(at.local + 1, at.row, at.c)));
         v = activated(gate) * up;
       }
-      static_cast<T*>(to)[at.at] = from_float<T>(v);
+      if (thread % kOutLanes == 0 && first + thread / kOutLanes < all) static_cast<T*>(to)[at.at] = from_float<T>(v);
     }
   }
   __device__ __forceinline__ float activated(float x) const {

@@ -2,7 +2,7 @@
 // Fuses the write of the new key and value, both products, softcap, the online softmax (arXiv:1805.02867) and the sum over the
 // parts of a sequence. Moves: the keys and values once, 4 D bytes a token and key/value head in 16 bits.
 //
-// The heads of a group are the rows of m16n8k16 products, so each key is read once for all of them. A thread block takes one
+// The heads of a group are columns of m16n8k16 products, eight at a time, and keys their rows, so each key is read once for all of them. A thread block takes one
 // key/value head of one run of keys of one sequence, its four warps every fourth page; runs have one length whatever else is in
 // the batch (up to 8192 tokens, a longer one beyond), so that a row's result does not depend on it. Of a sequence of several runs, the thread block that comes last adds
 // up what the others left:   m = max_i m_i,  l = sum_i l_i e^(m_i - m),  o = sum_i o_i e^(m_i - m) / l.
@@ -11,7 +11,7 @@
 namespace ferrotune {
 namespace {
 
-template <typename T, int D>
+template <typename T, int D, int kEights>
 __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __grid_constant__ KernelPaged p, int run_pages,
                                                                         float* partial, int32_t* arrived) {
 #if __CUDA_ARCH__ >= 800
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
       reinterpret_cast<uint4*>(to_v)[i] = reinterpret_cast<const uint4*>(v)[i];
     }
   };
-  attend<T, D>(run, reinterpret_cast<char*>(shared), threadIdx.x, query, put_new, [] { __syncthreads(); });
+  attend<T, D, kEights>(run, reinterpret_cast<char*>(shared), threadIdx.x, query, put_new, [] { __syncthreads(); });
 #endif
 }
 
@@ -93,7 +93,7 @@ extern "C" int paged_attention(const KernelPaged* p, float* partial, int32_t* ar
   if (p->sequences == 0) return cudaSuccess;
   return static_cast<int>(with_heads(*p, cudaErrorInvalidValue, [&](auto t, auto dim) -> int64_t {
     constexpr int D = decltype(dim)::value;
-    const auto kernel = paged_attention_kernel<decltype(t), D>;
+    const auto kernel = p->H / p->K > 8 ? paged_attention_kernel<decltype(t), D, 2> : paged_attention_kernel<decltype(t), D, 1>;
     const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPagedBytes<D>);
     if (error != cudaSuccess) return error;
     const int run_pages = pages_of_run(p->longest);

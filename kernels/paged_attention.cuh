@@ -25,88 +25,107 @@ constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 
 // Pages of a run: longer runs for long contexts, or adding them up takes too long.
 inline int pages_of_run(int64_t longest) { return longest <= 8192 ? 2 * kPagedWarps : 8 * kPagedWarps; }
 
-// What a warp has of its keys so far, of rows g and g + 8: heads of the group.
-template <int D>
+// What a warp has of its keys so far, of heads 2 t and 2 t + 1 of each eight of the group: m of all its keys, l of rows g and g + 8 of its
+// pages, o^T of elements 16 i + g and g + 8.
+template <int D, int kEights>
 struct PagedSums {
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[D / 8][4] = {};
+  float m[kEights][2], l[kEights][2] = {}, o[kEights][D / 16][4] = {};
+  __device__ __forceinline__ PagedSums() {
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) m[e][0] = m[e][1] = -INFINITY;
+  }
 };
 
-// One page more: keys from `first` on, of which [begin, end) are seen.
-template <typename T, int D, typename AnyTile>
-__device__ __forceinline__ void add_page(PagedSums<D>& sums, const AnyTile& query, const AnyTile& keys, const AnyTile& values, int first, int begin,
-                                         int end, float scale, float softcap) {
-  const int t = threadIdx.x % 4;
-  auto& [m, l, o] = sums;
-  float s[2][4] = {};
+// An 8x8 matrix of pairs, as a product leaves it, turned to what a product takes.
+__device__ __forceinline__ unsigned transposed(unsigned rows) {
+  unsigned columns;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
+  return columns;
+}
+
+// One page more: keys from `first` on, of which [begin, end) are seen. Keys are the rows of the products and heads their columns, eight at
+// a time: S^T = K Q^T, O^T += V^T P^T.
+template <typename T, int D, int kEights, typename AnyTile>
+__device__ __forceinline__ void add_page(PagedSums<D, kEights>& sums, const AnyTile& query, const AnyTile& keys, const AnyTile& values, int first,
+                                         int begin, int end, float scale, float softcap) {
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  float s[kEights][2][4] = {};
 #pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-    unsigned a[4], b[4];
-    load_a(a, query, 0, 2 * i);
-    load_b_rows(b, keys, 0, 2 * i);
-    multiply(s[0], a, b[0], b[1], T{});
-    multiply(s[1], a, b[2], b[3], T{});
-  }
-  float most[2] = {m[0], m[1]};
+  for (int i = 0; i < D / 32; ++i) {
+    unsigned k[2][4];
+    load_a(k[0], keys, 0, 4 * i);
+    load_a(k[1], keys, 0, 4 * i + 2);
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = first + 8 * n + 2 * t + i % 2;
-      float score = s[n][i] * scale;
-      if (softcap > 0) score = softcap * tanhf(score / softcap);
-      s[n][i] = key >= begin && key < end ? score : -INFINITY;
-      most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+    for (int e = 0; e < kEights; ++e) {
+      unsigned q[4];
+      load_matrices(q, query.at(8 * e + lane % 8, 4 * i + lane / 8));
+      multiply(s[e][0], k[0], q[0], q[1], T{});
+      multiply(s[e][1], k[1], q[2], q[3], T{});
     }
   }
+  const bool seen[2] = {first + g >= begin && first + g < end, first + g + 8 >= begin && first + g + 8 < end};
+  unsigned weights[kEights][2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 1));
-    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffff, most[h], 2));
-    // A page of which nothing is seen leaves everything as it was.
-    const float base = most[h] == -INFINITY ? 0 : most[h], factor = __expf(m[h] - base);
-    m[h] = most[h];
-    float sum = 0;
+  for (int e = 0; e < kEights; ++e) {
+    float p[2][2], factor[2];  // [key, head]
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int j = 0; j < 2; ++j) {
+      float& m = sums.m[e][j];
+      float most = m;
 #pragma unroll
-      for (int i = 2 * h; i < 2 * h + 2; ++i) {
-        s[n][i] = __expf(s[n][i] - base);
-        sum += s[n][i];
+      for (int h = 0; h < 2; ++h) {
+        float score = (s[e][0][2 * h + j] + s[e][1][2 * h + j]) * scale;
+        if (softcap > 0) score = softcap * tanhf(score / softcap);
+        p[h][j] = seen[h] ? score : -INFINITY;
+        most = fmaxf(most, p[h][j]);
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, step));
+      // A page of which nothing is seen leaves everything as it was.
+      const float base = most == -INFINITY ? 0 : most;
+      factor[j] = __expf(m - base);
+      m = most;
+      p[0][j] = __expf(p[0][j] - base), p[1][j] = __expf(p[1][j] - base);
+      sums.l[e][j] = sums.l[e][j] * factor[j] + (p[0][j] + p[1][j]);
+    }
+    if (__any_sync(0xffffffff, factor[0] != 1 || factor[1] != 1)) {
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        float(&o)[4] = sums.o[e][i];
+        o[0] *= factor[0], o[1] *= factor[1], o[2] *= factor[0], o[3] *= factor[1];
       }
     }
-    l[h] = l[h] * factor + sum;
-#pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      o[i][2 * h] *= factor;
-      o[i][2 * h + 1] *= factor;
-    }
+    weights[e][0] = transposed(pack(p[0][0], p[0][1], T{}));
+    weights[e][1] = transposed(pack(p[1][0], p[1][1], T{}));
   }
-  const unsigned weights[4] = {pack(s[0][0], s[0][1], T{}), pack(s[0][2], s[0][3], T{}), pack(s[1][0], s[1][1], T{}),
-                               pack(s[1][2], s[1][3], T{})};
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
-    unsigned b[4];
-    load_b(b, values, 0, 2 * i);
-    multiply(o[2 * i], weights, b[0], b[1], T{});
-    multiply(o[2 * i + 1], weights, b[2], b[3], T{});
+    unsigned v[4];
+    load_matrices_transposed(v, values.at(lane % 8 + lane / 16 * 8, 2 * i + lane / 8 % 2));
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) multiply(sums.o[e][i], v, weights[e][0], weights[e][1], T{});
   }
 }
 
 // To parts [group, D] and statistics [group], m and l, of this warp.
-template <int D>
-__device__ __forceinline__ void put_parts(const PagedSums<D>& sums, float* parts, float2* statistics, int group) {
+template <int D, int kEights>
+__device__ __forceinline__ void put_parts(const PagedSums<D, kEights>& sums, float* parts, float2* statistics, int group) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float l = sums.l[h];
-    l += __shfl_xor_sync(0xffffffff, l, 1);
-    l += __shfl_xor_sync(0xffffffff, l, 2);
-    const int row = g + 8 * h;
-    if (row >= group) continue;
-    if (t == 0) statistics[row] = make_float2(sums.m[h], l);
+  for (int e = 0; e < kEights; ++e) {
 #pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      *reinterpret_cast<float2*>(parts + row * D + 8 * i + 2 * t) = make_float2(sums.o[i][2 * h], sums.o[i][2 * h + 1]);
+    for (int j = 0; j < 2; ++j) {
+      float l = sums.l[e][j];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) l += __shfl_xor_sync(0xffffffff, l, step);
+      const int row = 8 * e + 2 * t + j;
+      if (row >= group) continue;
+      if (g == 0) statistics[row] = make_float2(sums.m[e][j], l);
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        parts[row * D + 16 * i + g] = sums.o[e][i][j];
+        parts[row * D + 16 * i + g + 8] = sums.o[e][i][2 + j];
+      }
     }
   }
 }
@@ -159,7 +178,7 @@ struct PagedRun {
 
 // q(row, vector): eight elements of a head of the group; put_new(k, v): writes the new key and value to these places; sync(): a barrier of
 // the four warps, of which this is thread `thread`.
-template <typename T, int D, typename Query, typename PutNew, typename Sync>
+template <typename T, int D, int kEights, typename Query, typename PutNew, typename Sync>
 __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int thread, Query&& query, PutNew&& put_new, Sync&& sync) {
   float2* const statistics = reinterpret_cast<float2*>(shared + kPagedTileBytes<D>);  // [warps, heads]: m, l
   int* const last = reinterpret_cast<int*>(statistics + kPagedWarps * kMostHeads);
@@ -208,12 +227,12 @@ __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int t
   };
 #pragma unroll
   for (int s = 0; s < kPagedStages; ++s) fetch(first_page + warp + s * kPagedWarps, s);
-  PagedSums<D> sums;
+  PagedSums<D, kEights> sums;
   int stage = 0;
   for (int page = first_page + warp; page <= last_page; page += kPagedWarps) {
     wait_copies<kPagedStages - 1>();
     __syncwarp();
-    add_page<T, D>(sums, q_tile, key_tile(stage), value_tile(stage), page * kPage, begin, end, p.scale, p.softcap);
+    add_page<T, D, kEights>(sums, q_tile, key_tile(stage), value_tile(stage), page * kPage, begin, end, p.scale, p.softcap);
     __syncwarp();
     fetch(page + kPagedStages * kPagedWarps, stage);
     stage = (stage + 1) % kPagedStages;
@@ -223,7 +242,7 @@ __device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int t
 
   // The warps' parts, in the tiles' memory.
   float* const parts = reinterpret_cast<float*>(shared);  // [warps, group, D]
-  put_parts<D>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
+  put_parts<D, kEights>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
   sync();
   const int runs = (length - 1) / p.run_keys - low / p.run_keys + 1;
   const auto left = [&](int row, int of_run) { return p.partial + (row * p.all_runs + of_run) * kLeft<D>; };
