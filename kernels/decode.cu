@@ -55,7 +55,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   if (threadIdx.x < sizeof(DecodeCommon) / 8) {
     reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
   }
-  if (threadIdx.x == 0) *reinterpret_cast<int*>(shared_at(s.at.seen)) = 0;
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<int*>(shared_at(s.at.seen)) = 0;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(shared_at(s.at.x_arrived))) : "memory");
+  }
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
   inputs_ready();
   for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
@@ -86,7 +89,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       fetch_layer(l + 1);
       prefetch_pages<T, D>(layer);
     }
-    if (step > 0) barrier.wait();
+    // The product's scales, for all threads to see behind the barrier.
+    wait_copies<0>();
+    step > 0 ? barrier.wait() : __syncthreads();
     product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
     // Behind x, or that would come behind all these.
     uint4 ring[product.kDepth][4];
@@ -98,7 +103,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     if (phase != kQkv) continue;
     // Memory is idle meanwhile.
     product.prefetch(kO, kMostUnits);
-    product.prefetch(kGateUp, product.kBesideAttention);
     attend<T, D>(layer, barrier);
     barrier.arrive();
   }
@@ -256,8 +260,9 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.tables_shared = d.M * d.width <= kMostPages;
   take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
   take(at.seen, 4);
+  take(at.x_arrived, 8);
   take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
-  take(at.z, int64_t{3} * planned.MP * kMostRank * 4);
+  take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
   take(at.statistics, 16 * planned.MP * 4);
   at.attention = next;
   take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);

@@ -8,16 +8,10 @@
 #include "decode.cuh"
 #include "rows_strips.cuh"
 
-#ifndef PRE_BEFORE
-#define PRE_BEFORE 2
-#define PRE_BESIDE 2
-#define NU 2
-#endif
-
 namespace ferrotune {
 namespace {
 
-constexpr int kMostUnits = 1 << 30, kNormUnroll = NU;
+constexpr int kMostUnits = 1 << 30;
 
 // Zeros where not `any`: registers that may hold what they held before would have to hold it everywhere.
 __device__ __forceinline__ uint4 load_once(const char* from, bool any) {
@@ -33,9 +27,7 @@ __device__ __forceinline__ uint4 load_once(const char* from, bool any) {
 template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
-  static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
-  // Units of a warp that come into the second-level cache before a product's input is there, and of gate and up beside attention.
-  static constexpr int kBefore = PRE_BEFORE, kBesideAttention = PRE_BESIDE;
+  static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride, kZ = kMostRank + 4;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeCommon& s;
@@ -46,6 +38,7 @@ struct Products {
   int layer_at;  // where shared memory has the layer
   int columns, units, count;
   int first_tile, first_unit, left;  // of this warp
+  unsigned x_parity = 0;
   float first_added;
 
   __device__ explicit Products(const DecodeCommon& common) : s(common) {}
@@ -171,7 +164,7 @@ struct Products {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
       for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
-    prefetch(phase, kBefore);
+    prefetch(phase, kDepth);
     if (warp == kDecodeWarps) fetch_a();
     for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
@@ -216,44 +209,61 @@ struct Products {
     const int words = columns / kBlock / 4;
     return (words + (12 - words % 8) % 8) * 4;
   }
-  // x on its way into shared memory. All thread blocks are done with the product before.
-  __device__ __forceinline__ void fetch_x(const void* from_memory) const {
-    const auto* const x = static_cast<const T*>(from_memory);
-    if (s.x_shared[phase]) {
-      for (int c = 0; c < s.M; ++c) {
-        for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(x_vector(c, i)), x + int64_t{c} * columns + 8 * i, true);
-      }
+  // x on its way into shared memory, by one thread. All thread blocks are done with the product before.
+  __device__ __forceinline__ void fetch_x(const void* from) const {
+    if (!s.x_shared[phase] || thread_number() != 0) return;
+    const unsigned arrived = shared_address(shared_at(s.at.x_arrived)), bytes = columns * 2;
+    // What others wrote to memory, and read of this block's, comes before copies that are not theirs.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.M * bytes) : "memory");
+    for (int c = 0; c < s.M; ++c) {
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x_vector(c, 0))),
+                   "l"(static_cast<const char*>(from) + int64_t{c} * bytes), "r"(bytes), "r"(arrived)
+                   : "memory");
     }
-    commit_copies();
+  }
+  __device__ __forceinline__ void wait_x() {
+    if (!s.x_shared[phase]) return;
+    const unsigned arrived = shared_address(shared_at(s.at.x_arrived));
+    unsigned done = 0;
+    while (done == 0) {
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(arrived), "r"(x_parity)
+                   : "memory");
+    }
+    x_parity ^= 1;
   }
   __device__ __forceinline__ uint4* x_vector(int c, int i) const {
     return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
   }
   // There it is: as it was, or divided by its rows' root mean squares.
-  __device__ __forceinline__ void stage() const {
+  __device__ __forceinline__ void stage() {
     // The next product's sums begin at zero.
     for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
       z_sums(phase + 1)[i] = 0;
     }
-    wait_copies<0>();
-    if (phase == kO || phase == kDown) {
-      __syncthreads();
-      return;
-    }
+    wait_x();
+    if (phase == kO || phase == kDown) return;
     const int vectors = columns / 8;
-    // Of what this thread copied itself.
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
-#pragma unroll (kNormUnroll)
-    for (int c = 0; c < s.M; ++c) {
-      float sum = 0;
-      for (int i = thread; i < vectors; i += kDecodeThreads) {
-        const Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
+    float sums[MP] = {};
+    for (int i = thread; i < vectors; i += kDecodeThreads) {
+      uint4 raw[MP];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
+      for (int c = 0; c < MP; ++c) raw[c] = *x_vector(min(c, s.M - 1), i);
+#pragma unroll
+      for (int c = 0; c < MP; ++c) {
+        const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
       }
+    }
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-      if (lane == 0) statistics[c * 16 + warp] = sum;
+    for (int c = 0; c < MP; ++c) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
+      if (lane == 0) statistics[c * 16 + warp] = sums[c];
     }
     __syncthreads();
     // Every warp for itself: of column lane / 4 in these lanes.
@@ -266,7 +276,7 @@ struct Products {
     for (int turn = 0; turn < turns; ++turn) {
       const int own = turn * kDecodeThreads + thread, i = min(own, vectors - 1);
       const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm + 16 * i)));
-#pragma unroll (kNormUnroll)
+#pragma unroll 4
       for (int c = 0; c < s.M; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
         Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
@@ -392,7 +402,7 @@ struct Products {
   }
 
   __device__ __forceinline__ float* z(int part, int column) const {
-    return reinterpret_cast<float*>(shared_at(s.at.z)) + (part * MP + column) * kMostRank;
+    return reinterpret_cast<float*>(shared_at(s.at.z)) + (part * MP + column) * kZ;
   }
 
   // ---- the products
@@ -566,27 +576,26 @@ struct Products {
         s.x_shared[phase] ? multiply_dense<true>(ring, source) : multiply_dense<false>(ring, source);
       }
     }
-    first_added = thread / kOutLanes < outputs() ? added(residual, thread / kOutLanes) : 0;
+    first_added = warp < turns() ? added(residual, warp) : 0;
     __syncthreads();
   }
 
-  // Row `row` of a local tile and column c: the product, LoRA and the bias, by four lanes.
-  static constexpr int kOutLanes = 4;
+  // Row `row` of a local tile and column c: the product, LoRA and the bias.
   __device__ __forceinline__ float value(int local, int row, int c) const {
     const DecodeTile& tile = tile_at(local);
-    const int own = thread % kOutLanes;
-    const float* const slots = reinterpret_cast<const float*>(shared_at(s.at.slots)) + c * kSumStride + row;
+    const float* slot = reinterpret_cast<const float*>(shared_at(s.at.slots)) + tile.first_slot * kSlot + c * kSumStride + row;
     float value = 0;
-    for (int k = own; k < tile.slots; k += kOutLanes) value += slots[(tile.first_slot + k) * kSlot];
+#pragma unroll 2
+    for (int k = 0; k < tile.slots; ++k, slot += kSlot) value += *slot;
     const DecodePart& part = part_at(tile.part);
     if (part.b != nullptr) {
-      const float* const own_z = z(tile.part, c);
+      const float4* own_z = reinterpret_cast<const float4*>(z(tile.part, c));
       const auto add = [&](const auto* b) {
         using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
-#pragma unroll 1
-        for (int j = 4 * own; j < part.R; j += 4 * kOutLanes) {
+#pragma unroll 2
+        for (int j = 0; j < part.R; j += 4, ++own_z) {
           const auto v = *reinterpret_cast<const Vector<Element, 4>*>(b + j);
-          const float4 of_z = *reinterpret_cast<const float4*>(own_z + j);
+          const float4 of_z = *own_z;
           value += to_float(from_float<T>(to_float(v.v[0]))) * of_z.x;
           value += to_float(from_float<T>(to_float(v.v[1]))) * of_z.y;
           value += to_float(from_float<T>(to_float(v.v[2]))) * of_z.z;
@@ -601,44 +610,37 @@ struct Products {
         s.lora_f32 ? add(static_cast<const float*>(part.b) + at) : add(static_cast<const T*>(part.b) + at);
       }
     }
-#pragma unroll
-    for (int step = 1; step < kOutLanes; step *= 2) value += __shfl_xor_sync(0xffffffff, value, step);
     const void* const bias = layer().bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
     return value;
   }
 
-  // Output i of this thread block: rows first, then columns of x.
-  struct Output {
-    int c, local, row;
-    int64_t at;
-  };
-  __device__ __forceinline__ int outputs() const { return (count >> (phase == kGateUp)) * kTileRows * s.M; }
-  __device__ __forceinline__ Output output(int i) const {
-    const bool pairs = phase == kGateUp;
-    const int rows = (count >> pairs) * kTileRows, width = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C;
-    const int c = MP == 1 ? 0 : i / rows, row = i - c * rows, local = row / kTileRows << pairs;
-    return {c, local, row % kTileRows, int64_t{c} * width + tile_at(local).out + row % kTileRows};
+  // A warp has the rows of a tile, of gate and up of two, and two columns of x at a time.
+  static constexpr int kColumnPairs = (MP + 1) / 2;
+  __device__ __forceinline__ int turns() const { return (count >> (phase == kGateUp)) * kColumnPairs; }
+  __device__ __forceinline__ int column_of(int turn) const { return turn % kColumnPairs * 2 + lane / kTileRows; }
+  __device__ __forceinline__ int64_t output(int turn) const {
+    const int width = phase == kQkv ? (s.H + 2 * s.K) * s.D : phase == kGateUp ? s.F : s.C;
+    return int64_t{column_of(turn)} * width + tile_at(turn / kColumnPairs << (phase == kGateUp)).out + lane % kTileRows;
   }
-  __device__ __forceinline__ float added(const void* residual, int i) const {
-    return residual == nullptr ? 0 : to_float(static_cast<const T*>(residual)[output(i).at]);
+  __device__ __forceinline__ float added(const void* residual, int turn) const {
+    return residual == nullptr || column_of(turn) >= s.M ? 0 : to_float(static_cast<const T*>(residual)[output(turn)]);
   }
 
   // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
   __device__ __forceinline__ void finish(void* to, const void* residual) const {
-    const int all = outputs();
+    const int all = turns(), row = lane % kTileRows;
 #pragma unroll 1
-    for (int first = 0; first < all; first += kDecodeThreads / kOutLanes) {
-      // Whole warps, as lanes add up what they have.
-      const int i = min(first + thread / kOutLanes, all - 1);
-      const Output at = output(i);
-      float v = value(at.local, at.row, at.c) + (first == 0 ? first_added : added(residual, i));
+    for (int turn = warp; turn < all; turn += kDecodeWarps + 1) {
+      const int local = turn / kColumnPairs << (phase == kGateUp), c = column_of(turn);
+      if (c >= s.M) continue;
+      float v = value(local, row, c) + (turn == warp ? first_added : added(residual, turn));
       if (phase == kGateUp) {
         // Rounded as what stands in memory elsewhere.
-        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(at.local + 1, at.row, at.c)));
+        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(local + 1, row, c)));
         v = activated(gate) * up;
       }
-      if (thread % kOutLanes == 0 && first + thread / kOutLanes < all) static_cast<T*>(to)[at.at] = from_float<T>(v);
+      static_cast<T*>(to)[output(turn)] = from_float<T>(v);
     }
   }
   __device__ __forceinline__ float activated(float x) const {
