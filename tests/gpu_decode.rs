@@ -87,7 +87,7 @@ fn products_of_few_rows() {
     let Some(device) = gpu("products of few rows") else { return };
     let _no_grad = tch::no_grad_guard();
     use Stored::{Dense, Nf4};
-    let cases: [(&[PartOf], i64); 9] = [
+    let cases: [(&[PartOf], i64); 11] = [
         (&[(Nf4, 128, 0)], 64),
         (&[(Nf4, 512, 16), (Nf4, 128, 16), (Nf4, 128, 16)], 1024),
         (&[(Nf4, 200, 64), (Nf4, 72, 8)], 1472),
@@ -96,6 +96,9 @@ fn products_of_few_rows() {
         (&[(Dense, 512, 32), (Dense, 128, 16), (Dense, 144, 0)], 768),
         (&[(Nf4, 4096, 16)], 14_336),
         (&[(Dense, 4096, 16)], 4096),
+        // More groups of 256 rows than a GPU has processors.
+        (&[(Nf4, 36_000, 16)], 256),
+        (&[(Dense, 36_000, 16)], 320),
         // K that the kernel does not take.
         (&[(Nf4, 64, 16)], 96),
     ];
