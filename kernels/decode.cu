@@ -244,6 +244,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
+    s.a_pieces[phase] = a_tiles_of[phase] * s.pieces[phase];
+    if (s.a_pieces[phase] > processors) return false;
   }
   if (most_tiles > kMostTiles) return false;
   DecodeShared& at = s.at;
@@ -297,8 +299,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
   at.a = next;
   for (int phase = 0; phase < kPhases; ++phase) {
-    const int64_t tasks = ceil_div(int64_t{a_tiles_of[phase]} * s.pieces[phase], processors), blocks = ceil_div(s.columns[phase] / kBlock, s.pieces[phase]);
-    const int64_t bytes = tasks * blocks * kTileRows * s.a_row;
+    const int64_t bytes = s.a_pieces[phase] == 0 ? 0 : ceil_div(s.columns[phase] / kBlock, s.pieces[phase]) * kTileRows * s.a_row;
     s.a_shared[phase] = bytes > 0 && at.a + bytes <= limit;
     if (s.a_shared[phase] && at.a + bytes > next) next = size(at.a + bytes);
   }

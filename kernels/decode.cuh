@@ -51,7 +51,7 @@ struct DecodeShared {
 // memory behind a cache that every wait empties.
 struct DecodeCommon {
   int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, a_row, b_most;
-  int parts[kPhases], columns[kPhases], pieces[kPhases];  // pieces: of a tile of A
+  int parts[kPhases], columns[kPhases], pieces[kPhases], a_pieces[kPhases];  // pieces of a tile of A, and of all: at most one a thread block
   bool lora_f32, tables_shared, x_shared[kPhases], a_shared[kPhases], b_shared[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
@@ -99,9 +99,14 @@ struct DecodeTile {
 struct DecodeUnits {
   int tile, unit, count;
 };
+// Of A: 16 rows of a part from `row` on, tile `a_tile` of all parts', units of 64 columns.
+struct DecodePiece {
+  int part, row, a_tile, unit, units;
+};
 // A thread block's share of a product.
 struct DecodeShare {
   int count;  // tiles
+  DecodePiece piece;
   DecodeUnits units[kDecodeWarps];
   DecodeTile tiles[kMostTiles];
 };

@@ -133,6 +133,19 @@ struct Products {
       const int of_tile = s.columns[of] / kUnit, all = tiles * of_tile, blocks = s.columns[of] / kBlock;
       DecodeShare& own = share(of);
       if (own_thread == 0) own.count = tiles;
+      if (own_thread == 0 && block < s.a_pieces[of]) {
+        // A tile of 16 rows has as many pieces as there are blocks for.
+        const int a_tile = block / s.pieces[of], piece = block % s.pieces[of], units_of_row = s.columns[of] / kBlock;
+        int part = 0, row = a_tile * kTileRows;
+        for (;; ++part) {
+          const DecodePart& at = part_at(part);
+          const int rows_of_part = at.a == nullptr ? 0 : (at.R + kTileRows - 1) / kTileRows * kTileRows;
+          if (row < rows_of_part) break;
+          row -= rows_of_part;
+        }
+        const int unit = piece * units_of_row / s.pieces[of];
+        own.piece = {part, row, a_tile, unit, (piece + 1) * units_of_row / s.pieces[of] - unit};
+      }
       if (own_thread < kDecodeWarps) {
         const int begin = own_thread * all / kDecodeWarps;
         own.units[own_thread] = {begin / of_tile, begin % of_tile, (own_thread + 1) * all / kDecodeWarps - begin};
@@ -290,39 +303,20 @@ struct Products {
 
   // ---- LoRA
 
-  __device__ __forceinline__ int piece_begin(int piece) const { return piece * (columns / kBlock) / s.pieces[phase]; }
-  // body(part, tile, piece, tile among those of all parts) of the pieces of A that are this thread block's. Returns how many there are of all.
-  template <typename Body>
-  __device__ __forceinline__ int each_piece(Body&& body) const {
-    const int pieces = s.pieces[phase];
-    int all = 0;
-    for (int p = 0; p < s.parts[phase]; ++p) {
-      const DecodePart& part = part_at(p);
-      const int tasks = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows * pieces;
-      // The first task of the part that is ours.
-      const int grid = static_cast<int>(gridDim.x);
-      int task = static_cast<int>(blockIdx.x) - all % grid;
-      if (task < 0) task += grid;
-      for (; task < tasks; task += grid) body(part, task / pieces, task % pieces, (all + task) / pieces);
-      all += tasks;
-    }
-    return all;
-  }
-
-  // Starts the copies of this thread block's pieces of A, [units, kTileRows] rows of a_row bytes.
+  __device__ __forceinline__ bool has_piece() const { return static_cast<int>(blockIdx.x) < s.a_pieces[phase]; }
+  // Starts the copies of this thread block's piece of A, [units, kTileRows] rows of a_row bytes.
   __device__ __forceinline__ void fetch_a() const {
-    if (!s.a_shared[phase]) return;
-    const int element = s.lora_f32 ? 4 : 2, vectors = kBlock * element / 16;
-    unsigned to = shared_address(shared_at(s.at.a));
-    each_piece([&](const DecodePart& part, int tile, int piece, int) {
-      for (int unit = piece_begin(piece); unit < piece_begin(piece + 1); ++unit, to += kTileRows * s.a_row) {
-        for (int i = lane; i < kTileRows * vectors; i += 32) {
-          const int row = i / vectors, at = i % vectors * 16;
-          copy_16_bytes(to + row * s.a_row + at,
-                        static_cast<const char*>(part.a) + (int64_t{min(tile * kTileRows + row, part.R - 1)} * columns + unit * kBlock) * element + at, true);
-        }
-      }
-    });
+    if (!s.a_shared[phase] || !has_piece()) return;
+    const DecodePiece& piece = share(phase).piece;
+    const DecodePart& part = part_at(piece.part);
+    const int element = s.lora_f32 ? 4 : 2, shift = s.lora_f32 ? 4 : 3;  // vectors of a row: a power of two
+    const char* const from = static_cast<const char*>(part.a) + int64_t{piece.unit} * kBlock * element;
+    const unsigned to = shared_address(shared_at(s.at.a));
+    for (int i = lane; i < piece.units * kTileRows << shift; i += 32) {
+      const int vector = i & (1 << shift) - 1, row = i >> shift & kTileRows - 1, unit = i >> shift + 4;
+      copy_16_bytes(to + (unit * kTileRows + row) * s.a_row + vector * 16,
+                    from + (int64_t{min(piece.row + row, part.R - 1)} * columns + unit * kBlock) * element + vector * 16, true);
+    }
   }
 
   // Elements 16 t .. of this lane's column of x.
@@ -334,58 +328,63 @@ struct Products {
     return load_x(reinterpret_cast<const T*>(x_memory_row(g) + unit * 128 + t * 32));
   }
 
-  __device__ __forceinline__ void multiply_by_a() const {
+  // This thread block's piece of x A^T.
+  __device__ __forceinline__ void multiply_piece() const {
+    const DecodePiece& piece = share(phase).piece;
+    const DecodePart& part = part_at(piece.part);
     const bool shared = s.x_shared[phase], a_shared = s.a_shared[phase];
     const int element = s.lora_f32 ? 4 : 2;
-    int own = s.at.a;
-    const int tasks = each_piece([&](const DecodePart& part, int tile, int piece, int a_tile) {
-      float sum[4] = {}, odd[4] = {};
-      const auto pairs = [&](const char* from, unsigned (&out)[8]) {
-        if (s.lora_f32) {
-          const auto* const v = reinterpret_cast<const float4*>(from);
+    float sum[4] = {}, odd[4] = {};
+    const auto pairs = [&](const char* from, unsigned (&out)[8]) {
+      if (s.lora_f32) {
+        const auto* const v = reinterpret_cast<const float4*>(from);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float4 four = v[j];
-            out[2 * j] = pack(four.x, four.y, T{});
-            out[2 * j + 1] = pack(four.z, four.w, T{});
-          }
-        } else {
-          const auto* const v = reinterpret_cast<const uint4*>(from);
-          const uint4 a = v[0], b = v[1];
-          out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+        for (int j = 0; j < 4; ++j) {
+          const float4 four = v[j];
+          out[2 * j] = pack(four.x, four.y, T{});
+          out[2 * j + 1] = pack(four.z, four.w, T{});
         }
-      };
-      const auto row = [&](int r, int unit) {
-        return static_cast<const char*>(part.a) + (int64_t{min(tile * kTileRows + r, part.R - 1)} * columns + unit * kBlock + 16 * t) * element;
-      };
+      } else {
+        const auto* const v = reinterpret_cast<const uint4*>(from);
+        const uint4 a = v[0], b = v[1];
+        out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+      }
+    };
+    const auto row = [&](int r, int unit) {
+      return static_cast<const char*>(part.a) + (int64_t{min(piece.row + r, part.R - 1)} * columns + (piece.unit + unit) * kBlock + 16 * t) * element;
+    };
 #pragma unroll 1
-      for (int unit = piece_begin(piece); unit < piece_begin(piece + 1); ++unit, own += kTileRows * s.a_row) {
-        unsigned top[8], bottom[8];
-        if (a_shared) {
-          pairs(shared_at(own + g * s.a_row + 16 * t * element), top);
-          pairs(shared_at(own + (g + 8) * s.a_row + 16 * t * element), bottom);
-        } else {
-          pairs(row(g, unit), top);
-          pairs(row(g + 8, unit), bottom);
-        }
-        multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, unit));
+    for (int unit = 0; unit < piece.units; ++unit) {
+      unsigned top[8], bottom[8];
+      if (a_shared) {
+        const char* const own = shared_at(s.at.a + (unit * kTileRows + g) * s.a_row + 16 * t * element);
+        pairs(own, top);
+        pairs(own + 8 * s.a_row, bottom);
+      } else {
+        pairs(row(g, unit), top);
+        pairs(row(g + 8, unit), bottom);
       }
-      // In fixed point: the same sum in any order.
-      unsigned long long* const to = z_sums(phase) + a_tile * (kEight * kTileRows) + g;
+      multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, piece.unit + unit));
+    }
+    // In fixed point: the same sum in any order.
+    unsigned long long* const to = z_sums(phase) + piece.a_tile * (kEight * kTileRows) + g;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = 2 * t + i % 2;
-        if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)));
-      }
-      __syncwarp();
-      if (lane == 0) add_release(s.counters + 1, 1);
-    });
+    for (int i = 0; i < 4; ++i) {
+      const int c = 2 * t + i % 2;
+      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)));
+    }
+    __syncwarp();
+    if (lane == 0) add_release(s.counters + 1, 1);
+  }
+
+  __device__ __forceinline__ void multiply_by_a() const {
+    if (has_piece()) multiply_piece();
     // In registers it would not stay.
     int& before = *reinterpret_cast<int*>(shared_at(s.at.seen));
-    const int target = before + tasks;
+    const int target = before + s.a_pieces[phase];
     __syncwarp();
     before = target;
-    if (tasks == 0 || count == 0) return;
+    if (s.a_pieces[phase] == 0 || count == 0) return;
     while (load_acquire(s.counters + 1) < target) {}
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = part_at(p);
