@@ -4,10 +4,15 @@
 // bytes an element of NF4 or 2 in 16 bits, the keys and values once; rows of x come from the second-level cache.
 //
 // There are as many thread blocks as processors, and all are there to the end. Between two products, and before and behind attention,
-// they wait for each other: five times a layer. Before a block waits it has the next product's first weights on their way, and the table of
-// pairs of NF4 stays in shared memory, so that a product costs neither its start nor its maps. Norms are computed by every block for
-// itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation. Queries and keys are
-// turned where attention reads them.
+// they wait for each other: five times a layer. Before a block waits, the next product's scales, its rows of A and B and the norm's weight are on
+// their way, and the table of pairs of NF4 stays in shared memory, so that a product costs neither its start nor its maps. Norms are
+// computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
+// Queries and keys are turned where attention reads them.
+//
+// An H200, 32 layers of 8B with LoRA r 16, context 300: 2.23 ms for one row on NF4 (0.9 at 4 TB/s), of which half are the loops of the products,
+// bound by the path to shared memory (rows_strips.cuh), an eighth attention and the rest waits and what stands before and behind a
+// product. What did not help: weights of the next product into the second-level cache while blocks wait (up to 2 % slower: the loops do
+// not wait for memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms).
 #include "decode_products.cuh"
 
 namespace ferrotune {
@@ -25,7 +30,7 @@ __device__ __noinline__ void prefetch_pages(int layer) {
 
 template <typename T, int D, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack stack) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 dynamic[];
   if (shared_address(dynamic) != kReserved) __trap();
   const DecodeCommon& s = stack.common;
@@ -232,7 +237,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   planned.MP = !planned.nf4 ? kEight : s.M <= 1 ? 1 : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
   const bool wide = planned.nf4 && planned.MP <= 2;
   int most_tiles = 0;
-  int64_t absmax = 0, b_bytes[kPhases] = {};
+  int64_t absmax[kPhases] = {}, most_absmax = 0, b_bytes[kPhases] = {};
   s.b_most = most_b;
   for (int phase = 0; phase < kPhases; ++phase) {
     const int tiles = size(ceil_div(phase == kGateUp ? d.F / kTileRows : of_phase[phase] / kTileRows, processors)) << (phase == kGateUp);
@@ -240,7 +245,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     b_bytes[phase] = int64_t{tiles} * kTileRows * most_b;
     int words = s.columns[phase] / kBlock / 4;
     while (words % 8 != 4) ++words;
-    if (int64_t{tiles} * kTileRows * words * 4 > absmax) absmax = int64_t{tiles} * kTileRows * words * 4;
+    if (planned.nf4) absmax[phase] = int64_t{tiles} * kTileRows * words * 4;
+    if (absmax[phase] > most_absmax) most_absmax = absmax[phase];
     s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
@@ -255,7 +261,6 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     next += size(ceil_div(bytes, 16) * 16);
   };
   const int64_t nested = planned.nf4 ? most_tiles * kNestedOfTile * 4 : 0;
-  if (!planned.nf4) absmax = 0;
   if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
   if (planned.nf4 && !wide) take(at.table, 256 * 128);
   take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
@@ -269,26 +274,25 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   at.attention = next;
   take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
   take(at.nested, nested);
-  if (wide && next + absmax > kTableAt) {
+  // In front of a wide table, which has its place, there may be room for the scales.
+  const bool behind = wide && next + most_absmax > kTableAt;
+  if (wide) {
     if (next > kTableAt) return false;
-    next = kTableAt + 256 * 256;
-    take(at.absmax, absmax);
     at.table = kTableAt;
     at.attention = kTableAt + 256 * 256;
-  } else {
-    take(at.absmax, absmax);
-    if (wide) {
-      at.table = kTableAt;
-      next = at.attention = kTableAt + 256 * 256;
-    }
   }
-  take(at.norm, d.C * 2);
-  at.x = next;
+  if (behind) next = at.attention;
+  at.absmax = next;
+  const int begin = wide ? at.attention : next;
   for (int phase = 0; phase < kPhases; ++phase) {
-    const int64_t bytes = int64_t{s.M} * (s.columns[phase] * 2 + 16);
-    s.x_shared[phase] = at.x + bytes <= limit;
+    const bool norm = phase == kQkv || phase == kGateUp;
+    at.norm[phase] = begin + (behind || !wide ? size(absmax[phase]) : 0);
+    at.x[phase] = at.norm[phase] + (norm ? size(d.C * 2) : 0);
+    const int64_t end = at.x[phase] + int64_t{s.M} * (s.columns[phase] * 2 + 16);
+    s.x_shared[phase] = end <= limit;
     if (!s.x_shared[phase] && (phase != kDown || planned.MP <= 2)) return false;
-    if (s.x_shared[phase] && at.x + bytes > next) next = size(at.x + bytes);
+    const int64_t used = s.x_shared[phase] ? end : at.x[phase];
+    if (used > next) next = size(used);
   }
   at.b = next;
   for (int phase = 0; phase < kPhases; ++phase) {

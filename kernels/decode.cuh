@@ -43,7 +43,8 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, seen, x_arrived, shares, z, statistics, slots, nested, absmax, x, norm, a, b, attention, all;
+  int table, map, layers, sequences, seen, x_arrived, shares, z, statistics, slots, nested, absmax, a, b, attention, all;
+  int norm[kPhases], x[kPhases];  // behind the scales
   int stages;  // of pages, of each warp in attention
 };
 

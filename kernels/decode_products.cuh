@@ -48,7 +48,7 @@ struct Products {
   __device__ __forceinline__ const DecodePart& part_at(int part) const { return layer().parts[first_part(phase) + part]; }
   __device__ __forceinline__ DecodeShare& share(int of_phase) const { return reinterpret_cast<DecodeShare*>(shared_at(s.at.shares))[of_phase]; }
   __device__ __forceinline__ const DecodeTile& tile_at(int local) const { return share(phase).tiles[local]; }
-  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x + min(column, s.M - 1) * (columns * 2 + 16); }
+  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x[phase] + min(column, s.M - 1) * (columns * 2 + 16); }
   __device__ __forceinline__ const char* x_memory_row(int column) const {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
@@ -183,7 +183,7 @@ struct Products {
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
     if (norm != nullptr) {
       for (int i = thread; i < columns / 8; i += kDecodeThreads) {
-        copy_16_bytes(shared_address(shared_at(s.at.norm + 16 * i)), static_cast<const uint4*>(norm) + i, true);
+        copy_16_bytes(shared_address(shared_at(s.at.norm[phase] + 16 * i)), static_cast<const uint4*>(norm) + i, true);
       }
     }
     commit_copies();
@@ -248,7 +248,7 @@ struct Products {
     x_parity ^= 1;
   }
   __device__ __forceinline__ uint4* x_vector(int c, int i) const {
-    return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
+    return reinterpret_cast<uint4*>(shared_at(s.at.x[phase] + c * (columns * 2 + 16) + 16 * i));
   }
   // There it is: as it was, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage() {
@@ -288,7 +288,7 @@ struct Products {
     const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads;
     for (int turn = 0; turn < turns; ++turn) {
       const int own = turn * kDecodeThreads + thread, i = min(own, vectors - 1);
-      const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm + 16 * i)));
+      const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm[phase] + 16 * i)));
 #pragma unroll 4
       for (int c = 0; c < s.M; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);

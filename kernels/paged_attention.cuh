@@ -1,4 +1,4 @@
-// defines: attend: one key/value head of one run of keys of one sequence over pages, by four warps (paged_attention.cu, decode.cu).
+// defines: add_page, put_parts, joined, joined_runs: attention of a group of heads over pages of 16 keys, by a warp (paged_attention.cu, decode.cu).
 #pragma once
 
 #include "chain.cuh"
@@ -7,7 +7,7 @@
 namespace ferrotune {
 namespace {
 
-constexpr int kPage = 16, kPagedWarps = 4, kPagedThreads = 32 * kPagedWarps, kMostHeads = 16, kPagedStages = 2;
+constexpr int kPage = 16, kMostHeads = 16;
 
 // What a run leaves of a head: o [D], m, l.
 template <int D>
@@ -15,15 +15,6 @@ constexpr int kLeft = D + 2;
 
 template <int D>
 constexpr int kTileElements = kPage * (D + 8);
-
-// q, stages of keys and values of each warp; m and l of each warp's heads; whether this run came last.
-template <int D>
-constexpr int kPagedTileBytes = (1 + 2 * kPagedStages * kPagedWarps) * kTileElements<D> * 2;
-template <int D>
-constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 16;
-
-// Pages of a run: longer runs for long contexts, or adding them up takes too long.
-inline int pages_of_run(int64_t longest) { return longest <= 8192 ? 2 * kPagedWarps : 8 * kPagedWarps; }
 
 // What a warp has of its keys so far, of heads 2 t and 2 t + 1 of each eight of the group: m of all its keys, l of rows g and g + 8 of its
 // pages, o^T of elements 16 i + g and g + 8.
@@ -160,121 +151,6 @@ __device__ __forceinline__ float3 joined_runs(const float* left, int runs, int d
     most = higher;
   }
   return make_float3(sum, most, total);
-}
-
-// A run of keys of one sequence for one key/value head.
-template <typename T>
-struct PagedRun {
-  T *pool_k, *pool_v;    // of this head
-  int64_t row_elements;  // from key to key
-  const int64_t* table;
-  int length, window, run, run_keys, group;
-  float scale, softcap;
-  T* out;          // [group, D]
-  float* partial;  // [group, all_runs, kLeft]
-  int64_t all_runs;
-  int32_t* arrived;
-};
-
-// q(row, vector): eight elements of a head of the group; put_new(k, v): writes the new key and value to these places; sync(): a barrier of
-// the four warps, of which this is thread `thread`.
-template <typename T, int D, int kEights, typename Query, typename PutNew, typename Sync>
-__device__ __forceinline__ void attend(const PagedRun<T>& p, char* shared, int thread, Query&& query, PutNew&& put_new, Sync&& sync) {
-  float2* const statistics = reinterpret_cast<float2*>(shared + kPagedTileBytes<D>);  // [warps, heads]: m, l
-  int* const last = reinterpret_cast<int*>(statistics + kPagedWarps * kMostHeads);
-  const int warp = thread / 32, lane = thread % 32;
-  const int group = p.group, length = p.length;
-  const int low = p.window > 0 && length > p.window ? length - p.window : 0;
-  const int begin = max(low, p.run * p.run_keys), end = min(length, (p.run + 1) * p.run_keys);
-  if (begin >= end) {
-    // A row that belongs to no sequence.
-    if (length == 0 && p.run == 0) {
-      for (int i = thread; i < group * D; i += kPagedThreads) p.out[i] = from_float<T>(0);
-    }
-    return;
-  }
-  const int64_t page_elements = kPage * p.row_elements;
-  if (end == length) {
-    // These four warps alone read it.
-    const int64_t at = p.table[(length - 1) / kPage] * page_elements + (length - 1) % kPage * p.row_elements;
-    put_new(p.pool_k + at, p.pool_v + at);
-  }
-  T* const tiles = reinterpret_cast<T*>(shared);
-  const PaddedTile<T, D> q_tile{tiles};
-  const auto key_tile = [&](int stage) { return PaddedTile<T, D>{tiles + (1 + 2 * (kPagedStages * warp + stage)) * kTileElements<D>}; };
-  const auto value_tile = [&](int stage) { return PaddedTile<T, D>{key_tile(stage).base + kTileElements<D>}; };
-#pragma unroll
-  for (int i = thread; i < kPage * D / 8; i += kPagedThreads) {
-    const int row = i / (D / 8), piece = i % (D / 8);
-    *reinterpret_cast<uint4*>(q_tile.at(row, piece)) = query(row, piece);
-  }
-  sync();
-
-  const int first_page = begin / kPage, last_page = (end - 1) / kPage;
-  const auto fetch = [&](int page, int stage) {
-    if (page <= last_page) {
-      const int64_t from = p.table[page] * page_elements;
-#pragma unroll
-      for (int i = lane; i < kPage * D / 8; i += 32) {
-        const int row = i / (D / 8), piece = i % (D / 8);
-        const bool inside = page * kPage + row < end;
-        const int64_t at = from + row * p.row_elements + piece * 8;
-        copy_16_bytes(shared_address(key_tile(stage).at(row, piece)), p.pool_k + at, inside);
-        copy_16_bytes(shared_address(value_tile(stage).at(row, piece)), p.pool_v + at, inside);
-      }
-    }
-    commit_copies();
-  };
-#pragma unroll
-  for (int s = 0; s < kPagedStages; ++s) fetch(first_page + warp + s * kPagedWarps, s);
-  PagedSums<D, kEights> sums;
-  int stage = 0;
-  for (int page = first_page + warp; page <= last_page; page += kPagedWarps) {
-    wait_copies<kPagedStages - 1>();
-    __syncwarp();
-    add_page<T, D, kEights>(sums, q_tile, key_tile(stage), value_tile(stage), page * kPage, begin, end, p.scale, p.softcap);
-    __syncwarp();
-    fetch(page + kPagedStages * kPagedWarps, stage);
-    stage = (stage + 1) % kPagedStages;
-  }
-  wait_copies<0>();
-  sync();
-
-  // The warps' parts, in the tiles' memory.
-  float* const parts = reinterpret_cast<float*>(shared);  // [warps, group, D]
-  put_parts<D, kEights>(sums, parts + warp * group * D, statistics + warp * kMostHeads, group);
-  sync();
-  const int runs = (length - 1) / p.run_keys - low / p.run_keys + 1;
-  const auto left = [&](int row, int of_run) { return p.partial + (row * p.all_runs + of_run) * kLeft<D>; };
-  for (int i = thread; i < group * D; i += kPagedThreads) {
-    const int row = i / D, d = i % D;
-    const float3 all = joined<D, kPagedWarps>(parts, statistics, group, row, d);
-    if (runs == 1) {
-      p.out[i] = from_float<T>(all.x / all.z);
-      continue;
-    }
-    float* const mine = left(row, p.run);
-    __stcg(mine + d, all.x);
-    if (d == 0) {
-      __stcg(mine + D, all.y);
-      __stcg(mine + D + 1, all.z);
-    }
-  }
-  if (runs == 1) return;
-  __threadfence();
-  sync();
-  if (thread == 0) {
-    *last = atomicAdd(p.arrived, 1) == runs - 1;
-    if (*last) *p.arrived = 0;
-  }
-  sync();
-  if (!*last) return;
-  __threadfence();
-  const int first_run = low / p.run_keys;
-  for (int i = thread; i < group * D; i += kPagedThreads) {
-    const float3 all = joined_runs<D>(left(i / D, first_run), runs, i % D);
-    p.out[i] = from_float<T>(all.x / all.z);
-  }
 }
 
 }  // namespace
