@@ -22,6 +22,7 @@ fn main() {
         "cpu",
         "cross_entropy",
         "cuda_library",
+        "decode",
         "device",
         "few_rows",
         "fp8",

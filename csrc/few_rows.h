@@ -1,6 +1,7 @@
 // Few rows of 16 bits on a GPU: the products of decoding, by kernels/rows.cu.
 #pragma once
 
+#include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/linear.h"
 
 namespace ferrotune {
@@ -10,6 +11,10 @@ constexpr int64_t kFewRows = 64;
 
 // Whether the products of x go to few_rows_linear: no gradient is asked for, and the rows are few.
 bool is_few_rows(const Tensor& x);
+
+// Parts and bias of l for M rows in `dtype`, without x and y; nullopt where no kernel can take it. `some`: whether LoRA of single rows is
+// left to the caller.
+std::optional<KernelRows> linear_operands(const Linear& l, int64_t M, at::ScalarType dtype, bool& some);
 
 // residual + x W^T + bias + LoRA, without autograd; residual [N, rows] may be undefined. What the kernel cannot take goes
 // through linear_forward.

@@ -135,6 +135,29 @@ struct KernelPaged {
   int dtype;
 };
 
+// One layer of decode: parts of q, k, v (or one), of o, of gate and up (or one) and of down, as in rows_linear. Biases may be null, and
+// so may q_norm and k_norm [D]. Pools as in paged_attention; cos and sin [M, R/2] f32 of the rows' positions.
+struct KernelDecodeLayer {
+  struct KernelRowsPart qkv[3], o, gate_up[2], down;
+  int64_t qkv_count, gate_up_count, window;
+  const void *input_norm, *mlp_norm, *q_norm, *k_norm;
+  const void *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+  void *pool_k, *pool_v;
+  const float *cos, *sin;
+};
+
+// All layers of a decoder on one new row of each of M sequences. x and y [M, C], which may be one; tables and lengths as in
+// paged_attention.
+struct KernelDecode {
+  const struct KernelDecodeLayer* layers;
+  int64_t count, M, C, F, H, K, D, R, width, longest;
+  const int64_t *tables, *lengths;
+  const void* x;
+  void *y, *workspace;
+  float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
+  int activation, dtype;
+};
+
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
   ROW(adamw_8bit)               \
@@ -156,6 +179,8 @@ struct KernelPaged {
   ROW(attention_softcap_backward) \
   ROW(rows_linear)              \
   ROW(rows_linear_workspace)    \
+  ROW(decode)                   \
+  ROW(decode_workspace)         \
   ROW(paged_attention)          \
   ROW(paged_attention_workspace) \
   ROW(sample)
@@ -249,6 +274,11 @@ int64_t rows_linear_workspace(const struct KernelRows* rows);
 // 128, 256, H / K over 16, pages of other than 16 tokens, a GPU older than sm_80. arrived [sequences * K] is zero before and after.
 int paged_attention(const struct KernelPaged* paged, float* partial, int32_t* arrived, void* stream);
 int64_t paged_attention_workspace(const struct KernelPaged* paged);
+
+// Every layer: attention block and MLP block, one launch. The workspace's bytes; 0 where the kernel cannot run: more than 8 rows, 16-bit and
+// NF4 parts beside each other, sizes that it does not divide, a GPU older than sm_90, .. It is zero at the first use.
+int decode(const struct KernelDecode* decode, void* stream);
+int64_t decode_workspace(const struct KernelDecode* decode);
 
 // tokens [N], their log-probabilities [N] and those in the distribution that they are drawn from, [N], of logits [N, V] f32, by params [N, 5] f64: temperature (0: the largest logit), top_k (0:
 // all), top_p, min_p, and a number drawn from [0, 1). A row with NaN, infinity or only -infinity gives the token -1.

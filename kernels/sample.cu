@@ -45,6 +45,21 @@ __device__ inline Best shuffled(const Best& a, int step) {
           __shfl_xor_sync(0xffffffff, a.sum, step), static_cast<bool>(__shfl_xor_sync(0xffffffff, a.valid, step))};
 }
 
+// body(i, from[i]) for i = begin, begin + step, .. below end. Eight loads are under way at once: a thread has nothing else to wait with.
+template <typename Body>
+__device__ inline void each_of(const float* from, int begin, int end, int step, Body&& body) {
+  constexpr int kAtOnce = 8;
+  for (int first = begin; first < end; first += kAtOnce * step) {
+    float v[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) v[k] = first + k * step < end ? from[first + k * step] : 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k * step < end) body(first + k * step, v[k]);
+    }
+  }
+}
+
 // Sum over the lanes up to and with this one.
 __device__ inline Mass scan(Mass value) {
 #pragma unroll
@@ -120,14 +135,18 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
 
   Best best{-INFINITY, 0x7fffffff, 0, true};
-  for (int i = threadIdx.x; i < V; i += kThreads) {
-    const float v = from[i];
+  each_of(from, threadIdx.x, V, kThreads, [&](int i, float v) {
     if (!(v < INFINITY)) {
       best.valid = false;
+    } else if (v > best.value) {
+      // Ids ascend: the first of equals stays.
+      best.sum = best.sum * __expf(best.value - v) + 1;
+      best.value = v;
+      best.id = i;
     } else if (v > -INFINITY) {
-      best = better(best, {v, i, 1, true});
+      best.sum += __expf(v - best.value);
     }
-  }
+  });
   for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
   if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
   __syncthreads();
@@ -139,6 +158,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   if (valid && temperature > 0) {
     const float highest = best.value / temperature;
     const auto score_of = [&](int i) { return from[i] / temperature; };
+    const auto each_score = [&](int begin, int end, int step, const auto& body) {
+      each_of(from, begin, end, step, [&](int, float v) { body(v / temperature); });
+    };
     const auto mass_of = [&](float score) { return static_cast<Mass>(expf(score - highest) * 0x1p40f); };
     unsigned lowest = 0;  // key of the least score that is kept
     Mass dropped_equals = 0;
@@ -146,25 +168,23 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       // Ascending, V - k tokens stand before the k-th largest.
       Mass rest = static_cast<Mass>(V - static_cast<int>(top_k));
       lowest = select(rest, s, [&](const auto& add) {
-        for (int i = threadIdx.x; i < V; i += kThreads) add(key_of(score_of(i)), Mass{1});
+        each_score(threadIdx.x, V, kThreads, [&](float score) { add(key_of(score), Mass{1}); });
       });
     }
     if (top_p < 1) {
       Mass mine = 0, total;
-      for (int i = threadIdx.x; i < V; i += kThreads) {
-        const float score = score_of(i);
+      each_score(threadIdx.x, V, kThreads, [&](float score) {
         if (key_of(score) >= lowest) mine += mass_of(score);
-      }
+      });
       before_this(mine, s, total);
       Mass rest = static_cast<Mass>((1 - top_p) * static_cast<double>(total));
       if (rest >= total) rest = total - 1;
       const unsigned from_top_k = lowest;
       lowest = select(rest, s, [&](const auto& add) {
-        for (int i = threadIdx.x; i < V; i += kThreads) {
-          const float score = score_of(i);
+        each_score(threadIdx.x, V, kThreads, [&](float score) {
           const unsigned key = key_of(score);
           if (key >= from_top_k) add(key, mass_of(score));
-        }
+        });
       });
       dropped_equals = rest / mass_of(value_of(lowest));
     }
@@ -178,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
     Mass equals_before = 0;
     if (dropped_equals > 0) {
       Mass mine = 0, total;
-      for (int i = begin + threadIdx.x % 32; i < end; i += 32) mine += key_of(score_of(i)) == lowest;
+      each_score(begin + threadIdx.x % 32, end, 32, [&](float score) { mine += key_of(score) == lowest; });
       before_this(mine, s, total);
       __syncthreads();
       for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) equals_before += s.sums[w];
@@ -189,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
     };
     Mass mine = 0, total;
     if (dropped_equals == 0) {
-      for (int i = begin + threadIdx.x % 32; i < end; i += 32) mine += kept(score_of(i));
+      each_score(begin + threadIdx.x % 32, end, 32, [&](float score) { mine += kept(score); });
     } else {
       Mass equals = equals_before;
       for (int i = begin; i < end; i += 32) {

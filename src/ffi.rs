@@ -189,6 +189,7 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/kernels.h");
         include!("ferrotune/csrc/segments.h");
         include!("ferrotune/csrc/pages.h");
+        include!("ferrotune/csrc/decode.h");
         include!("ferrotune/csrc/cuda_library.h");
         include!("ferrotune/csrc/profile.h");
         include!("ferrotune/csrc/script.h");
@@ -276,6 +277,23 @@ pub(crate) mod bridge {
             activation: Activation,
             policy: BlockPolicy,
         ) -> Result<UniquePtr<Tensor>>;
+
+        type DecodeStack;
+        fn decode_stack(x: &Tensor) -> Result<UniquePtr<DecodeStack>>;
+        fn push(
+            self: Pin<&mut DecodeStack>,
+            norm: &NormView,
+            qkv: &LinearView,
+            o: &LinearView,
+            post_norm: &NormView,
+            attention: &AttentionView,
+            mlp_norm: &NormView,
+            gate_up: &LinearView,
+            down: &LinearView,
+            mlp_post_norm: &NormView,
+            activation: Activation,
+        ) -> Result<bool>;
+        fn run(self: Pin<&mut DecodeStack>) -> Result<UniquePtr<Tensor>>;
 
         fn op_rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<UniquePtr<Tensor>>;
         fn op_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<UniquePtr<Tensor>>;

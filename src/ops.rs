@@ -11,6 +11,7 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, BlockPolicy, Place};
 use crate::ffi::{self, bridge};
 
+mod decode;
 mod fp8;
 mod head;
 mod lora_casts;
@@ -24,13 +25,14 @@ pub mod proof;
 mod sample;
 mod script;
 
+pub use decode::DecodeStack;
 pub use fp8::Fp8;
 pub use head::{
     Head, Targets, head_scores, linear_cross_entropy, token_log_probs, token_log_probs_and_entropy,
 };
 use lora_casts::LinearCast;
 pub use lora_casts::LoraCasts;
-pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes};
+pub use nf4::{Nested, Nf4, Nf4Quantizer, nf4_bytes, shared_map};
 pub use optim::{
     AdamW, Moments8bit, adamw_8bit_maps, adamw_8bit_step, adamw_step, drop_grads, grad_norm, zero_grads,
 };
@@ -248,6 +250,25 @@ pub struct AttentionBlock<'a> {
 
 /// `x + post_norm(o(attention(rope(qkv(norm(x))))))`: `[N, C]` -> `[N, C]`.
 pub fn attention_block(x: &Tensor, block: &AttentionBlock, rows: &Rows, pass: Pass) -> Result<Tensor> {
+    checked(attention_views(block, rows, pass, |norm, qkv, o, post_norm, attention| {
+        let policy = pass.policy(block.layer).attention;
+        bridge::attention_block(ffi::borrow(x), norm, qkv, o, post_norm, attention, policy)
+    }))
+}
+
+/// Shows `body` the block as the bridge has it: norm, qkv, o, the norm behind them, attention.
+fn attention_views<R>(
+    block: &AttentionBlock,
+    rows: &Rows,
+    pass: Pass,
+    body: impl FnOnce(
+        &bridge::NormView,
+        &bridge::LinearView,
+        &bridge::LinearView,
+        &bridge::NormView,
+        &bridge::AttentionView,
+    ) -> R,
+) -> R {
     let absent = Tensor::new();
     let (qkv_cast, o_cast) = (pass.cast(block.layer, 0), pass.cast(block.layer, 1));
     let qkv = part_views(block.qkv, &absent, pass, qkv_cast, block.layer, 0);
@@ -274,15 +295,13 @@ pub fn attention_block(x: &Tensor, block: &AttentionBlock, rows: &Rows, pass: Pa
         pages_k: ffi::borrow(pages_k),
         pages_v: ffi::borrow(pages_v),
     };
-    checked(bridge::attention_block(
-        ffi::borrow(x),
+    body(
         &norm_view(Some(block.norm), &absent),
         &linear_view(block.qkv, &absent, &qkv, qkv_cast, &qkv_rows),
         &linear_view(block.o, &absent, &o, o_cast, &o_rows),
         &norm_view(block.post_norm, &absent),
         &attention,
-        pass.policy(block.layer).attention,
-    ))
+    )
 }
 
 /// Operands of [`mlp_block`].
@@ -298,6 +317,18 @@ pub struct MlpBlock<'a> {
 
 /// `x + post_norm(down(act(gate) * up))`, `[gate | up] = gate_up(norm(x))`: `[N, C]` -> `[N, C]`.
 pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
+    checked(mlp_views(block, pass, |norm, gate_up, down, post_norm| {
+        let policy = pass.policy(block.layer).mlp;
+        bridge::mlp_block(ffi::borrow(x), norm, gate_up, down, post_norm, block.activation, policy)
+    }))
+}
+
+/// Shows `body` the block as the bridge has it: norm, gate_up, down, the norm behind them.
+fn mlp_views<R>(
+    block: &MlpBlock,
+    pass: Pass,
+    body: impl FnOnce(&bridge::NormView, &bridge::LinearView, &bridge::LinearView, &bridge::NormView) -> R,
+) -> R {
     let absent = Tensor::new();
     // Module numbers after those of the attention block, so that no two modules share a dropout mask.
     let (gate_up_cast, down_cast) = (pass.cast(block.layer, 2), pass.cast(block.layer, 3));
@@ -305,15 +336,12 @@ pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     let down = part_views(block.down, &absent, pass, down_cast, block.layer, 8 + gate_up.len());
     let gate_up_rows = pass.lora_rows(block.gate_up, block.layer, 2);
     let down_rows = pass.lora_rows(block.down, block.layer, 3);
-    checked(bridge::mlp_block(
-        ffi::borrow(x),
+    body(
         &norm_view(Some(block.norm), &absent),
         &linear_view(block.gate_up, &absent, &gate_up, gate_up_cast, &gate_up_rows),
         &linear_view(block.down, &absent, &down, down_cast, &down_rows),
         &norm_view(block.post_norm, &absent),
-        block.activation,
-        pass.policy(block.layer).mlp,
-    ))
+    )
 }
 
 /// Computes the gradients of `inputs` from `dy`, that of `y`, and drops them: a backward pass to measure.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use ferrotune::device;
 use ferrotune::generate::{
     Engine, EngineOptions, EventKind, KvBudget, Request, RequestId, Sampler, SamplingParams,
 };
@@ -289,6 +290,74 @@ fn decoded_logits_are_the_forwards() {
         }
         let ours = Tensor::cat(&rows, 0).to_kind(Kind::BFloat16);
         assert_close(name, What::Value, &ours, &plain.to_kind(Kind::BFloat16), &reference);
+    }
+}
+
+/// Up to eight rows go through all layers in one launch, with LoRA, on both kinds of weights: what the layers give one by one.
+#[test]
+fn layers_are_one_launch() {
+    let Some(device) = gpu("all layers in one launch") else { return };
+    let taken = ["D 64, groups of 4", "norms of heads", "a window"];
+    for (name, config) in shapes().into_iter().filter(|(name, _)| taken.contains(name)) {
+        for load_in_4bit in [false, true] {
+            tch::manual_seed(7);
+            let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
+            let mut model = FastLanguageModel::untrained(config.clone(), options).unwrap();
+            let arguments = ferrotune::train::TrainingArguments::default();
+            model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
+            let decoder = &model.decoder;
+            let _no_grad = tch::no_grad_guard();
+            for mut parameter in decoder.trainable() {
+                let _ = parameter.tensor.normal_(0.0, 0.05);
+            }
+            let pages = decoder.kv_pages(8 * 64).unwrap();
+            for m in [1, 2, 3, 5, 8] {
+                let mut ropes = ferrotune::nn::RopeTables::default();
+                let sequences: Vec<(Vec<i64>, Vec<i32>)> = (0..m)
+                    .map(|at| {
+                        let ids =
+                            (0..[300, 1, 17, 700, 256, 16, 513, 64][at]).map(|i| (i * i + at as i64) % 512);
+                        (ids.collect(), (0..64).map(|page| (page * 8 + at) as i32).collect())
+                    })
+                    .collect();
+                let rows =
+                    |from: fn(usize) -> usize, to: fn(usize) -> usize| -> Vec<ferrotune::models::NewRows> {
+                        let all = sequences.iter().map(|(ids, table)| {
+                            let (past, length) = (from(ids.len()), to(ids.len()));
+                            let pages = &table[..length.div_ceil(16)];
+                            ferrotune::models::NewRows {
+                                input_ids: &ids[past..length],
+                                past,
+                                length: ids.len(),
+                                pages,
+                            }
+                        });
+                        all.filter(|new| !new.input_ids.is_empty()).collect()
+                    };
+                let prompts = rows(|_| 0, |n| n - 1);
+                if !prompts.is_empty() {
+                    let _ = decoder.decode(&prompts, &pages, &mut ropes, &[]).unwrap();
+                }
+                let (last, mut hidden) = (rows(|n| n - 1, |n| n), None);
+                let kernels = device::profile(device, || {
+                    hidden = Some(decoder.decode(&last, &pages, &mut ropes, &[])?);
+                    Ok(())
+                })
+                .unwrap();
+                let launches = kernels.iter().filter(|kernel| kernel.name.contains("decode_kernel")).count();
+                assert_eq!(launches, 1, "{name}, 4-bit {load_in_4bit}, {m} rows: {kernels:?}");
+                let ours = decoder.logits(&hidden.unwrap()).unwrap();
+                let expected: Vec<Tensor> = sequences
+                    .iter()
+                    .map(|(ids, _)| {
+                        logits(decoder, &Flat::new([&ids[..]])).narrow(0, ids.len() as i64 - 1, 1)
+                    })
+                    .collect();
+                let apart = rel(&ours, &Tensor::cat(&expected, 0))[0];
+                println!("{name}, 4-bit {load_in_4bit}, {m} rows: {apart:.2e}");
+                assert!(apart < 3e-2, "{name}, 4-bit {load_in_4bit}, {m} rows: {apart:.2e}");
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::Decoder;
 use crate::device;
 use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
-use crate::ops::{self, Keys, LoraRun, PagedBatch, Pass};
+use crate::ops::{self, DecodeStack, Keys, LoraRun, PagedBatch, Pass};
 
 /// New tokens of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -123,10 +123,33 @@ impl Decoder {
             .collect::<Result<Vec<_>>>()?;
         let mut x = self.embed(&rows.input_ids, None)?;
         let pass = Pass { lora, ..Pass::INFERENCE };
+        if let Some(y) = self.in_one_launch(&x, &batch, pages, &angles, pass)? {
+            return ops::rms_norm(&y, &self.norm);
+        }
         for index in 0..self.layers.len() {
             x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
         }
         ops::rms_norm(&x, &self.norm)
+    }
+
+    /// All layers on x, where one launch can take them.
+    fn in_one_launch(
+        &self,
+        x: &Tensor,
+        batch: &PagedBatch,
+        pages: &KvPages,
+        angles: &[(Tensor, Tensor)],
+        pass: Pass,
+    ) -> Result<Option<Tensor>> {
+        let Some(mut stack) = DecodeStack::new(x)? else { return Ok(None) };
+        for index in 0..self.layers.len() {
+            let (attention, mlp) = self.blocks(index);
+            let rows = self.rows(index, angles, Keys::Pages(batch, pages.layer(index)));
+            if !stack.push(&attention, &rows, &mlp, pass)? {
+                return Ok(None);
+            }
+        }
+        stack.run()
     }
 
     /// cos and sin of all rows for each rope.

@@ -300,9 +300,19 @@ impl Decoder {
         keys: Keys,
         pass: Pass,
     ) -> Result<Tensor> {
-        let layer = &self.layers[index];
+        let (attention, mlp) = self.blocks(index);
+        let x = ops::attention_block(x, &attention, &self.rows(index, angles, keys), pass)?;
+        ops::mlp_block(&x, &mlp, pass)
+    }
+
+    pub(super) fn rows<'a>(&self, index: usize, angles: &'a [(Tensor, Tensor)], keys: Keys<'a>) -> Rows<'a> {
         let (cos, sin) = &angles[self.config.layers[index].rope];
-        let rows = Rows { cos, sin, keys };
+        Rows { cos, sin, keys }
+    }
+
+    /// The two blocks of layer `index`.
+    pub(super) fn blocks(&self, index: usize) -> (AttentionBlock<'_>, MlpBlock<'_>) {
+        let layer = &self.layers[index];
         let attention = AttentionBlock {
             layer: index,
             norm: &layer.input_norm,
@@ -313,7 +323,6 @@ impl Decoder {
             post_norm: layer.post_attention_norm.as_ref(),
             spec: &self.config.layers[index].attention,
         };
-        let x = ops::attention_block(x, &attention, &rows, pass)?;
         let mlp = MlpBlock {
             layer: index,
             norm: &layer.mlp_norm,
@@ -322,7 +331,7 @@ impl Decoder {
             post_norm: layer.post_mlp_norm.as_ref(),
             activation: self.config.hidden_act,
         };
-        ops::mlp_block(&x, &mlp, pass)
+        (attention, mlp)
     }
 
     /// # Errors

@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::io::{QuantKeys, Weights};
-use crate::ops::{Nested, Nf4, Nf4Quantizer};
+use crate::ops::{Nested, Nf4, Nf4Quantizer, shared_map};
 
 /// Elements that are on the device before they are quantised: 32 MiB in 16 bits, for each thread that loads.
 const PIECE: i64 = 1 << 24;
@@ -23,7 +23,7 @@ pub(super) fn read_nf4(weights: &Weights, name: &str, shape: [i64; 2], device: D
     let ceil_div = |a: i64, b: i64| (a + b - 1) / b;
     let n = shape[0] * shape[1];
     let blocks = ceil_div(n, state.blocksize);
-    let tensor = |name: &str, size: i64, kind: Kind| -> Result<Tensor> {
+    let on = |device: Device, name: &str, size: i64, kind: Kind| -> Result<Tensor> {
         weights.expect_shape(name, &[size])?;
         if weights.kind(name)? != kind {
             let what = format!("holds {:?}, expected {kind:?}", weights.kind(name)?);
@@ -33,6 +33,8 @@ pub(super) fn read_nf4(weights: &Weights, name: &str, shape: [i64; 2], device: D
         weights.copy_into(name, &tensor)?;
         Ok(tensor)
     };
+    let tensor = |name: &str, size: i64, kind: Kind| on(device, name, size, kind);
+    let map = |name: &str, size: i64| shared_map(on(Device::Cpu, name, size, Kind::Float)?, device);
     // quant_storage may call the bytes bf16, f16 or f32.
     let packed = weights.with_stored_bytes(name, |bytes| {
         let expected = ceil_div(n, 2);
@@ -47,7 +49,7 @@ pub(super) fn read_nf4(weights: &Weights, name: &str, shape: [i64; 2], device: D
     let nested = match (weights.contains(&keys.nested_absmax), state.nested_blocksize, state.nested_offset) {
         (true, Some(blocksize), Some(offset)) => Some(Nested {
             absmax: tensor(&keys.nested_absmax, ceil_div(blocks, blocksize), Kind::Float)?,
-            quant_map: tensor(&keys.nested_quant_map, 256, Kind::Float)?,
+            quant_map: map(&keys.nested_quant_map, 256)?,
             offset,
             blocksize,
         }),
@@ -57,7 +59,7 @@ pub(super) fn read_nf4(weights: &Weights, name: &str, shape: [i64; 2], device: D
     Ok(Nf4 {
         shape,
         packed,
-        quant_map: tensor(&keys.quant_map, 16, Kind::Float)?,
+        quant_map: map(&keys.quant_map, 16)?,
         absmax: tensor(&keys.absmax, blocks, absmax_kind)?,
         blocksize: state.blocksize,
         nested,

@@ -1,6 +1,8 @@
 //! Matrices in bitsandbytes' NF4 format (QLoRA, arXiv:2305.14314): 16 values, one scale a block of elements, the scales
 //! themselves in 8 bits. csrc/nf4.h has the formulas.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
@@ -113,19 +115,36 @@ impl Nf4Quantizer {
             .map_err(op_error)?;
         let nested = Nested {
             absmax: nested_absmax.f_to_device(device)?,
-            quant_map: checked(bridge::nf4_nested_quant_map())?.f_to_device(device)?,
+            quant_map: shared_map(checked(bridge::nf4_nested_quant_map())?, device)?,
             offset,
             blocksize: NESTED_BLOCK,
         };
         Ok(Nf4 {
             shape: self.shape,
             packed: self.packed,
-            quant_map: checked(bridge::nf4_quant_map())?.f_to_device(device)?,
+            quant_map: shared_map(checked(bridge::nf4_quant_map())?, device)?,
             absmax: index.f_to_device(device)?,
             blocksize: BLOCK,
             nested: Some(nested),
         })
     }
+}
+
+/// The f32 `map`, which is on the CPU, on `device`: one tensor for all matrices whose maps are equal, as those of nearly all checkpoints
+/// are, so that a launch for several of them can tell that it needs one.
+pub fn shared_map(map: Tensor, device: Device) -> Result<Tensor> {
+    /// More kinds than these are each matrix's own.
+    const MOST: usize = 8;
+    static MAPS: Mutex<Vec<(Device, Tensor, Tensor)>> = Mutex::new(Vec::new());
+    let mut maps = MAPS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((.., shared)) = maps.iter().find(|(of, known, _)| *of == device && known.equal(&map)) {
+        return Ok(shared.shallow_clone());
+    }
+    let shared = map.f_to_device(device)?;
+    if maps.len() < MOST {
+        maps.push((device, map, shared.shallow_clone()));
+    }
+    Ok(shared)
 }
 
 /// Bytes of a `[rows, in]` matrix that is quantised here: packed elements and both levels of scales. The maps, the same for

@@ -1,0 +1,381 @@
+// One new row of each of at most eight sequences through all layers of a decoder, one launch:
+//   h = x + o(attention(rope(qkv(norm(x))))),   y = h + down(act(gate) * up),  [gate | up] = gate_up(norm(h))
+// Fuses what kernels/rms_norm.cu, rows.cu, rope.cu, paged_attention.cu and swiglu.cu do in nine launches a layer. Moves: W once, 0.516
+// bytes an element of NF4 or 2 in 16 bits, the keys and values once; rows of x come from the second-level cache.
+//
+// There are as many thread blocks as processors, and all are there to the end. Between two products, and before and behind attention,
+// they wait for each other: five times a layer. Before a block waits, the next product's scales, its rows of A and B and the norm's weight are on
+// their way, and the table of pairs of NF4 stays in shared memory, so that a product costs neither its start nor its maps. Norms are
+// computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
+// Queries and keys are turned where attention reads them.
+//
+// An H200, 32 layers of 8B with LoRA r 16, context 300: 2.23 ms for one row on NF4 (0.9 at 4 TB/s), of which half are the loops of the products,
+// bound by the path to shared memory (rows_strips.cuh), an eighth attention and the rest waits and what stands before and behind a
+// product. What did not help: weights of the next product into the second-level cache while blocks wait (up to 2 % slower: the loops do
+// not wait for memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms).
+#include "decode_products.cuh"
+
+namespace ferrotune {
+namespace {
+
+// A function of its own: its sums need the registers that products have their weights in.
+template <typename T, int D>
+__device__ __noinline__ void attend(int layer, Barrier barrier) {
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(barrier);
+}
+template <typename T, int D>
+__device__ __noinline__ void prefetch_pages(int layer) {
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).prefetch();
+}
+
+template <typename T, int D, int MP, bool kNf4>
+__global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack stack) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ uint4 dynamic[];
+  if (shared_address(dynamic) != kReserved) __trap();
+  const DecodeCommon& s = stack.common;
+  Products<T, MP, kNf4> product(s);
+  Barrier barrier(s.counters);
+  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  constexpr int kLayerBytes = sizeof(DecodeLayer);
+  // Arguments of a launch are slow to read for the first time: the layers' go to memory, and from there into shared memory one layer ahead.
+  for (int l = block; l < s.layers; l += grid) {
+    for (int i = threadIdx.x; i < kLayerBytes / 8; i += kDecodeThreads) {
+      __stcg(reinterpret_cast<int64_t*>(stack.copy + l) + i, reinterpret_cast<const int64_t*>(&stack.layer[l])[i]);
+    }
+  }
+  barrier.arrive();
+  if constexpr (kNf4) {
+    for (int i = threadIdx.x; i < 256 * kMapCopies; i += kDecodeThreads) {
+      reinterpret_cast<float*>(shared_at(s.at.map))[i] = s.nested_map[i / kMapCopies];
+    }
+    const float code = s.quant_map[threadIdx.x % 16];
+    for (int i = threadIdx.x; i < 256 * 8; i += kDecodeThreads) {
+      const float even = __shfl_sync(0xffffffff, code, i >> 7), odd = __shfl_sync(0xffffffff, code, i >> 3 & 15);
+      const unsigned pair = pack(even, odd, T{});
+      *reinterpret_cast<uint4*>(shared_at(s.at.table + (i >> 3) * product.kPairBytes + i % 8 * 16)) = make_uint4(pair, pair, pair, pair);
+    }
+  }
+  static_assert(sizeof(DecodeCommon) % 8 == 0 && sizeof(DecodeCommon) / 8 <= kDecodeThreads);
+  if (threadIdx.x < sizeof(DecodeCommon) / 8) {
+    reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
+  }
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<int*>(shared_at(s.at.seen)) = 0;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(shared_at(s.at.x_arrived))) : "memory");
+  }
+  auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
+  inputs_ready();
+  for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
+  if (s.tables_shared) {
+    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kEight + i] = static_cast<int>(s.tables[i]);
+  }
+  barrier.wait();
+  const auto fetch_layer = [&](int l) {
+    if (l < s.layers && threadIdx.x < kLayerBytes / 8) {
+      const unsigned to = shared_address(shared_at(s.at.layers + l % 2 * kLayerBytes)) + 8 * threadIdx.x;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(reinterpret_cast<const int64_t*>(stack.copy + l) + threadIdx.x));
+    }
+    commit_copies();
+  };
+  fetch_layer(0);
+  wait_copies<0>();
+  __syncthreads();
+  product.make_shares(s.at.layers);
+#pragma unroll 1
+  for (int step = 0; step < kPhases * s.layers; ++step) {
+    const int l = step / kPhases;
+    const int layer = s.at.layers + l % 2 * kLayerBytes;
+    const auto phase = static_cast<DecodePhase>(step % kPhases);
+    const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
+    product.prepare(layer, phase);
+    if (phase == kQkv) {
+      // Its place is that of the layer before, which is done.
+      fetch_layer(l + 1);
+      prefetch_pages<T, D>(layer);
+    }
+    // The product's scales, for all threads to see behind the barrier.
+    wait_copies<0>();
+    step > 0 ? barrier.wait() : __syncthreads();
+    product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    // Behind x, or that would come behind all these.
+    uint4 ring[product.kDepth][4];
+    auto source = product.start(ring);
+    product.stage();
+    product.run(ring, source, residual);
+    product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
+    barrier.arrive();
+    if (phase != kQkv) continue;
+    // Memory is idle meanwhile.
+    product.prefetch(kO, kMostUnits);
+    attend<T, D>(layer, barrier);
+    barrier.arrive();
+  }
+  // The last thread block leaves the counters as it found them. Nobody waits any more.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(s.counters + 2, 1) == static_cast<int>(gridDim.x) - 1) s.counters[0] = s.counters[1] = s.counters[2] = 0;
+  }
+#endif
+}
+
+// ---- launchers
+
+constexpr int64_t kCountersBytes = 4096;
+
+inline int64_t rounded_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// Longer runs for long contexts, or adding them up takes too long.
+inline int run_pages(int64_t longest) { return longest <= 8192 ? kRunPages : kLongRunPages; }
+
+struct Workspaces {
+  int64_t copy, h, qkv, attended, product, z, partial, all;
+};
+inline Workspaces workspaces_of(const KernelDecode& d) {
+  Workspaces w{};
+  int64_t at = kCountersBytes;
+  const auto take = [&](int64_t& to, int64_t bytes) {
+    to = at;
+    at += rounded_up(bytes);
+  };
+  const int64_t M = 8;
+  take(w.copy, int64_t{kMostLayers} * sizeof(DecodeLayer));
+  take(w.h, M * d.C * 2);
+  take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
+  take(w.attended, M * d.H * d.D * 2);
+  take(w.product, M * d.F * 2);
+  take(w.z, int64_t{2} * kMostATiles * kEight * kTileRows * 8);
+  take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d.longest) * kPage) * (d.D + 2) * 4);
+  w.all = at;
+  return w;
+}
+
+inline int attention_bytes(int64_t D, int stages) {
+  return D == 64 ? decode_attention_bytes<64>(stages) : decode_attention_bytes<128>(stages);
+}
+
+struct Planned {
+  DecodeStack stack;
+  bool nf4;
+  int MP;
+};
+
+// False where the kernel cannot.
+inline bool plan_decode(const KernelDecode& d, Planned& planned) {
+  DecodeStack& stack = planned.stack;
+  stack = DecodeStack{};
+  DecodeCommon& s = stack.common;
+  const auto size = [](int64_t v) { return static_cast<int>(v); };
+  if (d.count < 1 || d.M < 1 || d.M > kEight || d.dtype != KERNEL_BF16) return false;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  if ((d.D != 64 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kEight || d.R % 16 != 0 || d.R > d.D) return false;
+  if (d.C % 256 != 0 || d.F % 256 != 0 || d.H * d.D % 256 != 0 || d.K * d.D % kTileRows != 0) return false;
+  const KernelDecodeLayer& first = d.layers[0];
+  planned.nf4 = first.o.w == nullptr;
+  s.layers = size(d.count), s.M = size(d.M), s.C = size(d.C), s.F = size(d.F), s.H = size(d.H), s.K = size(d.K), s.D = size(d.D), s.R = size(d.R);
+  s.width = size(d.width), s.run_pages = run_pages(d.longest), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
+  s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
+  s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
+  s.tables = d.tables, s.lengths = d.lengths, s.x = d.x, s.y = d.y;
+  s.parts[kQkv] = size(first.qkv_count), s.parts[kO] = s.parts[kDown] = 1, s.parts[kGateUp] = size(first.gate_up_count);
+  s.columns[kQkv] = s.columns[kGateUp] = size(d.C), s.columns[kO] = size(d.H * d.D), s.columns[kDown] = size(d.F);
+  s.nested_shift = 0;
+  while (first.o.nf4.nested_blocksize >> (s.nested_shift + 1) > 0) ++s.nested_shift;
+  const int64_t of_phase[kPhases] = {(d.H + 2 * d.K) * d.D, d.C, 2 * d.F, d.C};
+  bool some_lora = false;
+  int most_b = 0;
+  int a_tiles_of[kPhases] = {};
+  for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
+    const KernelDecodeLayer& from = d.layers[l];
+    DecodeLayer& to = stack.layer[l];
+    if (from.qkv_count != first.qkv_count || from.gate_up_count != first.gate_up_count || from.input_norm == nullptr || from.mlp_norm == nullptr) return false;
+    if ((from.q_norm != nullptr || from.k_norm != nullptr) && (from.q_norm == nullptr || from.k_norm == nullptr)) return false;
+    for (int phase = 0; phase < kPhases; ++phase) {
+      const KernelRowsPart* const parts = phase == kQkv ? from.qkv : phase == kO ? &from.o : phase == kGateUp ? from.gate_up : &from.down;
+      int64_t rows = 0;
+      int tiles = 0;
+      for (int i = 0; i < s.parts[phase]; ++i) {
+        const KernelRowsPart& part = parts[i];
+        const KernelNf4& nf4 = part.nf4;
+        DecodePart& own = to.parts[first_part(phase) + i];
+        if ((part.w == nullptr) != planned.nf4 || part.rows % kTileRows != 0 || part.R > kMostRank) return false;
+        if (planned.nf4) {
+          if (nf4.blocksize != kBlock || nf4.nested_absmax == nullptr || nf4.quant_map != s.quant_map || nf4.nested_quant_map != s.nested_map ||
+              nf4.nested_blocksize != int64_t{1} << s.nested_shift || !aligned16(nf4.packed) || !aligned16(nf4.absmax) ||
+              kTileRows * (s.columns[phase] / kBlock) / nf4.nested_blocksize + 2 > kNestedOfTile) {
+            return false;
+          }
+          own.w = reinterpret_cast<const char*>(nf4.packed);
+          own.row_bytes = s.columns[phase] / 2;
+          own.absmax = nf4.absmax, own.nested = nf4.nested_absmax, own.nested_offset = nf4.nested_offset;
+        } else {
+          if (!aligned16(part.w) || part.w_stride % 8 != 0) return false;
+          own.w = static_cast<const char*>(part.w);
+          own.row_bytes = size(part.w_stride * 2);
+        }
+        own.rows = size(part.rows);
+        if (part.a != nullptr) {
+          if ((some_lora && (part.lora_f32 != 0) != s.lora_f32) || part.R % 8 != 0 || !aligned16(part.a) || !aligned16(part.b)) return false;
+          some_lora = true;
+          s.lora_f32 = part.lora_f32 != 0;
+          if (part.R * (part.lora_f32 ? 4 : 2) + 16 > most_b) most_b = size(part.R * (part.lora_f32 ? 4 : 2) + 16);
+          own.a = part.a, own.b = part.b, own.scale = part.scale, own.R = size(part.R);
+          tiles += size(ceil_div(part.R, kTileRows));
+        }
+        rows += part.rows;
+      }
+      if (rows != of_phase[phase]) return false;
+      if (l > 0 && tiles != a_tiles_of[phase]) return false;
+      a_tiles_of[phase] = tiles;
+    }
+    to.norms[0] = from.input_norm, to.norms[1] = from.mlp_norm, to.q_norm = from.q_norm, to.k_norm = from.k_norm;
+    to.bias[kQkv] = from.qkv_bias, to.bias[kO] = from.o_bias, to.bias[kGateUp] = from.gate_up_bias, to.bias[kDown] = from.down_bias;
+    to.pool_k = from.pool_k, to.pool_v = from.pool_v, to.cos = from.cos, to.sin = from.sin, to.window = size(from.window);
+  }
+
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount), limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  planned.MP = !planned.nf4 ? kEight : s.M <= 1 ? 1 : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
+  const bool wide = planned.nf4 && planned.MP <= 2;
+  int most_tiles = 0;
+  int64_t absmax[kPhases] = {}, most_absmax = 0, b_bytes[kPhases] = {};
+  s.b_most = most_b;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    const int tiles = size(ceil_div(phase == kGateUp ? d.F / kTileRows : of_phase[phase] / kTileRows, processors)) << (phase == kGateUp);
+    if (tiles > most_tiles) most_tiles = tiles;
+    b_bytes[phase] = int64_t{tiles} * kTileRows * most_b;
+    int words = s.columns[phase] / kBlock / 4;
+    while (words % 8 != 4) ++words;
+    if (planned.nf4) absmax[phase] = int64_t{tiles} * kTileRows * words * 4;
+    if (absmax[phase] > most_absmax) most_absmax = absmax[phase];
+    s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
+    if (s.pieces[phase] < 1) s.pieces[phase] = 1;
+    if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
+    s.a_pieces[phase] = a_tiles_of[phase] * s.pieces[phase];
+    if (s.a_pieces[phase] > processors) return false;
+  }
+  if (most_tiles > kMostTiles) return false;
+  DecodeShared& at = s.at;
+  int next = kCommonAt + (sizeof(DecodeCommon) + 15) / 16 * 16;
+  const auto take = [&](int& to, int64_t bytes) {
+    to = next;
+    next += size(ceil_div(bytes, 16) * 16);
+  };
+  const int64_t nested = planned.nf4 ? most_tiles * kNestedOfTile * 4 : 0;
+  if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
+  if (planned.nf4 && !wide) take(at.table, 256 * 128);
+  take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
+  s.tables_shared = d.M * d.width <= kMostPages;
+  take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
+  take(at.seen, 4);
+  take(at.x_arrived, 8);
+  take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
+  take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
+  take(at.statistics, 16 * planned.MP * 4);
+  at.attention = next;
+  take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
+  take(at.nested, nested);
+  // In front of a wide table, which has its place, there may be room for the scales.
+  const bool behind = wide && next + most_absmax > kTableAt;
+  if (wide) {
+    if (next > kTableAt) return false;
+    at.table = kTableAt;
+    at.attention = kTableAt + 256 * 256;
+  }
+  if (behind) next = at.attention;
+  at.absmax = next;
+  const int begin = wide ? at.attention : next;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    const bool norm = phase == kQkv || phase == kGateUp;
+    at.norm[phase] = begin + (behind || !wide ? size(absmax[phase]) : 0);
+    at.x[phase] = at.norm[phase] + (norm ? size(d.C * 2) : 0);
+    const int64_t end = at.x[phase] + int64_t{s.M} * (s.columns[phase] * 2 + 16);
+    s.x_shared[phase] = end <= limit;
+    if (!s.x_shared[phase] && (phase != kDown || planned.MP <= 2)) return false;
+    const int64_t used = s.x_shared[phase] ? end : at.x[phase];
+    if (used > next) next = size(used);
+  }
+  at.b = next;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    s.b_shared[phase] = b_bytes[phase] > 0 && at.b + b_bytes[phase] <= limit;
+    if (s.b_shared[phase] && at.b + b_bytes[phase] > next) next = size(at.b + b_bytes[phase]);
+  }
+  // A piece of A has as many units of 64 columns as the longest.
+  s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
+  at.a = next;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    const int64_t bytes = s.a_pieces[phase] == 0 ? 0 : ceil_div(s.columns[phase] / kBlock, s.pieces[phase]) * kTileRows * s.a_row;
+    s.a_shared[phase] = bytes > 0 && at.a + bytes <= limit;
+    if (s.a_shared[phase] && at.a + bytes > next) next = size(at.a + bytes);
+  }
+  at.stages = at.attention + attention_bytes(d.D, 2) <= limit ? 2 : 1;
+  const int attention_end = at.attention + attention_bytes(d.D, at.stages);
+  if (attention_end > limit) return false;
+  at.all = (next > attention_end ? next : attention_end) - kReserved;
+
+  char* const base = static_cast<char*>(d.workspace);
+  const Workspaces w = workspaces_of(d);
+  s.counters = reinterpret_cast<int*>(base);
+  s.arrived = s.counters + 16;
+  stack.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
+  s.h = base + w.h, s.qkv = base + w.qkv, s.attended = base + w.attended, s.product = base + w.product;
+  s.z = reinterpret_cast<unsigned long long*>(base + w.z), s.partial = reinterpret_cast<float*>(base + w.partial);
+  return d.M * d.K * 4 + 64 <= kCountersBytes;
+}
+
+template <typename T, int D>
+int launch_decode(const Planned& planned, void* stream) {
+  const auto launch = [&](auto* kernel) -> int {
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.stack.common.at.all);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount)));
+    config.blockDim = dim3(kDecodeThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(planned.stack.common.at.all);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, planned.stack);
+  };
+  if (!planned.nf4) return launch(decode_kernel<T, D, 8, false>);
+  switch (planned.MP) {
+    case 1:
+      return launch(decode_kernel<T, D, 1, true>);
+    case 2:
+      return launch(decode_kernel<T, D, 2, true>);
+    case 4:
+      return launch(decode_kernel<T, D, 4, true>);
+  }
+  return launch(decode_kernel<T, D, 8, true>);
+}
+
+}  // namespace
+}  // namespace ferrotune
+
+using namespace ferrotune;
+
+extern "C" int64_t decode_workspace(const KernelDecode* d) {
+  Planned planned;
+  KernelDecode some = *d;
+  if (some.count > kMostLayers) some.count = kMostLayers;
+  return plan_decode(some, planned) ? workspaces_of(*d).all : 0;
+}
+
+extern "C" int decode(const KernelDecode* d, void* stream) {
+  // As many layers a launch as it can be told of.
+  const int64_t launches = ceil_div(d->count, kMostLayers);
+  for (int64_t i = 0; i < launches; ++i) {
+    KernelDecode some = *d;
+    const int64_t first = i * d->count / launches;
+    some.layers += first;
+    some.count = (i + 1) * d->count / launches - first;
+    if (i > 0) some.x = d->y;
+    Planned planned;
+    if (!plan_decode(some, planned)) return cudaErrorInvalidValue;
+    const int error = d->D == 64 ? launch_decode<__nv_bfloat16, 64>(planned, stream) : launch_decode<__nv_bfloat16, 128>(planned, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
