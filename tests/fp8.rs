@@ -64,7 +64,7 @@ pub fn linear(w: &Tensor, parts: &[(i64, Option<(Tensor, Tensor)>)]) -> Linear {
         }),
     };
     Linear {
-        weight: Weight::Fp8(Fp8::quantize(w).unwrap()),
+        weight: Weight::Fp8(Fp8::quantize(w.shallow_clone()).unwrap()),
         bias: None,
         parts: parts.iter().map(part).collect(),
     }
@@ -87,7 +87,7 @@ fn every_number_of_e4m3_stays() {
     for scale in [1.0, 2f64.powi(-30), 2f64.powi(40)] {
         let w = Tensor::cat(&[&x * scale, -&x * scale], 0);
         for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
-            let back = Fp8::quantize(&w.to_kind(kind)).unwrap().dequantize(Kind::Double).unwrap();
+            let back = Fp8::quantize(w.to_kind(kind)).unwrap().dequantize(Kind::Double).unwrap();
             assert!(back.equal(&w), "{scale}, {kind:?}");
         }
     }
@@ -175,7 +175,7 @@ fn what_cannot_be_is_refused() {
     assert!(format!("{error:#}").contains("fp8"), "{error:#}");
 
     let nan = Tensor::full([2, 2], f64::NAN, (Kind::Float, Device::Cpu));
-    assert!(Fp8::quantize(&nan).is_err());
+    assert!(Fp8::quantize(nan).is_err());
 }
 
 /// The weights under their names are those that the products take: near the checkpoint's.

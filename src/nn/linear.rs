@@ -136,7 +136,7 @@ impl Loader<'_> {
                 row += rows;
             }
             return Ok(if base_fp8 {
-                Weight::Fp8(Fp8::quantize(&weight).with_context(|| parts[0].0.clone())?)
+                Weight::Fp8(Fp8::quantize(weight).with_context(|| parts[0].0.clone())?)
             } else {
                 Weight::Joined(weight)
             });
