@@ -10,7 +10,7 @@ use ferrotune::generate::{
 };
 use ferrotune::io::adapter::InitLoraWeights;
 use ferrotune::models::FastLanguageModel;
-use ferrotune::models::{Config, Decoder};
+use ferrotune::models::{Config, Decoder, DeviceRows, NewRows};
 use ferrotune::nn::LoadOptions;
 use ferrotune::ops::{self, Draw, Linear, Lora, Nf4, Part, PartWeight, Pass, Weight};
 use ferrotune::train::TrainingArguments;
@@ -282,7 +282,7 @@ fn decoded_logits_are_the_forwards() {
         let table: Vec<i32> = (0..64).rev().collect();
         let mut ropes = ferrotune::nn::RopeTables::default();
         for (fed, &id) in ids.iter().enumerate() {
-            let new = ferrotune::models::NewRows {
+            let new = NewRows {
                 input_ids: &[id],
                 past: fed,
                 length: ids.len(),
@@ -324,32 +324,39 @@ fn layers_are_one_launch() {
                         (ids.collect(), (0..64).map(|page| (page * 8 + at) as i32).collect())
                     })
                     .collect();
-                let rows =
-                    |from: fn(usize) -> usize, to: fn(usize) -> usize| -> Vec<ferrotune::models::NewRows> {
-                        let all = sequences.iter().map(|(ids, table)| {
-                            let (past, length) = (from(ids.len()), to(ids.len()));
-                            let pages = &table[..length.div_ceil(16)];
-                            ferrotune::models::NewRows {
-                                input_ids: &ids[past..length],
-                                past,
-                                length: ids.len(),
-                                pages,
-                            }
-                        });
-                        all.filter(|new| !new.input_ids.is_empty()).collect()
-                    };
-                let prompts = rows(|_| 0, |n| n - 1);
-                if !prompts.is_empty() {
-                    let _ = decoder.decode(&prompts, &pages, &mut ropes, &[]).unwrap();
-                }
-                let (last, mut hidden) = (rows(|n| n - 1, |n| n), None);
+                let prompts = sequences.iter().filter(|(ids, _)| ids.len() > 1).map(|(ids, table)| {
+                    let past = ids.len() - 1;
+                    let pages = &table[..past.div_ceil(16)];
+                    NewRows { input_ids: &ids[..past], past: 0, length: ids.len(), pages }
+                });
+                let prompts: Vec<NewRows> = prompts.collect();
+                let _ = decoder.decode(&prompts, &pages, &mut ropes, &[]).unwrap();
+                let words = |of: fn(&[i64]) -> i64| {
+                    Tensor::from_slice(&sequences.iter().map(|(ids, _)| of(ids)).collect::<Vec<_>>())
+                        .to_device(device)
+                };
+                let tables: Vec<i64> =
+                    sequences.iter().flat_map(|(_, table)| table).map(|&page| page.into()).collect();
+                let rows = DeviceRows {
+                    input_ids: words(|ids| ids[ids.len() - 1]),
+                    positions: words(|ids| ids.len() as i64 - 1),
+                    lengths: words(|ids| ids.len() as i64),
+                    tables: Tensor::from_slice(&tables).view([m as i64, 64]).to_device(device),
+                    longest: 1024,
+                };
+                let angles = config
+                    .ropes
+                    .iter()
+                    .enumerate()
+                    .map(|(index, rope)| ropes.table(index, rope, device, 1024, 1024).unwrap());
+                let (angles, mut hidden): (Vec<_>, _) = (angles.collect(), None);
                 let kernels = device::profile(device, || {
-                    hidden = Some(decoder.decode(&last, &pages, &mut ropes, &[])?);
+                    hidden = Some(decoder.decode_on_device(&rows, &pages, &angles, &[])?);
                     Ok(())
                 })
                 .unwrap();
                 let launches = kernels.iter().filter(|kernel| kernel.name.contains("decode_kernel")).count();
-                assert_eq!(launches, 1, "{name}, 4-bit {load_in_4bit}, {m} rows: {kernels:?}");
+                assert_eq!(launches, 1, "{name}, 4-bit {load_in_4bit}, {m} rows");
                 let ours = decoder.logits(&hidden.unwrap()).unwrap();
                 let expected: Vec<Tensor> = sequences
                     .iter()
