@@ -139,12 +139,13 @@ inline Workspaces workspaces_of(const KernelDecode& d) {
     at += rounded_up(bytes);
   };
   const int64_t M = 8;
+  // Zero between launches, like the counters, and so where it is for every model.
+  take(w.z, int64_t{2} * kMostATiles * kEight * kTileRows * 8);
   take(w.copy, int64_t{kMostLayers} * sizeof(DecodeLayer));
   take(w.h, M * d.C * 2);
   take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
   take(w.attended, M * d.H * d.D * 2);
   take(w.product, M * d.F * 2);
-  take(w.z, int64_t{2} * kMostATiles * kEight * kTileRows * 8);
   take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d.longest) * kPage) * (d.D + 2) * 4);
   w.all = at;
   return w;
