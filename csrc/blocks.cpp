@@ -319,10 +319,11 @@ struct MlpBlock {
   // A long batch is worked on kTile rows at a time, so that its [N, 2F] tensors do not grow with it.
   static constexpr int64_t kTile = 8192;
 
-  // Dropout's masks count the rows of the whole batch.
+  // Dropout's masks and LoRA of single rows count the rows of the whole batch.
   bool in_tiles(const Tensor& x) const {
     const auto drops = [](const Lora& part) { return part.dropout > 0; };
-    return x.size(0) >= 2 * kTile && std::none_of(gate_up.parts.begin(), gate_up.parts.end(), drops) &&
+    return x.size(0) >= 2 * kTile && gate_up.lora_rows.empty() && down.lora_rows.empty() &&
+           std::none_of(gate_up.parts.begin(), gate_up.parts.end(), drops) &&
            std::none_of(down.parts.begin(), down.parts.end(), drops);
   }
 

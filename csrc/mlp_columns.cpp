@@ -29,10 +29,14 @@ struct GateUp {
   Tensor wide, x;  // [N, in + tail] and its first columns
   LoraParts lora;
   Tensor z;  // [N, rank], behind x where there is a tail; undefined without LoRA
+  std::vector<Tensor> rows_z;  // x A^T of each of lora_rows
 
   GateUp(const Tensor& given, const Linear& l, int64_t run)
       : linear(l), columns(run), in(l.in()), tail(given.size(1) - l.in()), wide(given), x(given.narrow(1, 0, in)),
         lora(l, given.scalar_type()) {
+    for (const LoraRows& some : l.lora_rows) {
+      rows_z.push_back(product(x.narrow(0, some.first, some.rows), some.a.to(x.scalar_type()).t()));
+    }
     if (lora.places.empty()) return;
     z = tail > 0 ? wide.narrow(1, in, lora.rank) : at::empty({x.size(0), lora.rank}, x.options());
     product_into(z, x, lora.a.t(), 1, false);
@@ -59,6 +63,11 @@ struct ColumnRun {
   void forward(const GateUp& all, Tensor y) const {
     const Tensor w = weight.narrow(0, 0, 2 * all.columns);
     product_into(y, all.wide, w.t(), 1, false);
+    for (size_t i = 0; i < all.rows_z.size(); ++i) {
+      const LoraRows& some = linear.lora_rows[i];
+      product_into(y.narrow(0, some.first, some.rows).narrow(1, linear.first_row(some.part), all.columns), all.rows_z[i],
+                   some.b.to(y.scalar_type()).t(), some.scale, true);
+    }
     if (all.tail > 0) return;
     for (const auto& [part, row, column, rank] : lora.places) {
       product_into(y.narrow(1, row, part->rows), all.z.narrow(1, column, rank), part->b_in(y.scalar_type()).t(),
@@ -82,6 +91,7 @@ struct ColumnRun {
       part.b = part.b.detach().narrow(0, first, part.rows).set_requires_grad(part.b.requires_grad());
       if (part.b_cast.defined()) part.b_cast = part.b_cast.narrow(0, first, part.rows);
     }
+    for (LoraRows& rows : some.lora_rows) rows.b = rows.b.narrow(0, first, all.columns);
     return some;
   }
 };

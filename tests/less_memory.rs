@@ -5,14 +5,15 @@ use ferrotune::io::Weights;
 use ferrotune::models::{Config, Decoder};
 use ferrotune::nn::LoadOptions;
 use ferrotune::ops::{
-    self, Activation, Head, Linear, Lora, MlpBlock, Nf4, Part, PartWeight, Pass, Policy, Targets, Weight,
-    plain,
+    self, Activation, Head, Linear, Lora, LoraRun, LoraSet, MlpBlock, Nf4, Part, PartWeight, Pass, Policy,
+    Targets, Weight, plain,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Flat, logits, root};
 use crate::gpu_nf4::on;
 use crate::ops::{Op, check, norm, random};
+use crate::tolerance::rel;
 
 fn quantized(rows: i64, columns: i64) -> Nf4 {
     Nf4::quantize(&(Tensor::randn([rows, columns], (Kind::Float, Device::Cpu)) * 0.05)).unwrap()
@@ -93,6 +94,56 @@ pub fn mlps() -> Vec<Op> {
         });
     }
     all
+}
+
+/// Rows with adapters of their own, whole, in runs of columns and as many as tiles take: what each gives as the block's LoRA.
+#[test]
+fn adapters_of_rows_are_those_of_the_block() {
+    const C: i64 = 256;
+    const F: i64 = 192;
+    let _no_grad = tch::no_grad_guard();
+    let adapter = |r: i64, up: bool| {
+        let lora =
+            |rows: i64, columns: i64| Some(lora(&(random(&[r, columns]) * 0.1), &(random(&[rows, r]) * 0.1)));
+        LoraSet(vec![vec![None], vec![None], vec![lora(F, C), lora(F, C).filter(|_| up)], vec![lora(C, F)]])
+    };
+    let [a, b] = [adapter(4, true), adapter(8, false)];
+    let [gate, up, down] = [(F, C), (F, C), (C, F)].map(|(rows, columns)| quantized(rows, columns));
+    let norm = norm(&random(&[C]).abs(), 0.0);
+    let linear = |weights: &[&Nf4], own: Option<&Vec<Option<Lora>>>| Linear {
+        weight: Weight::Parts(weights.iter().map(|nf4| PartWeight::Nf4(on(nf4, Device::Cpu))).collect()),
+        bias: None,
+        parts: (0..weights.len())
+            .map(|part| Part {
+                name: String::new(),
+                rows: weights[part].shape[0],
+                lora: own.and_then(|own| own[part].as_ref()).map(|own| lora(&own.a, &own.b)),
+            })
+            .collect(),
+    };
+    let block = |x: &Tensor, own: Option<&LoraSet>, rows: &[LoraRun]| {
+        let gate_up = linear(&[&gate, &up], own.map(|own| &own.0[2]));
+        let down = linear(&[&down], own.map(|own| &own.0[3]));
+        let block = MlpBlock {
+            layer: 0,
+            norm: &norm,
+            gate_up: &gate_up,
+            down: &down,
+            post_norm: None,
+            activation: Activation::Silu,
+        };
+        ops::mlp_block(x, &block, Pass { lora: rows, ..Pass::INFERENCE }).unwrap()
+    };
+    for n in [100, 301, 16390] {
+        let x = random(&[n, C]);
+        let runs = [(0, 70, Some(&a)), (70, 11, None), (81, n - 81, Some(&b))];
+        let rows = runs
+            .map(|(first, rows, adapter)| LoraRun { rows: first as usize..(first + rows) as usize, adapter });
+        let ours = block(&x, None, &rows);
+        let each = runs.map(|(first, rows, adapter)| block(&x.narrow(0, first, rows), adapter, &[]));
+        let apart = rel(&ours, &Tensor::cat(&each, 0))[0];
+        assert!(apart < 1e-12, "{n} rows: {apart:.2e}");
+    }
 }
 
 /// A weight in 4 bits whose values are those of bf16 and of f16, so that every dtype works on the same ones: a loss is one number,
