@@ -2,7 +2,7 @@
 //
 // Of a product a thread block has a run of tiles of 16 rows, of gate and up tile by tile the same rows of both, and its fifteen warps
 // share the units of these tiles: 64 columns of 16-bit weights, 256 of NF4, whose products are those of rows_strips.cuh. Sums meet once, in
-// shared memory. One warp more computes this block's pieces of x A^T, waits for those of the others and adds them up.
+// shared memory. One warp more computes this block's piece of x A^T and waits for those of the others.
 #pragma once
 
 #include "decode.cuh"
@@ -59,7 +59,7 @@ struct Products {
     int tile, unit, below;
   };
   __device__ __forceinline__ void seek(Source& source) const {
-    const DecodeTile& tile = tile_at(min(source.tile, count - 1));
+    const DecodeTile& tile = tile_at(max(min(source.tile, count - 1), 0));
     const DecodePart& part = part_at(tile.part);
     source.below = 8 * part.row_bytes;
     source.at = part.w + int64_t{tile.row + g} * part.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
@@ -133,6 +133,8 @@ struct Products {
       const int of_tile = s.columns[of] / kUnit, all = tiles * of_tile, blocks = s.columns[of] / kBlock;
       DecodeShare& own = share(of);
       if (own_thread == 0) own.count = tiles;
+      // Where there is none, something that an address may be made from.
+      if (own_thread == 0 && tiles == 0) own.tiles[0] = DecodeTile{};
       if (own_thread == 0 && block < s.a_pieces[of]) {
         // A tile of 16 rows has as many pieces as there are blocks for.
         const int a_tile = block / s.pieces[of], piece = block % s.pieces[of], units_of_row = s.columns[of] / kBlock;
