@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 11
+#define FERROTUNE_KERNELS_ABI 12
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
