@@ -337,21 +337,7 @@ struct Products {
     const bool shared = s.x_shared[phase], a_shared = s.a_shared[phase];
     const int element = s.lora_f32 ? 4 : 2;
     float sum[4] = {}, odd[4] = {};
-    const auto pairs = [&](const char* from, unsigned (&out)[8]) {
-      if (s.lora_f32) {
-        const auto* const v = reinterpret_cast<const float4*>(from);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float4 four = v[j];
-          out[2 * j] = pack(four.x, four.y, T{});
-          out[2 * j + 1] = pack(four.z, four.w, T{});
-        }
-      } else {
-        const auto* const v = reinterpret_cast<const uint4*>(from);
-        const uint4 a = v[0], b = v[1];
-        out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-      }
-    };
+    const auto pairs = [&](const char* from, unsigned (&out)[8]) { pairs_of_a<T>(s.lora_f32, from, out); };
     const auto row = [&](int r, int unit) {
       return static_cast<const char*>(part.a) + (int64_t{min(piece.row + r, part.R - 1)} * columns + (piece.unit + unit) * kBlock + 16 * t) * element;
     };
@@ -487,7 +473,7 @@ struct Products {
         const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
         return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
       };
-      float sum[2][4] = {};
+      GroupSums<MP> group_sums;
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
         if (Use::kXOfRun) load(unit * 512 + run * 256);
@@ -495,60 +481,14 @@ struct Products {
         look_up_words<Use::kWide>(own[run], table, top);
         look_up_words<Use::kWide>(own[2 + run], table, bottom);
         if (run == 1) fetch(source, own, left - kDepth);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
-          if constexpr (MP == 8) {
-            multiply(sum[0], a, t < 2 ? x[2 * j] : 0, t < 2 ? x[2 * j + 1] : 0, T{});
-            multiply(sum[1], a, t < 2 ? 0 : x[2 * j], t < 2 ? 0 : x[2 * j + 1], T{});
-          } else if constexpr (MP == 4) {
-            multiply(sum[0], a, x[2 * j], x[2 * j + 1], T{});
-          } else {
-            multiply(sum[run], a, x[2 * j], x[2 * j + 1], T{});
-          }
-        }
-        if constexpr (MP >= 4) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int block_of_run = 0; block_of_run < (MP == 8 ? 2 : 1); ++block_of_run) {
-              float(&own_acc)[4] = acc[MP == 8 ? 2 * run + block_of_run : run];
-              const float own_scale = scale(half, 2 * run + (MP == 8 ? block_of_run : t / 2));
-              own_acc[2 * half] += own_scale * sum[block_of_run][2 * half];
-              own_acc[2 * half + 1] += own_scale * sum[block_of_run][2 * half + 1];
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = 0;
-        }
+        group_sums.template multiply_run<T>(run, t, top, bottom, x);
+        group_sums.scale_run(run, t, acc, scale);
       }
-      if constexpr (MP <= 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool second = Use::run_of_lane(t) == 1;
-          const float even = second ? sum[1][2 * half] : sum[0][2 * half], odd = second ? sum[1][2 * half + 1] : sum[0][2 * half + 1];
-          acc[0][2 * half] += scale(half, MP == 1 ? 2 * (t & 1) : t) * even;
-          acc[0][2 * half + 1] += scale(half, MP == 1 ? 2 * (t & 1) + 1 : t) * odd;
-        }
-      }
+      group_sums.scale_group(t, acc, scale);
       --left;
       if (++unit < units && left > 0) return;
       float total[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto other = [](float v, int lane_step) { return __shfl_xor_sync(0xffffffff, v, lane_step); };
-        if constexpr (MP == 1) {
-          const float pair = acc[0][i & 2] + acc[0][i | 1];
-          total[i] = pair + other(pair, 1);
-        } else if constexpr (MP == 2) {
-          const float pair = acc[0][i] + other(acc[0][i], 1);
-          total[i] = pair + other(pair, 2);
-        } else if constexpr (MP == 4) {
-          total[i] = (acc[0][i] + other(acc[0][i], 2)) + (acc[1][i] + other(acc[1][i], 2));
-        } else {
-          total[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
-        }
-      }
+      group_sums.add_blocks(acc, total);
       put(slot, total);
 #pragma unroll
       for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;

@@ -124,7 +124,25 @@ __device__ inline uint4 load_shared_4(unsigned address) {
   return v;
 }
 
-// The same for a piece of A, in f32 or 16 bits: few units, all under way at once.
+// Sixteen elements of A, in f32 or 16 bits, as a product takes them.
+template <typename T>
+__device__ __forceinline__ void pairs_of_a(bool f32, const void* from, unsigned (&out)[8]) {
+  if (f32) {
+    const auto* const v = static_cast<const float4*>(from);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 four = v[j];
+      out[2 * j] = pack(four.x, four.y, T{});
+      out[2 * j + 1] = pack(four.z, four.w, T{});
+    }
+  } else {
+    const auto* const v = static_cast<const uint4*>(from);
+    const uint4 a = v[0], b = v[1];
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+  }
+}
+
+// The same for a piece of A: few units, all under way at once.
 template <typename T>
 __device__ __noinline__ float4 piece_of_a(const KernelRowsPart& part, const T* x, int64_t K, int64_t first_row, int from, int count) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -133,19 +151,7 @@ __device__ __noinline__ float4 piece_of_a(const KernelRowsPart& part, const T* x
   float acc[4] = {}, odd[4] = {};
   x += from * kBlock;
   const auto pairs = [&](int64_t at, unsigned (&out)[8]) {
-    if (part.lora_f32) {
-      const auto* const v = reinterpret_cast<const float4*>(static_cast<const float*>(part.a) + at);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float4 four = v[j];
-        out[2 * j] = pack(four.x, four.y, T{});
-        out[2 * j + 1] = pack(four.z, four.w, T{});
-      }
-    } else {
-      const auto* const v = reinterpret_cast<const uint4*>(static_cast<const T*>(part.a) + at);
-      const uint4 a = v[0], b = v[1];
-      out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-    }
+    part.lora_f32 ? pairs_of_a<T>(true, static_cast<const float*>(part.a) + at, out) : pairs_of_a<T>(false, static_cast<const T*>(part.a) + at, out);
   };
 #pragma unroll 2
   for (int unit = 0; unit < count; ++unit) {

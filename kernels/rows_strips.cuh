@@ -73,6 +73,80 @@ struct ColumnUse {
   __device__ static int run_of_lane(int t) { return MP == 2 ? t / 2 : t; }
 };
 
+// What a lane has of a group of 256 columns of 16 rows: sums of the runs, and acc, the same of all groups, scaled, by block of a group: the
+// same sums in the same order, however many rows of x there are. scale(half, block): of rows g and g + 8.
+template <int MP>
+struct GroupSums {
+  using Use = ColumnUse<MP>;
+  float sum[2][4] = {};
+
+  template <typename T>
+  __device__ __forceinline__ void multiply_run(int run, int t, const unsigned (&top)[16], const unsigned (&bottom)[16], const unsigned (&x)[16]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
+      if constexpr (MP == 8) {
+        multiply(sum[0], a, t < 2 ? x[2 * j] : 0, t < 2 ? x[2 * j + 1] : 0, T{});
+        multiply(sum[1], a, t < 2 ? 0 : x[2 * j], t < 2 ? 0 : x[2 * j + 1], T{});
+      } else if constexpr (MP == 4) {
+        multiply(sum[0], a, x[2 * j], x[2 * j + 1], T{});
+      } else {
+        multiply(sum[run], a, x[2 * j], x[2 * j + 1], T{});
+      }
+    }
+  }
+  // Behind a run.
+  template <typename Scale>
+  __device__ __forceinline__ void scale_run(int run, int t, float (&acc)[Use::kBlocks][4], const Scale& scale) {
+    if constexpr (MP >= 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int block_of_run = 0; block_of_run < (MP == 8 ? 2 : 1); ++block_of_run) {
+          float(&own_acc)[4] = acc[MP == 8 ? 2 * run + block_of_run : run];
+          const float own_scale = scale(half, 2 * run + (MP == 8 ? block_of_run : t / 2));
+          own_acc[2 * half] += own_scale * sum[block_of_run][2 * half];
+          own_acc[2 * half + 1] += own_scale * sum[block_of_run][2 * half + 1];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = 0;
+    }
+  }
+  // Behind both.
+  template <typename Scale>
+  __device__ __forceinline__ void scale_group(int t, float (&acc)[Use::kBlocks][4], const Scale& scale) {
+    if constexpr (MP <= 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool second = Use::run_of_lane(t) == 1;
+        const float even = second ? sum[1][2 * half] : sum[0][2 * half], odd = second ? sum[1][2 * half + 1] : sum[0][2 * half + 1];
+        // Of one row of x, lanes 0 and 1 have two blocks each and the others columns of zeros.
+        acc[0][2 * half] += scale(half, MP == 1 ? 2 * (t & 1) : t) * even;
+        acc[0][2 * half + 1] += scale(half, MP == 1 ? 2 * (t & 1) + 1 : t) * odd;
+      }
+    }
+  }
+  // (block 0 + block 1) + (block 2 + block 3) of each row.
+  __device__ __forceinline__ static void add_blocks(const float (&acc)[Use::kBlocks][4], float (&total)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto other = [](float v, int lane_step) { return __shfl_xor_sync(0xffffffff, v, lane_step); };
+      if constexpr (MP == 1) {
+        const float pair = acc[0][i & 2] + acc[0][i | 1];
+        total[i] = pair + other(pair, 1);
+      } else if constexpr (MP == 2) {
+        const float pair = acc[0][i] + other(acc[0][i], 1);
+        total[i] = pair + other(pair, 2);
+      } else if constexpr (MP == 4) {
+        total[i] = (acc[0][i] + other(acc[0][i], 2)) + (acc[1][i] + other(acc[1][i], 2));
+      } else {
+        total[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+      }
+    }
+  }
+};
+
 template <typename T, bool kNested, int MP, bool kShared>
 __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_constant__ StripPlan strip_plan) {
 #if __CUDA_ARCH__ >= 800
@@ -152,7 +226,6 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
       const char* const x_at = x_row + t * 64 + Use::run(g) * 256;
       const float* const my_map = map + g;
       unsigned x[16] = {};
-      // By block of a group: the same sums in the same order, however many rows of x there are.
       float acc[Use::kBlocks][4] = {};
       int group = from % groups, local = from / groups;
       float* slot = slots + (warp + local) * kSlot + g;
@@ -196,7 +269,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
             return static_cast<const float*>(w.nf4.absmax)[at + group * kGroupBlocks + of_group];
           }
         };
-        float sum[2][4] = {};
+        GroupSums<MP> group_sums;
 #pragma unroll
         for (int run = 0; run < 2; ++run) {
           if (Use::kXOfRun) load_x(x_group + run * 256);
@@ -205,63 +278,15 @@ __global__ void __launch_bounds__(kStripThreads, 1) strips_kernel(const __grid_c
           look_up_words<Use::kWide>(own[run][1], table, bottom);
           fetch(own, run);
           if (run == 1) fetched();
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const unsigned a[4] = {top[2 * j], bottom[2 * j], top[2 * j + 1], bottom[2 * j + 1]};
-            if constexpr (MP == 8) {
-              multiply(sum[0], a, t < 2 ? x[2 * j] : 0, t < 2 ? x[2 * j + 1] : 0, T{});
-              multiply(sum[1], a, t < 2 ? 0 : x[2 * j], t < 2 ? 0 : x[2 * j + 1], T{});
-            } else if constexpr (MP == 4) {
-              multiply(sum[0], a, x[2 * j], x[2 * j + 1], T{});
-            } else {
-              multiply(sum[run], a, x[2 * j], x[2 * j + 1], T{});
-            }
-          }
-          if constexpr (MP >= 4) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-              for (int block_of_run = 0; block_of_run < (MP == 8 ? 2 : 1); ++block_of_run) {
-                float(&own_acc)[4] = acc[MP == 8 ? 2 * run + block_of_run : run];
-                const float own_scale = scale(half, 2 * run + (MP == 8 ? block_of_run : t / 2));
-                own_acc[2 * half] += own_scale * sum[block_of_run][2 * half];
-                own_acc[2 * half + 1] += own_scale * sum[block_of_run][2 * half + 1];
-              }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = 0;
-          }
+          group_sums.template multiply_run<T>(run, t, top, bottom, x);
+          group_sums.scale_run(run, t, acc, scale);
         }
-        if constexpr (MP <= 2) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const bool second = Use::run_of_lane(t) == 1;
-            const float even = second ? sum[1][2 * half] : sum[0][2 * half], odd = second ? sum[1][2 * half + 1] : sum[0][2 * half + 1];
-            // Of one row of x, lanes 0 and 1 have two blocks each and the others columns of zeros.
-            acc[0][2 * half] += scale(half, MP == 1 ? 2 * (t & 1) : t) * even;
-            acc[0][2 * half + 1] += scale(half, MP == 1 ? 2 * (t & 1) + 1 : t) * odd;
-          }
-        }
+        group_sums.scale_group(t, acc, scale);
         --left;
         ++group;
         if (left > 0 && group < groups) return;
-        // (block 0 + block 1) + (block 2 + block 3) of each row.
         float total[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto other = [](float v, int lane_step) { return __shfl_xor_sync(0xffffffff, v, lane_step); };
-          if constexpr (MP == 1) {
-            const float pair = acc[0][i & 2] + acc[0][i | 1];
-            total[i] = pair + other(pair, 1);
-          } else if constexpr (MP == 2) {
-            const float pair = acc[0][i] + other(acc[0][i], 1);
-            total[i] = pair + other(pair, 2);
-          } else if constexpr (MP == 4) {
-            total[i] = (acc[0][i] + other(acc[0][i], 2)) + (acc[1][i] + other(acc[1][i], 2));
-          } else {
-            total[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
-          }
-        }
+        group_sums.add_blocks(acc, total);
         // Warps and tiles both in order: every pair that meets has a slot of its own.
         if (2 * t < MP) {
           slot[2 * t * kSumStride] = total[0], slot[2 * t * kSumStride + 8] = total[2];

@@ -19,6 +19,7 @@ mod fp8;
 mod generate;
 mod golden;
 mod gpu;
+mod gpu_adapters;
 mod gpu_decode;
 mod gpu_fp8;
 mod gpu_lora;
