@@ -36,6 +36,7 @@ fn main() {
         "optim",
         "pages",
         "profile",
+        "random",
         "rms_norm",
         "rope",
         "rows",

@@ -192,6 +192,7 @@ pub(crate) mod bridge {
         include!("ferrotune/csrc/decode.h");
         include!("ferrotune/csrc/cuda_library.h");
         include!("ferrotune/csrc/profile.h");
+        include!("ferrotune/csrc/random.h");
         include!("ferrotune/csrc/script.h");
 
         fn probe_cuda() -> CudaProbe;
@@ -220,6 +221,10 @@ pub(crate) mod bridge {
         fn wait_for(event: &Event) -> Result<()>;
         fn start_profile(index: i32) -> Result<()>;
         fn stop_profile(index: i32) -> Result<Vec<DeviceActivity>>;
+        type Generator;
+        fn generator(index: i32, seed: u64) -> Result<UniquePtr<Generator>>;
+        fn fill_normal(generator: &Generator, x: &Tensor, std: f64) -> Result<()>;
+        fn fill_uniform(generator: &Generator, x: &Tensor, low: f64, high: f64) -> Result<()>;
 
         fn has_cuda_library() -> bool;
         fn limit_memory(index: i32, device_bytes: u64, host_bytes: u64, rows: i64) -> Result<()>;
@@ -386,3 +391,7 @@ pub(crate) fn list<'a>(tensors: impl IntoIterator<Item = &'a tch::Tensor>) -> Un
 
 // SAFETY: a recorded graph belongs to a device, not to a thread; it is used by one thread at a time.
 unsafe impl Send for bridge::CudaGraph {}
+
+// SAFETY: at::Generator counts its references atomically, and every draw holds its mutex.
+unsafe impl Send for bridge::Generator {}
+unsafe impl Sync for bridge::Generator {}

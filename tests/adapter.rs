@@ -51,6 +51,29 @@ fn adapters_of_peft_give_its_logits() {
     assert_close(1e-5, adapters().into_iter().map(distance));
 }
 
+/// Weights and LoRA come from a generator of their own: who else draws in the process moves nothing.
+#[test]
+fn a_seed_gives_the_same_start_whatever_else_draws() {
+    let start = |seed| {
+        let dir = root().join("llama");
+        let mut model = FastLanguageModel::from_scratch(&dir, Kind::Float, Device::Cpu, seed).unwrap();
+        model.get_peft_model(AdapterConfig::default(), seed).unwrap();
+        let mut drawn: Vec<Tensor> = model.decoder.trainable().into_iter().map(|lora| lora.tensor).collect();
+        let keep = |_: &str, weight: &Tensor| {
+            drawn.push(weight.copy());
+            Ok(())
+        };
+        model.decoder.each_weight(keep).unwrap();
+        drawn
+    };
+    let first = start(7);
+    let _other_draws = Tensor::randn([3, 5], (Kind::Float, Device::Cpu));
+    let again = start(7);
+    assert!(first.len() > 20 && first.len() == again.len());
+    assert!(first.iter().zip(&again).all(|(a, b)| a == b));
+    assert!(first.iter().zip(&start(8)).any(|(a, b)| a != b));
+}
+
 #[test]
 fn without_lora_the_base_model_stays() {
     let (base, model) =

@@ -3,7 +3,7 @@
 use ferrotune::ops::{self, AttentionSpec, Segments, plain};
 use tch::{Device, Kind, Tensor};
 
-use crate::ops::{Op, check};
+use crate::ops::{Op, check, random};
 use crate::tolerance::{What, floor, rel};
 
 /// Attention inside segments by its definition.
@@ -47,7 +47,6 @@ pub fn attentions() -> Vec<Op> {
         let scale = 1.0 / (head_dim as f64).sqrt();
         let (num_heads, num_kv_heads) = (heads, kv_heads);
         let spec = AttentionSpec { num_heads, num_kv_heads, head_dim, scale, softcap, sliding_window };
-        let random = |heads| Tensor::randn([n, heads, head_dim], (Kind::Double, Device::Cpu));
         for joined in [true, false] {
             let (cu, cu_plain) = (cu_seqlens.clone(), cu_seqlens.clone());
             let (spec, spec_plain) = (spec.clone(), spec.clone());
@@ -56,7 +55,7 @@ pub fn attentions() -> Vec<Op> {
                     "attention {cu_seqlens:?}, {heads} heads of {head_dim} on {kv_heads}, softcap {softcap:?}, window \
                      {sliding_window:?}, joined {joined}"
                 ),
-                inputs: [heads, kv_heads, kv_heads].map(random).into(),
+                inputs: [heads, kv_heads, kv_heads].map(|heads| random(&[n, heads, head_dim])).into(),
                 trained: 3,
                 ours: Box::new(move |t| {
                     let segments = Segments::new(&cu, t[0].device()).unwrap();
@@ -84,8 +83,8 @@ fn formula_agrees_with_its_definition() {
 
 /// A row that sees only itself: its own value, and no gradient for its query and key.
 pub fn check_one_row(kind: Kind, device: Device) {
-    let random = |heads| Tensor::randn([1, heads, 64], (kind, device)).set_requires_grad(true);
-    let [q, k, v] = [4, 2, 2].map(random);
+    let drawn = |heads| random(&[1, heads, 64]).to_kind(kind).to_device(device).set_requires_grad(true);
+    let [q, k, v] = [4, 2, 2].map(drawn);
     let spec = |softcap| AttentionSpec {
         num_heads: 4,
         num_kv_heads: 2,

@@ -208,7 +208,7 @@ fn an_adapter_is_swapped_between_two_steps() {
     let config = Config::from_json(include_str!("../src/cli/shapes/llama-3.1-8b.json")).unwrap();
     let options = LoadOptions { load_in_4bit: true, ..LoadOptions::new(Kind::BFloat16, device) };
     tch::manual_seed(7);
-    let mut model = FastLanguageModel::untrained(config, options).unwrap();
+    let mut model = FastLanguageModel::untrained(config, options, 7).unwrap();
     let arguments = TrainingArguments {
         r: 16,
         init_lora_weights: InitLoraWeights::Random,

@@ -220,9 +220,8 @@ fn log_probabilities_are_the_trainers() {
             if kind == Kind::Half && config.overflows_f16() {
                 continue;
             }
-            tch::manual_seed(11);
             let options = LoadOptions { load_in_4bit, ..LoadOptions::new(kind, device) };
-            let decoder = Decoder::random_with(config.clone(), options, Device::Cpu).unwrap();
+            let decoder = Decoder::random(config.clone(), options, 11).unwrap();
             let prompts: Vec<Vec<i64>> = [1_i64, 15, 16, 17, 130, 257, 600, 1000]
                 .map(|n| (0..n).map(|i| (i * i + n) % 512).collect())
                 .into();
@@ -266,9 +265,7 @@ fn decoded_logits_are_the_forwards() {
     for (name, config) in shapes() {
         let ids: Vec<i64> = (0..700).map(|i| (i * i + 7) % 512).collect();
         let on = |kind, device| {
-            tch::manual_seed(5);
-            let decoder =
-                Decoder::random_with(config.clone(), LoadOptions::new(kind, device), Device::Cpu).unwrap();
+            let decoder = Decoder::random(config.clone(), LoadOptions::new(kind, device), 5).unwrap();
             let all = logits(&decoder, &Flat::new([&ids[..]]));
             (decoder, all)
         };
@@ -302,7 +299,7 @@ fn layers_are_one_launch() {
         for load_in_4bit in [false, true] {
             tch::manual_seed(7);
             let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
-            let mut model = FastLanguageModel::untrained(config.clone(), options).unwrap();
+            let mut model = FastLanguageModel::untrained(config.clone(), options, 7).unwrap();
             let arguments = ferrotune::train::TrainingArguments::default();
             model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
             let decoder = &model.decoder;
@@ -441,9 +438,7 @@ fn the_engine_on_the_gpu_gives_the_cpus_answers() {
     let Some(device) = gpu("the engine on the GPU beside the CPU's") else { return };
     let config = shape(r#""model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2"#);
     let answers = |device| {
-        tch::manual_seed(3);
-        let decoder =
-            Decoder::random_with(config.clone(), LoadOptions::new(Kind::Float, device), Device::Cpu).unwrap();
+        let decoder = Decoder::random(config.clone(), LoadOptions::new(Kind::Float, device), 3).unwrap();
         let options = EngineOptions { kv_budget: KvBudget::Tokens(2048), max_num_seqs: 12 };
         let mut engine = Engine::new(&decoder, options).unwrap();
         let requests = (0..12_u64).map(|at| {
@@ -475,12 +470,8 @@ fn the_engine_on_the_gpu_gives_the_cpus_answers() {
 fn graphs_serve_any_batch() {
     let Some(device) = gpu("graphs of decoding") else { return };
     let config = shape(r#""model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2"#);
-    tch::manual_seed(3);
-    let mut model = FastLanguageModel::untrained(
-        config,
-        LoadOptions { load_in_4bit: true, ..LoadOptions::new(Kind::BFloat16, device) },
-    )
-    .unwrap();
+    let options = LoadOptions { load_in_4bit: true, ..LoadOptions::new(Kind::BFloat16, device) };
+    let mut model = FastLanguageModel::untrained(config, options, 3).unwrap();
     let arguments = ferrotune::train::TrainingArguments::default();
     model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
     let decoder = &model.decoder;

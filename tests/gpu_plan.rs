@@ -90,7 +90,7 @@ impl Runs {
         let options = LoadOptions { load_in_4bit, ..LoadOptions::new(kind, device) };
         device::limit_memory(device, Memory::allocator_limit(budget.device), budget.host, work.tokens)
             .unwrap();
-        let mut model = FastLanguageModel::untrained(shape.config, options).unwrap();
+        let mut model = FastLanguageModel::untrained(shape.config, options, 1).unwrap();
         match arguments.full_finetuning {
             true => model.train_all().unwrap(),
             false => model.get_peft_model(adapter(arguments), 1).unwrap(),

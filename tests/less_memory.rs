@@ -16,7 +16,7 @@ use crate::ops::{Op, check, norm, random};
 use crate::tolerance::rel;
 
 fn quantized(rows: i64, columns: i64) -> Nf4 {
-    Nf4::quantize(&(Tensor::randn([rows, columns], (Kind::Float, Device::Cpu)) * 0.05)).unwrap()
+    Nf4::quantize(&(random(&[rows, columns]).to_kind(Kind::Float) * 0.05)).unwrap()
 }
 
 fn lora(a: &Tensor, b: &Tensor) -> Lora {
@@ -161,7 +161,7 @@ pub fn heads() -> Vec<Op> {
     let mut all = Vec::new();
     for (n, c, v) in [(64, 64, 512), (33, 37, 1001), (1, 64, 9000), (7, 64, 16384), (1500, 32, 8200)] {
         for softcap in [None, Some(30.0)] {
-            let head = exact_in_16_bits(&Tensor::randn([v, c], (Kind::Float, Device::Cpu)));
+            let head = exact_in_16_bits(&random(&[v, c]).to_kind(Kind::Float));
             let labels: Vec<i64> =
                 (0..n).map(|row| if n > 1 && row % 3 == 1 { -100 } else { (row * 7919) % v }).collect();
             let (values, plain_labels) = (head.dequantize(Kind::Double).unwrap(), labels.clone());

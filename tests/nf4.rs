@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Fed, Flat, assert_close, ids, logits, rel, root, tensors};
+use crate::ops::random;
 use crate::parity::gradients_of;
 
 const STATE: &str = ".quant_state.bitsandbytes__nf4";
@@ -88,7 +89,7 @@ fn values_are_those_of_bitsandbytes() {
 
 #[test]
 fn pieces_give_the_same_bytes() {
-    let weight = Tensor::randn([50, 70], (Kind::BFloat16, Device::Cpu));
+    let weight = random(&[50, 70]).to_kind(Kind::BFloat16);
     let whole = Nf4::quantize(&weight).unwrap();
     let mut quantizer = ops::Nf4Quantizer::new([50, 70], Device::Cpu).unwrap();
     let flat = weight.view([-1]);
@@ -155,21 +156,20 @@ fn decoding_reads_quantised_rows() {
 
 /// A Linear of two parts with LoRA and bias: quantised, dense and quantised; then the same with one dense matrix.
 fn linears(kind: Kind) -> [Linear; 2] {
-    let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
-    let quantized =
-        |rows: i64| Nf4::quantize(&Tensor::randn([rows, 37], (Kind::Float, Device::Cpu))).unwrap();
-    let (first, second, third) = (quantized(24), random(&[10, 37]), quantized(11));
+    let drawn = |shape: &[i64]| random(shape).to_kind(kind);
+    let quantized = |rows: i64| Nf4::quantize(&random(&[rows, 37]).to_kind(Kind::Float)).unwrap();
+    let (first, second, third) = (quantized(24), drawn(&[10, 37]), quantized(11));
     let joined = Tensor::cat(
         &[first.dequantize(kind).unwrap(), second.shallow_clone(), third.dequantize(kind).unwrap()],
         0,
     );
     let lora = |rows| Lora {
-        a: random(&[4, 37]).to_kind(kind).set_requires_grad(true),
-        b: random(&[rows, 4]).to_kind(kind).set_requires_grad(true),
+        a: drawn(&[4, 37]).set_requires_grad(true),
+        b: drawn(&[rows, 4]).set_requires_grad(true),
         scale: 0.5,
         dropout: 0.0,
     };
-    let (bias, loras) = (random(&[45]), [lora(24), lora(11)]);
+    let (bias, loras) = (drawn(&[45]), [lora(24), lora(11)]);
     let parts = || {
         let copy = |lora: &Lora| Lora {
             a: lora.a.detach().copy().set_requires_grad(true),
@@ -192,8 +192,7 @@ fn linears(kind: Kind) -> [Linear; 2] {
 #[test]
 fn gradients_pass_through_quantised_weights() {
     for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
-        let x = Tensor::randn([7, 37], (kind, Device::Cpu));
-        let dy = Tensor::randn([7, 45], (kind, Device::Cpu));
+        let (x, dy) = (random(&[7, 37]).to_kind(kind), random(&[7, 45]).to_kind(kind));
         let [ours, dense] = linears(kind).map(|linear| {
             let x = x.detach().copy().set_requires_grad(true);
             let y = ops::linear(&x, &linear, Pass::INFERENCE).unwrap();
@@ -223,12 +222,6 @@ fn a_model_in_4_bits_trains_as_its_dense_twin() {
             let config =
                 AdapterConfig { r: 4, init_lora_weights: "false".parse().unwrap(), ..Default::default() };
             model.get_peft_model(config, 7).unwrap();
-            // The same in both, whatever other tests draw meanwhile.
-            for (at, mut parameter) in (1..).zip(model.decoder.trainable()) {
-                let places = Tensor::arange(parameter.tensor.numel() as i64, (Kind::Float, Device::Cpu));
-                let values = (places * f64::from(at)).sin().view_as(&parameter.tensor) * 0.1;
-                tch::no_grad(|| parameter.tensor.copy_(&values));
-            }
             gradients_of(&model.decoder, &[&[3, 8, 5, 9, 14], &[7, 6, 5]], policy)
         };
         for policy in [Policy::KEEP, Policy::RECOMPUTE] {
@@ -247,7 +240,6 @@ fn a_model_in_4_bits_trains_as_its_dense_twin() {
 fn long_batches_give_the_same_gradients_in_tiles() {
     let sequences: Vec<Vec<i64>> = (0..1265).map(|i| (0..13).map(|j| (i * 5 + j) % 16).collect()).collect();
     let all: Vec<&[i64]> = sequences.iter().map(Vec::as_slice).collect();
-    // One model: a second would draw other numbers where another test draws from the same generator meanwhile.
     let mut model = load(&folder("nested"), Kind::Float, false);
     let config = AdapterConfig { r: 4, init_lora_weights: "false".parse().unwrap(), ..Default::default() };
     model.get_peft_model(config, 7).unwrap();

@@ -109,13 +109,13 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
     let device = args.machine.init()?;
     let kind = kind_of(args.dtype, device, config.overflows_f16());
     let options = args.weights.options(kind, device);
-    let mut model = FastLanguageModel::untrained(config, options)?;
+    let arguments = TrainingArguments {
+        r: args.r,
+        init_lora_weights: InitLoraWeights::Random,
+        ..TrainingArguments::default()
+    };
+    let mut model = FastLanguageModel::untrained(config, options, arguments.seed)?;
     if args.r > 0 {
-        let arguments = TrainingArguments {
-            r: args.r,
-            init_lora_weights: InitLoraWeights::Random,
-            ..TrainingArguments::default()
-        };
         model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
     }
     let decoder = &model.decoder;

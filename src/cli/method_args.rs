@@ -96,7 +96,7 @@ impl MethodArgs {
         options: LoadOptions,
         arguments: &TrainingArguments,
     ) -> Result<FastLanguageModel> {
-        let mut model = FastLanguageModel::untrained(config, options)?;
+        let mut model = FastLanguageModel::untrained(config, options, arguments.seed)?;
         match self.full_finetuning {
             true => model.train_all()?,
             false => model.get_peft_model(arguments.adapter_config(name), arguments.seed)?,

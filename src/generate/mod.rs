@@ -7,13 +7,14 @@
 //! ```
 //! use ferrotune::generate::{FinishReason, SamplingParams, generate};
 //! use ferrotune::models::{Config, Decoder};
+//! use ferrotune::nn::LoadOptions;
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let config = Config::from_json(
 //!     r#"{"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32,
 //!         "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}"#,
 //! )?;
-//! let decoder = Decoder::random(config, tch::Kind::Float, tch::Device::Cpu)?;
+//! let decoder = Decoder::random(config, LoadOptions::new(tch::Kind::Float, tch::Device::Cpu), 3407)?;
 //! let params = SamplingParams { temperature: 0.8, top_p: 0.9, max_new_tokens: 5, ..Default::default() };
 //! let generation = generate(&decoder, &[1, 2, 3], &params)?;
 //! assert_eq!(generation.token_ids.len(), 5);

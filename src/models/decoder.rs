@@ -11,7 +11,7 @@ use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
 use crate::error::Error;
 use crate::io::Weights;
-use crate::nn::{Init, LoadOptions, Loader};
+use crate::nn::{Generator, Init, LoadOptions, Loader};
 use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets};
 
 /// A flat batch: samples one after another, no padding.
@@ -155,14 +155,13 @@ impl Decoder {
             .collect())
     }
 
-    /// A decoder with random weights: N(0, `initializer_range`^2). Seeded by `tch::manual_seed`, and the same on every
-    /// device.
-    pub fn random(config: Config, kind: Kind, device: Device) -> Result<Decoder> {
-        Decoder::random_with(config, LoadOptions::new(kind, device), Device::Cpu)
+    /// A decoder with random weights: N(0, `initializer_range`^2). The same seed gives the same on every device.
+    pub fn random(config: Config, options: LoadOptions, seed: u64) -> Result<Decoder> {
+        Decoder::random_by(config, options, Generator::new(Device::Cpu, seed)?)
     }
 
-    /// As [`Decoder::random`], with the numbers of `generator`'s device: a GPU draws its own 8 billion in a second.
-    pub fn random_with(config: Config, options: LoadOptions, generator: Device) -> Result<Decoder> {
+    /// As [`Decoder::random`], with the numbers of `generator`: a GPU draws its own 8 billion in a second.
+    pub fn random_by(config: Config, options: LoadOptions, generator: Generator) -> Result<Decoder> {
         let init = Init::Random { std: config.initializer_range, generator };
         let loader = Loader { init, options, kept: &BTreeSet::new() };
         Decoder::build(config, PREFIXES[0], &loader, &Extent::Whole)

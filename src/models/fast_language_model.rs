@@ -12,7 +12,7 @@ use super::{Config, Decoder, LoraModule};
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig};
 use crate::io::{Weights, write_safetensors};
-use crate::nn::LoadOptions;
+use crate::nn::{Generator, LoadOptions};
 
 /// The two calls of Unsloth's users: [`FastLanguageModel::from_pretrained`], then
 /// [`FastLanguageModel::get_peft_model`].
@@ -61,14 +61,14 @@ impl FastLanguageModel {
     pub fn from_scratch(dir: &Path, kind: Kind, device: Device, seed: u64) -> Result<FastLanguageModel> {
         let config = Config::from_dir(dir)?;
         let tokenizer = load_tokenizer(&config, dir)?;
-        tch::manual_seed(seed as i64);
-        let decoder = Decoder::random(config, kind, device)?;
+        let decoder = Decoder::random(config, LoadOptions::new(kind, device), seed)?;
         Ok(FastLanguageModel { decoder, tokenizer, dir: dir.to_path_buf(), adapter: None })
     }
 
-    /// A model of any shape with random weights that the device draws itself, and no tokenizer: to measure with.
-    pub fn untrained(config: Config, options: LoadOptions) -> Result<FastLanguageModel> {
-        let decoder = Decoder::random_with(config, options, options.device)?;
+    /// A model of any shape with random weights that the device draws itself, and no tokenizer: to measure with. The same
+    /// seed gives the same weights on the same kind of device.
+    pub fn untrained(config: Config, options: LoadOptions, seed: u64) -> Result<FastLanguageModel> {
+        let decoder = Decoder::random_by(config, options, Generator::new(options.device, seed)?)?;
         Ok(FastLanguageModel { decoder, tokenizer: None, dir: PathBuf::new(), adapter: None })
     }
 
@@ -105,8 +105,7 @@ impl FastLanguageModel {
         }
         config.check()?;
         let chosen = self.lora_modules(&config)?;
-        tch::manual_seed(seed as i64);
-        self.decoder.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights)?;
+        self.decoder.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights, seed)?;
         for module in config.modules_to_save.iter().flatten() {
             self.decoder.train_module(module)?;
         }

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::decoder::{Decoder, DecoderLayer};
 use crate::error::Error;
 use crate::io::adapter::{AdapterConfig, InitLoraWeights, text_module};
 use crate::io::lora_spec::LoraSpec;
+use crate::nn::Generator;
 use crate::ops::{Head, Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.
@@ -116,13 +117,15 @@ impl Decoder {
         Ok(chosen)
     }
 
-    /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose.
+    /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose. The
+    /// same seed gives the same start.
     pub fn add_lora(
         &mut self,
         choose: impl Fn(&str) -> Option<LoraModule>,
         init: InitLoraWeights,
+        seed: u64,
     ) -> Result<usize> {
-        let device = self.device;
+        let (device, generator) = (self.device, Generator::new(Device::Cpu, seed)?);
         let mut count = 0;
         for linear in self.linears_mut() {
             let in_features = linear.in_features();
@@ -131,7 +134,8 @@ impl Decoder {
                     if r <= 0 {
                         bail!("LoRA rank of {} is {r}, expected at least 1", part.name);
                     }
-                    part.lora = Some(Lora::new([part.rows, in_features], r, (scale, dropout), init, device)?);
+                    let shape = [part.rows, in_features];
+                    part.lora = Some(Lora::new(shape, r, (scale, dropout), init, &generator, device)?);
                     count += 1;
                 }
             }

@@ -145,7 +145,7 @@ impl StreamedModel {
         };
         if let Some((config, weights)) = &self.adapter {
             let chosen = piece.lora_modules(config)?;
-            piece.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights)?;
+            piece.add_lora(|module| chosen.get(module).copied(), config.init_lora_weights, 0)?;
             for module in config.modules_to_save.iter().flatten() {
                 let is_here = match extent {
                     Extent::Embedding => module.ends_with("embed_tokens"),

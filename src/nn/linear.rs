@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
+use super::generator::Generator;
 use super::nf4::{quantize_stored, read_nf4};
 use crate::io::Weights;
 use crate::io::adapter::InitLoraWeights;
@@ -13,11 +14,11 @@ use crate::ops::{Fp8, Linear, Lora, Nf4, Part, PartWeight, RmsNorm, Weight};
 /// Where values come from.
 pub enum Init<'a> {
     Checkpoint(&'a Weights),
-    /// Matrices from N(0, std^2), biases 0, norms such that they start as the identity. Drawn by libtorch's generator of
-    /// the device `generator`: that of the CPU gives the same on every device, that of a GPU is quick.
+    /// Matrices from N(0, std^2), biases 0, norms such that they start as the identity. A generator of the CPU gives the
+    /// same on every device, one of a GPU is quick.
     Random {
         std: f64,
-        generator: Device,
+        generator: Generator,
     },
     /// Nowhere yet: the tensors get their shape, and values from who builds the model.
     Unset,
@@ -214,21 +215,22 @@ impl Loader<'_> {
                 let mut destination = destination.shallow_clone();
                 if destination.dim() == 1 {
                     let _ = destination.f_fill_(vector_start)?;
-                } else if *generator == destination.device() && generator.is_cuda() {
-                    let _ = destination.f_normal_(0.0, *std)?;
-                } else if generator.is_cuda() {
+                } else if generator.device() == destination.device() && destination.device().is_cuda() {
+                    generator.fill_normal(&destination, *std)?;
+                } else if generator.device().is_cuda() {
                     // A matrix for the host's memory: drawn where it is quick, by pieces that take little memory there.
                     const PIECE: i64 = 4096;
                     let (rows, columns) = (destination.size()[0], destination.size()[1]);
                     for first in (0..rows).step_by(PIECE as usize) {
                         let mut piece = destination.f_narrow(0, first, PIECE.min(rows - first))?;
-                        let options = (piece.kind(), *generator);
-                        piece.f_copy_(
-                            &Tensor::f_empty([piece.size()[0], columns], options)?.f_normal_(0.0, *std)?,
-                        )?;
+                        let options = (piece.kind(), generator.device());
+                        let drawn = Tensor::f_empty([piece.size()[0], columns], options)?;
+                        generator.fill_normal(&drawn, *std)?;
+                        piece.f_copy_(&drawn)?;
                     }
                 } else {
-                    let drawn = Tensor::f_randn(destination.size(), (Kind::Float, Device::Cpu))?;
+                    let drawn = Tensor::f_empty(destination.size(), (Kind::Float, Device::Cpu))?;
+                    generator.fill_normal(&drawn, 1.0)?;
                     destination.f_copy_(&drawn.f_mul_scalar(*std)?)?;
                 }
                 Ok(())
@@ -283,24 +285,28 @@ impl PartWeight {
 }
 
 impl Lora {
-    /// peft's initialisation of an update of a `[rows, in]` weight; both matrices f32 and trainable. Drawn on the CPU, so
-    /// the same on every device.
+    /// peft's initialisation of an update of a `[rows, in]` weight; both matrices f32 and trainable. `generator` is one of
+    /// the CPU, so that the start is the same on every device.
     pub fn new(
         [rows, in_features]: [i64; 2],
         r: i64,
         (scale, dropout): (f64, f64),
         init: InitLoraWeights,
+        generator: &Generator,
         device: Device,
     ) -> Result<Lora> {
         let empty = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, Device::Cpu));
         let uniform = |shape: [i64; 2]| -> Result<Tensor> {
-            let bound = 1.0 / (shape[1] as f64).sqrt();
-            Ok(empty(shape)?.f_uniform_(-bound, bound)?)
+            let (drawn, bound) = (empty(shape)?, 1.0 / (shape[1] as f64).sqrt());
+            generator.fill_uniform(&drawn, -bound, bound)?;
+            Ok(drawn)
         };
         let (a, b) = match init {
             InitLoraWeights::KaimingUniform => (uniform([r, in_features])?, empty([rows, r])?),
             InitLoraWeights::Gaussian => {
-                (empty([r, in_features])?.f_normal_(0.0, 1.0 / r as f64)?, empty([rows, r])?)
+                let drawn = empty([r, in_features])?;
+                generator.fill_normal(&drawn, 1.0 / r as f64)?;
+                (drawn, empty([rows, r])?)
             }
             InitLoraWeights::Random => (uniform([r, in_features])?, uniform([rows, r])?),
         };
