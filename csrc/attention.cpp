@@ -79,6 +79,18 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Attention
   return chunks.size() == 1 ? chunks[0] : at::cat(chunks, 2);
 }
 
+// One query: the heads of a group are the rows of one small product, and no head is repeated. q [1, H, D], k and v [S, K, D]
+// -> [H*D].
+Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+  const int64_t heads = q.size(1), dim = q.size(2), keys = k.size(0), kv_heads = k.size(1);
+  const int64_t low = spec.window > 0 ? std::max<int64_t>(0, keys - spec.window) : 0;
+  const Tensor ks = k.narrow(0, low, keys - low).transpose(0, 1), vs = v.narrow(0, low, keys - low).transpose(0, 1);
+  Tensor scores = at::bmm(q.reshape({kv_heads, heads / kv_heads, dim}), ks.transpose(1, 2)).mul_(spec.scale);
+  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
+  const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({heads * dim});
+}
+
 // f32 on the CPU, by kernels/cpu/attention.h: each segment and key/value head by itself, the scores of 32 queries at a time.
 struct CpuAttentionLoops {
   static Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
@@ -268,9 +280,30 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::s
   return AttentionNode::apply(q, k, v, segments, spec);
 }
 
-Tensor attend_behind(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
-  const Tensor y = attend(heads_first(q), k.unsqueeze(0), v.unsqueeze(0), spec);
-  return y.squeeze(0).transpose(0, 1).reshape({q.size(0), q.size(1) * q.size(2)});
+Tensor attention_of_prompts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                            const AttentionSpec& spec) {
+  if (by_aten(q)) return attention_by_aten(q, k, v, segments, spec);
+  return attention_fused_of_any_length(q, k, v, segments, spec).out;
+}
+
+Tensor attention_behind(const Tensor& q, const Tensor& k, const Tensor& v, const KeyedRows& keyed, const AttentionSpec& spec) {
+  if (const Tensor out = flash_behind(q, k, v, keyed, spec); out.defined()) return out;
+  const int64_t width = q.size(1) * q.size(2);
+  const Tensor out = at::empty({q.size(0), width}, q.options());
+  int64_t row = 0, key = 0;
+  for (size_t i = 0; i < keyed.rows.size(); ++i) {
+    const int64_t rows = keyed.rows[i], keys = keyed.keys[i];
+    const Tensor own_q = q.narrow(0, row, rows), own_k = k.narrow(0, key, keys), own_v = v.narrow(0, key, keys);
+    if (rows == 1) {
+      out[row].copy_(attend_one(own_q, own_k, own_v, spec));
+    } else {
+      const Tensor y = attend(heads_first(own_q), heads_first(own_k), heads_first(own_v), spec);
+      out.narrow(0, row, rows).copy_(y.squeeze(0).transpose(0, 1).reshape({rows, width}));
+    }
+    row += rows;
+    key += keys;
+  }
+  return out;
 }
 
 std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -42,11 +42,23 @@ void attention_fused_backward(const Tensor& d_out, const Tensor& q, const Tensor
                               const Attended& attended, const Segments& segments, const AttentionSpec& spec,
                               const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
-// Without a backward, for one sequence from its start, on a GPU: [T, H*D].
-Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
+Attended attention_fused_of_any_length(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                                       const AttentionSpec& spec);
 
-// Without a backward, the last queries of one sequence over its keys: q [T, H, D], k and v [K, S, D], query i at position
-// S - T + i -> [T, H*D].
-Tensor attend_behind(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec);
+// Without a backward, of prompts: as attention_forward, by what does not prepare anything for each new length. [N, H*D]
+Tensor attention_of_prompts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, const AttentionSpec& spec);
+
+// The last queries of several sequences and all their keys, both one sequence after another.
+struct KeyedRows {
+  std::vector<int64_t> rows, keys;  // of each sequence: T and S
+  Tensor cu_rows, cu_keys;          // where they start and the last one ends: int32 [sequences + 1], on the device
+  int64_t longest_rows = 0, longest_keys = 0;
+};
+
+// Without a backward: q [sum of T, H, D], k and v [sum of S, K, D]; query i of a sequence stands at position S - T + i of it and
+// sees the keys up to there -> [sum of T, H*D].
+Tensor attention_behind(const Tensor& q, const Tensor& k, const Tensor& v, const KeyedRows& keyed, const AttentionSpec& spec);
+// The same by one call of FlashAttention-2; undefined where that cannot.
+Tensor flash_behind(const Tensor& q, const Tensor& k, const Tensor& v, const KeyedRows& keyed, const AttentionSpec& spec);
 
 }  // namespace ferrotune

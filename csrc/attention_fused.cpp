@@ -330,12 +330,25 @@ Attended attention_fused(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return by_path(path_of(q, segments, spec), q, k, v, segments, spec);
 }
 
-Tensor attention_prompt(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
-  const int64_t n = q.size(0);
-  const Segments whole({0, static_cast<int32_t>(n)}, at::tensor({int64_t{0}, n}, at::kLong).to(q.device()));
-  const Path path = path_of(q, whole, spec);
-  // Prompts have any length, and a cuDNN graph of a new one takes longer to build than the prompt to read.
-  return by_path(path == Path::Cudnn ? Path::Flash : path, q, k, v, whole, spec).out;
+// A cuDNN graph of a new length takes longer to build (23 to 37 ms have been measured) than a prompt to read.
+Attended attention_fused_of_any_length(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments,
+                                       const AttentionSpec& spec) {
+  const Path path = path_of(q, segments, spec);
+  return by_path(path == Path::Cudnn ? Path::Flash : path, q, k, v, segments, spec);
+}
+
+Tensor flash_behind(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const KeyedRows& keyed,
+                    const AttentionSpec& spec) {
+  const int64_t dim = given_q.size(2);
+  const bool fits = given_q.is_cuda() && at::elementSize(given_q.scalar_type()) == 2 && spec.softcap == 0 && dim % 8 == 0 &&
+                    dim <= 256 && compute_capability(given_q) >= 80;
+  if (!fits) return {};
+  const Tensor q = aligned(given_q), k = aligned(given_k), v = aligned(given_v);
+  // Causal from the bottom right: the last query sees the last key.
+  const auto result = at::_flash_attention_forward_symint(q, k, v, keyed.cu_rows, keyed.cu_keys, keyed.longest_rows,
+                                                          keyed.longest_keys, 0.0, true, false, spec.scale, left_of(spec),
+                                                          right_of(spec));
+  return std::get<0>(result).flatten(1, 2);
 }
 
 void attention_fused_backward(const Tensor& d_out, const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,

@@ -1,8 +1,10 @@
 // Attention over paged keys and values (arXiv:2309.06180): the CPU's kernel for f32, a GPU's for sequences with one new row
-// (kernels/paged_attention.cu), and the formula for the rest, which copies a sequence's pages together.
+// (kernels/paged_attention.cu). Of the rest those that start attend to their own rows; those that go on have their keys copied
+// together out of the pages, 4 D bytes a key and key/value head in 16 bits.
 #include "ferrotune/csrc/pages.h"
 
 #include "ferrotune/csrc/cpu.h"
+#include "ferrotune/csrc/device.h"
 #include "ferrotune/csrc/kernels.h"
 #include "ferrotune/csrc/rows.h"
 
@@ -25,8 +27,17 @@ PagedBatch::PagedBatch(rust::Slice<const std::int64_t> rows, rust::Slice<const s
     TORCH_CHECK(page >= 0, "paged batch: page ", page);
     pool_ = std::max<int64_t>(pool_, page + 1);
   }
-  key_slots_.resize(sequences_.size());
 }
+
+namespace {
+
+// Without waiting for the device.
+Tensor on_device(const std::vector<int64_t>& words, at::Device device) {
+  if (!device.is_cuda()) return at::tensor(words, at::kLong);
+  return std::move(*upload({words.data(), words.size()}, device.index()));
+}
+
+}  // namespace
 
 Tensor PagedBatch::new_slots(at::Device device) const {
   if (!new_slots_.defined()) {
@@ -34,19 +45,9 @@ Tensor PagedBatch::new_slots(at::Device device) const {
     for (const Sequence& sequence : sequences_) {
       for (int64_t key = sequence.past; key < sequence.keys(); ++key) slots.push_back(slot(sequence, key));
     }
-    new_slots_ = at::tensor(slots, at::kLong).to(device);
+    new_slots_ = on_device(slots, device);
   }
   return new_slots_;
-}
-
-Tensor PagedBatch::key_slots(size_t index, at::Device device) const {
-  Tensor& kept = key_slots_[index];
-  if (!kept.defined()) {
-    std::vector<int64_t> slots;
-    for (int64_t key = 0; key < sequences_[index].keys(); ++key) slots.push_back(slot(sequences_[index], key));
-    kept = at::tensor(slots, at::kLong).to(device);
-  }
-  return kept;
 }
 
 PagedBatch::PagedBatch(Tensor tables, Tensor lengths, int64_t longest, int64_t pool, int64_t page_size)
@@ -79,10 +80,78 @@ const PagedBatch::Singles& PagedBatch::singles(at::Device device) const {
   // One copy for all three.
   words.insert(words.end(), lengths.begin(), lengths.end());
   words.insert(words.end(), rows.begin(), rows.end());
-  const Tensor all = at::tensor(words, at::kLong).to(device);
+  const Tensor all = on_device(words, device);
   singles_ = Singles{all.narrow(0, 0, count * width).view({count, width}), all.narrow(0, count * width, count),
                      count < rows_ ? all.narrow(0, count * (width + 1), count) : Tensor(), longest};
   return *singles_;
+}
+
+Tensor PagedBatch::Rows::of(const Tensor& x) const {
+  return places.defined() ? x.index_select(0, places) : x.narrow(0, first, count);
+}
+
+void PagedBatch::Rows::put(const Tensor& out, const Tensor& y) const {
+  places.defined() ? out.index_copy_(0, places, y) : out.narrow(0, first, count).copy_(y);
+}
+
+template <typename Takes>
+std::vector<int64_t> PagedBatch::rows_where(const Takes& takes) const {
+  std::vector<int64_t> rows;
+  for (const Sequence& sequence : sequences_) {
+    if (!takes(sequence)) continue;
+    for (int64_t row = 0; row < sequence.rows; ++row) rows.push_back(sequence.first + row);
+  }
+  return rows;
+}
+
+namespace {
+
+PagedBatch::Rows row_set(const std::vector<int64_t>& rows, at::Device device) {
+  const int64_t count = static_cast<int64_t>(rows.size());
+  if (count == 0) return {};
+  const bool side_by_side = rows.back() - rows.front() == count - 1;
+  return {rows.front(), count, side_by_side ? Tensor() : on_device(rows, device)};
+}
+
+bool is_start(const PagedBatch::Sequence& sequence) { return sequence.past == 0 && sequence.rows > 1; }
+
+}  // namespace
+
+const PagedBatch::Starts& PagedBatch::starts(at::Device device) const {
+  if (starts_) return *starts_;
+  starts_ = Starts{row_set(rows_where(is_start), device), nullptr};
+  if (starts_->rows.count == 0) return *starts_;
+  std::vector<int32_t> ends{0};
+  for (const Sequence& sequence : sequences_) {
+    if (is_start(sequence)) ends.push_back(ends.back() + static_cast<int32_t>(sequence.rows));
+  }
+  const std::vector<int64_t> words(ends.begin(), ends.end());
+  starts_->segments = std::make_unique<Segments>(std::move(ends), on_device(words, device));
+  return *starts_;
+}
+
+const PagedBatch::Continued& PagedBatch::continued(bool with_singles, at::Device device) const {
+  std::optional<Continued>& kept = continued_[with_singles];
+  if (kept) return *kept;
+  const auto takes = [&](const Sequence& s) { return !is_start(s) && (s.rows > 1 || with_singles); };
+  kept = Continued{row_set(rows_where(takes), device), {}, {}};
+  KeyedRows& keyed = kept->keyed;
+  std::vector<int64_t> slots, cu_rows{0}, cu_keys{0};
+  for (const Sequence& sequence : sequences_) {
+    if (!takes(sequence)) continue;
+    for (int64_t key = 0; key < sequence.keys(); ++key) slots.push_back(slot(sequence, key));
+    keyed.rows.push_back(sequence.rows);
+    keyed.keys.push_back(sequence.keys());
+    cu_rows.push_back(cu_rows.back() + sequence.rows);
+    cu_keys.push_back(cu_keys.back() + sequence.keys());
+    keyed.longest_rows = std::max(keyed.longest_rows, sequence.rows);
+    keyed.longest_keys = std::max(keyed.longest_keys, sequence.keys());
+  }
+  if (keyed.rows.empty()) return *kept;
+  kept->slots = on_device(slots, device);
+  keyed.cu_rows = on_device(cu_rows, device).to(at::kInt);
+  keyed.cu_keys = on_device(cu_keys, device).to(at::kInt);
+  return *kept;
 }
 
 std::shared_ptr<PagedBatch> paged_rows(const Tensor& tables, const Tensor& lengths, std::int64_t longest, std::int64_t pool,
@@ -141,17 +210,6 @@ Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor&
   return out;
 }
 
-// One query: the heads of a group are the rows of one small product, and no head is repeated. k and v [K, keys, D].
-Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
-  const int64_t heads = q.size(1), dim = q.size(2), kv_heads = k.size(0), keys = k.size(1);
-  const int64_t low = spec.window > 0 ? std::max<int64_t>(0, keys - spec.window) : 0;
-  const Tensor ks = k.narrow(1, low, keys - low), vs = v.narrow(1, low, keys - low);
-  Tensor scores = at::bmm(q.reshape({kv_heads, heads / kv_heads, dim}), ks.transpose(1, 2)).mul_(spec.scale);
-  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
-  const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({1, heads * dim});
-}
-
 // One new row of each sequence of `singles`; undefined where the kernel cannot. q [n, H, D], k and v [n, K, D].
 Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& pages,
                       const PagedBatch::Singles& singles, const AttentionSpec& spec) {
@@ -174,31 +232,31 @@ Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor
   return out;
 }
 
-Tensor by_formula(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
+// By groups of sequences: those with one new row by the kernel, if it can; those that start; those that go on, with their keys
+// copied together.
+Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
   const PagedBatch& batch = *pages.batch;
+  const at::Device device = q.device();
   const auto flat = [](const Tensor& pool) { return pool.flatten(0, 1); };  // [slots, K, D]
-  flat(pages.k).index_copy_(0, batch.new_slots(q.device()), k);
-  flat(pages.v).index_copy_(0, batch.new_slots(q.device()), v);
+  flat(pages.k).index_copy_(0, batch.new_slots(device), k);
+  flat(pages.v).index_copy_(0, batch.new_slots(device), v);
   const Tensor out = at::empty({q.size(0), q.size(1) * q.size(2)}, q.options());
-  Tensor by_kernel;
-  if (q.is_cuda() && !batch.all_single() && std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; })) {
-    const PagedBatch::Singles& singles = batch.singles(q.device());
+  const bool has_singles = std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; });
+  bool singles_done = !has_singles;
+  if (q.is_cuda() && has_singles && !batch.all_single()) {
+    const PagedBatch::Singles& singles = batch.singles(device);
     const auto own = [&](const Tensor& x) { return x.index_select(0, singles.rows); };
-    by_kernel = by_cuda_kernel(own(q), own(k), own(v), pages, singles, spec);
-    if (by_kernel.defined()) out.index_copy_(0, singles.rows, by_kernel);
+    const Tensor by_kernel = by_cuda_kernel(own(q), own(k), own(v), pages, singles, spec);
+    singles_done = by_kernel.defined();
+    if (singles_done) out.index_copy_(0, singles.rows, by_kernel);
   }
-  for (size_t i = 0; i < batch.sequences().size(); ++i) {
-    const PagedBatch::Sequence& sequence = batch.sequences()[i];
-    if (sequence.rows == 1 && by_kernel.defined()) continue;
-    const auto own = [&](const Tensor& x) { return x.narrow(0, sequence.first, sequence.rows); };
-    if (sequence.past == 0 && sequence.rows > 1 && q.is_cuda()) {
-      own(out).copy_(attention_prompt(own(q), own(k), own(v), spec));
-      continue;
-    }
-    const Tensor slots = batch.key_slots(i, q.device());
-    const auto keys = [&](const Tensor& pool) { return flat(pool).index_select(0, slots).transpose(0, 1); };
-    const Tensor all_k = keys(pages.k), all_v = keys(pages.v);
-    own(out).copy_(sequence.rows == 1 ? attend_one(own(q), all_k, all_v, spec) : attend_behind(own(q), all_k, all_v, spec));
+  if (const PagedBatch::Starts& starts = batch.starts(device); starts.rows.count > 0) {
+    const auto own = [&](const Tensor& x) { return starts.rows.of(x); };
+    starts.rows.put(out, attention_of_prompts(own(q), own(k), own(v), *starts.segments, spec));
+  }
+  if (const PagedBatch::Continued& continued = batch.continued(!singles_done, device); continued.rows.count > 0) {
+    const auto keys = [&](const Tensor& pool) { return flat(pool).index_select(0, continued.slots); };
+    continued.rows.put(out, attention_behind(continued.rows.of(q), keys(pages.k), keys(pages.v), continued.keyed, spec));
   }
   return out;
 }
@@ -211,7 +269,7 @@ Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView
                 " ", q.scalar_type(), " on this GPU");
     if (out.defined()) return out;
   }
-  return by_formula(q, k, v, pages, spec);
+  return by_groups(q, k, v, pages, spec);
 }
 
 }  // namespace
@@ -231,7 +289,7 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
   }
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
   if (cpu_kernels_for(q) != nullptr) return by_cpu_kernel(q, k, v, pages, spec);
-  return q.is_cuda() ? on_gpu(q, k, v, pages, spec) : by_formula(q, k, v, pages, spec);
+  return q.is_cuda() ? on_gpu(q, k, v, pages, spec) : by_groups(q, k, v, pages, spec);
 }
 
 }  // namespace ferrotune

@@ -36,9 +36,8 @@ class PagedBatch {
   int64_t slot(const Sequence& sequence, int64_t key) const {
     return pages(sequence)[key / page_size_] * page_size_ + key % page_size_;
   }
-  // On the device, made at the first question: the slots of all new rows, int64 [N], and of all keys of sequence i.
+  // On the device, made at the first question, as all below: the slots of all new rows, int64 [N].
   Tensor new_slots(at::Device device) const;
-  Tensor key_slots(size_t sequence, at::Device device) const;
   // The sequences with one new row, as the second constructor has them.
   struct Singles {
     Tensor tables, lengths;
@@ -47,13 +46,38 @@ class PagedBatch {
   };
   const Singles& singles(at::Device device) const;
 
+  // The rows of some of the sequences.
+  struct Rows {
+    int64_t first = 0, count = 0;
+    Tensor places;  // int64 [count] of the batch; undefined where they stand side by side from `first` on
+    Tensor of(const Tensor& x) const;
+    void put(const Tensor& out, const Tensor& y) const;
+  };
+  // Sequences of several rows with nothing before them: their keys are their own rows.
+  struct Starts {
+    Rows rows;
+    std::unique_ptr<Segments> segments;
+  };
+  // All others: pieces of prompts, and single rows where no kernel has them.
+  struct Continued {
+    Rows rows;
+    KeyedRows keyed;
+    Tensor slots;  // int64 [keys]: of all their keys, one sequence after another
+  };
+  const Starts& starts(at::Device device) const;
+  const Continued& continued(bool with_singles, at::Device device) const;
+
  private:
+  template <typename Takes>
+  std::vector<int64_t> rows_where(const Takes& takes) const;
+
   std::vector<Sequence> sequences_;
   std::vector<int32_t> pages_;
   int64_t rows_ = 0, page_size_, pool_ = 0;
   mutable Tensor new_slots_;
-  mutable std::vector<Tensor> key_slots_;
   mutable std::optional<Singles> singles_;
+  mutable std::optional<Starts> starts_;
+  mutable std::optional<Continued> continued_[2];  // without single rows and with them
 };
 
 std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,
@@ -69,8 +93,8 @@ struct PagesView {
 };
 
 // Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
-// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows; on a GPU a kernel takes the sequences with one
-// new row, and each other is worked out by itself. Not differentiable.
+// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows. On a GPU one kernel takes the sequences with one
+// new row, one call those that start, and one those that go on. Not differentiable.
 Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec);
 
 }  // namespace ferrotune

@@ -7,14 +7,72 @@ use ferrotune::generate::{
     Engine, EngineOptions, FinishReason, GenerationConfig, KvBudget, Sampler, SamplingParams, TextStream,
     generate,
 };
-use ferrotune::models::FastLanguageModel;
+use ferrotune::models::{Decoder, FastLanguageModel, NewRows};
+use ferrotune::nn::{PAGE_SIZE, RopeTables};
 use serde_json::Value;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Fed, Flat, adapters, assert_close, checkpoints, load, logits, rel, root, shared_data};
 
 fn ids(value: &Value) -> Vec<i64> {
     serde_json::from_value(value.clone()).unwrap()
+}
+
+/// Logits `[N, V]` of one pass over pages with sequences that start, go on after a few tokens, and have one new token, in the order
+/// of `plan` (tokens before, new tokens); and those of one forward pass of each of them.
+pub fn mixed_pass(decoder: &Decoder, plan: &[(usize, usize)]) -> [Tensor; 2] {
+    let vocab = decoder.config.vocab_size;
+    let ids: Vec<Vec<i64>> = (1..)
+        .zip(plan)
+        .map(|(salt, &(past, new))| (0..(past + new) as i64).map(|i| (i * i + 5 * salt) % vocab).collect())
+        .collect();
+    let needed: usize = ids.iter().map(|ids| ids.len().div_ceil(PAGE_SIZE)).sum();
+    let pages = decoder.kv_pages(needed).unwrap();
+    let mut free: Vec<i32> = (0..needed as i32).collect();
+    let tables: Vec<Vec<i32>> = ids
+        .iter()
+        .map(|ids| free.split_off(free.len() - ids.len().div_ceil(PAGE_SIZE)).into_iter().rev().collect())
+        .collect();
+    let mut ropes = RopeTables::default();
+    let mut pass = |from: &dyn Fn(usize) -> usize, to: &dyn Fn(usize) -> usize| {
+        let rows = |at: usize| NewRows {
+            input_ids: &ids[at][from(at)..to(at)],
+            past: from(at),
+            length: ids[at].len(),
+            pages: &tables[at][..to(at).div_ceil(PAGE_SIZE)],
+        };
+        let fed: Vec<NewRows> = (0..plan.len()).filter(|&at| from(at) < to(at)).map(rows).collect();
+        decoder.decode(&fed, &pages, &mut ropes, &[]).unwrap()
+    };
+    if plan.iter().any(|&(past, _)| past > 0) {
+        pass(&|_| 0, &|at| plan[at].0);
+    }
+    let ours = tch::no_grad(|| decoder.logits(&pass(&|at| plan[at].0, &|at| ids[at].len())).unwrap());
+    let whole = ids.iter().zip(plan).map(|(ids, &(past, new))| {
+        logits(decoder, &Flat::new([&ids[..]])).narrow(0, past as i64, new as i64)
+    });
+    [ours, Tensor::cat(&whole.collect::<Vec<_>>(), 0)]
+}
+
+/// Sequences of every kind side by side and apart, past a page and past a window.
+pub const MIXED: [&[(usize, usize)]; 4] = [
+    &[(0, 5), (7, 1), (9, 4), (0, 3), (20, 1), (0, 1), (16, 17), (0, 33), (3, 2)],
+    &[(12, 1), (40, 1), (9, 23), (0, 18), (0, 40)],
+    &[(5, 30)],
+    &[(0, 21), (0, 21)],
+];
+
+#[test]
+fn a_pass_of_every_kind_of_sequence_gives_the_uncached_logits() {
+    let mut distances = Vec::new();
+    for name in checkpoints() {
+        let decoder = load(&root().join(&name), Kind::Double);
+        for plan in MIXED {
+            let [ours, whole] = mixed_pass(&decoder, plan);
+            distances.push((format!("{name} {plan:?}"), rel(&ours, &whole)));
+        }
+    }
+    assert_close(1e-11, distances);
 }
 
 /// The fields that a golden names, all others off.

@@ -12,6 +12,7 @@ use ferrotune::nn::LoadOptions;
 use ferrotune::ops::{self, Draw, Linear, Lora, Nf4, Part, PartWeight, Pass, Weight};
 use tch::{Device, Kind, Tensor};
 
+use crate::generate::{MIXED, mixed_pass};
 use crate::golden::{Flat, logits};
 use crate::gpu::gpu;
 use crate::tolerance::{What, assert_close, f64_on_cpu, rel};
@@ -287,6 +288,31 @@ fn decoded_logits_are_the_forwards() {
         }
         let ours = Tensor::cat(&rows, 0).to_kind(Kind::BFloat16);
         assert_close(name, What::Value, &ours, &plain.to_kind(Kind::BFloat16), &reference);
+    }
+}
+
+/// Prompts that start and go on beside single tokens, by one call of each kind, beside one forward pass of each: by the tolerance rule.
+#[test]
+fn a_pass_of_every_kind_of_sequence() {
+    let Some(device) = gpu("a pass of every kind of sequence") else { return };
+    // As MIXED, past several windows and tiles.
+    let long: &[(usize, usize)] = &[(260, 1), (0, 300), (130, 170), (1, 500), (700, 3), (0, 2), (31, 1)];
+    for (name, config) in shapes() {
+        for plan in MIXED.into_iter().chain([long]) {
+            let pass = |kind, device| {
+                let options = LoadOptions::new(kind, device);
+                mixed_pass(&Decoder::random(config.clone(), options, 5).unwrap(), plan)
+            };
+            let [reference, _] = pass(Kind::Double, Device::Cpu);
+            for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+                if kind == Kind::Half && config.overflows_f16() {
+                    continue;
+                }
+                let [ours, plain] = pass(kind, device).map(|logits| logits.to_kind(kind));
+                let label = format!("{name}, {plan:?}, {kind:?}");
+                assert_close(&label, What::Value, &ours, &plain, &reference);
+            }
+        }
     }
 }
 
