@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -401,6 +402,58 @@ fn too_many_are_told_to_come_again() {
     assert_eq!(status, 504, "{reply}");
     slow.settle();
     slow.stop();
+    server.stop();
+}
+
+/// `ferrotune bench serve` counts what the server sends, and says what the server refuses.
+#[test]
+fn its_clients_are_measured() {
+    let server = Running::with(limits());
+    let bench = |arguments: &[&str]| {
+        let url = format!("http://{}", server.address);
+        let fixed = ["bench", "serve", "--url", &url, "--clients", "3", "--json"];
+        Command::new(env!("CARGO_BIN_EXE_ferrotune")).args(fixed).args(arguments).output().unwrap()
+    };
+    let output = bench(&[
+        "--requests",
+        "7",
+        "--warm-up",
+        "2",
+        "--prompt",
+        "20",
+        "--new",
+        "9",
+        "--shared-prefix",
+        "16",
+    ]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key}: {report}"));
+    assert_eq!((&report["model"], number("requests")), (&json!("tiny"), 7.0));
+    let tokens = number("tokens_per_second") * number("seconds");
+    assert!((tokens - 63.0).abs() < 1e-6, "{tokens}");
+    assert!(
+        0.0 < number("first_token_ms_p50") && number("first_token_ms_p50") <= number("first_token_ms_p99")
+    );
+    assert!(0.0 < number("ms_per_token_p50") && number("ms_per_token_p50") <= number("ms_per_token_p99"));
+    // The last step is published after its answers are sent.
+    let end = Instant::now() + Duration::from_secs(10);
+    while server.shared.stats().new_tokens < 9 * 9 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let stats = server.shared.stats();
+    assert_eq!(stats.new_tokens, 9 * 9);
+    // All but the first prompt found their first page.
+    assert!(stats.found_tokens >= 16 * 6, "{stats:?}");
+    for (arguments, message) in [
+        (["--vocab-size", "100000"], "outside the vocabulary"),
+        (["--model", "nobody"], "404 Not Found"),
+        (["--shared-prefix", "500"], "--shared-prefix: longer than --prompt"),
+    ] {
+        let output = bench(&arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(message), "{error}");
+    }
     server.stop();
 }
 

@@ -36,6 +36,8 @@ pub enum BenchCommand {
     Plan(super::bench_plan::BenchPlanArgs),
     /// Requests to the engine on random weights and prompts: tokens a second, time to the first token, where the time goes
     Generate(super::bench_generate::BenchGenerateArgs),
+    /// Clients of a server that runs: tokens a second, time to the first token and between tokens
+    Serve(super::bench_serve::BenchServeArgs),
     /// Steps of GRPO on random weights and prompts: time and memory of rollouts and training, beside what was predicted
     Grpo(Box<super::bench_grpo::BenchGrpoArgs>),
     /// Log-probabilities and their gradient, through the head alone: time, and memory beyond the hidden states
@@ -145,6 +147,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Train(args) => args,
         BenchCommand::Plan(args) => return super::bench_plan::run(args),
         BenchCommand::Generate(args) => return super::bench_generate::run(&args),
+        BenchCommand::Serve(args) => return super::bench_serve::run(&args),
         BenchCommand::Grpo(args) => return super::bench_grpo::run(&args),
         BenchCommand::Loss(args) => return super::bench_loss::run(&args),
     };

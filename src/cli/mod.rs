@@ -7,6 +7,7 @@ mod bench_generate;
 mod bench_grpo;
 mod bench_loss;
 mod bench_plan;
+mod bench_serve;
 mod budget;
 mod cards;
 mod changes;
