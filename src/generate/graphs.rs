@@ -64,6 +64,11 @@ impl DecodeGraphs {
         DecodeGraphs { enabled, device: decoder.device, recorded: HashMap::new() }
     }
 
+    /// Whether steps are recorded here.
+    pub(super) fn are_recorded(&self) -> bool {
+        self.enabled
+    }
+
     /// Forgets what was recorded with adapters that `keeps` does not know.
     pub(super) fn retain(&mut self, keeps: impl Fn(u64) -> bool) {
         let keep = |shape: &Shape| shape.adapter.is_none_or(&keeps);
