@@ -94,64 +94,77 @@ void PagedBatch::Rows::put(const Tensor& out, const Tensor& y) const {
   places.defined() ? out.index_copy_(0, places, y) : out.narrow(0, first, count).copy_(y);
 }
 
-template <typename Takes>
-std::vector<int64_t> PagedBatch::rows_where(const Takes& takes) const {
+PagedBatch::Rows PagedBatch::rows_of(const std::vector<const Sequence*>& some, at::Device device) const {
   std::vector<int64_t> rows;
-  for (const Sequence& sequence : sequences_) {
-    if (!takes(sequence)) continue;
-    for (int64_t row = 0; row < sequence.rows; ++row) rows.push_back(sequence.first + row);
+  for (const Sequence* sequence : some) {
+    for (int64_t row = 0; row < sequence->rows; ++row) rows.push_back(sequence->first + row);
   }
-  return rows;
-}
-
-namespace {
-
-PagedBatch::Rows row_set(const std::vector<int64_t>& rows, at::Device device) {
   const int64_t count = static_cast<int64_t>(rows.size());
   if (count == 0) return {};
   const bool side_by_side = rows.back() - rows.front() == count - 1;
   return {rows.front(), count, side_by_side ? Tensor() : on_device(rows, device)};
 }
 
+namespace {
+
 bool is_start(const PagedBatch::Sequence& sequence) { return sequence.past == 0 && sequence.rows > 1; }
+
+// Keys that are copied together, if no sequence has more: 128 MiB of keys and values for 8 heads of 128 in 16 bits.
+constexpr int64_t kKeysTogether = 1 << 15;
 
 }  // namespace
 
 const PagedBatch::Starts& PagedBatch::starts(at::Device device) const {
   if (starts_) return *starts_;
-  starts_ = Starts{row_set(rows_where(is_start), device), nullptr};
-  if (starts_->rows.count == 0) return *starts_;
+  std::vector<const Sequence*> some;
   std::vector<int32_t> ends{0};
   for (const Sequence& sequence : sequences_) {
-    if (is_start(sequence)) ends.push_back(ends.back() + static_cast<int32_t>(sequence.rows));
+    if (!is_start(sequence)) continue;
+    some.push_back(&sequence);
+    ends.push_back(ends.back() + static_cast<int32_t>(sequence.rows));
   }
+  starts_ = Starts{rows_of(some, device), nullptr};
+  if (some.empty()) return *starts_;
   const std::vector<int64_t> words(ends.begin(), ends.end());
   starts_->segments = std::make_unique<Segments>(std::move(ends), on_device(words, device));
   return *starts_;
 }
 
-const PagedBatch::Continued& PagedBatch::continued(bool with_singles, at::Device device) const {
-  std::optional<Continued>& kept = continued_[with_singles];
+const std::vector<PagedBatch::Continued>& PagedBatch::continued(bool with_singles, at::Device device) const {
+  std::optional<std::vector<Continued>>& kept = continued_[with_singles];
   if (kept) return *kept;
-  const auto takes = [&](const Sequence& s) { return !is_start(s) && (s.rows > 1 || with_singles); };
-  kept = Continued{row_set(rows_where(takes), device), {}, {}};
-  KeyedRows& keyed = kept->keyed;
-  std::vector<int64_t> slots, cu_rows{0}, cu_keys{0};
+  kept.emplace();
+  std::vector<const Sequence*> some;
+  int64_t keys = 0;
   for (const Sequence& sequence : sequences_) {
-    if (!takes(sequence)) continue;
-    for (int64_t key = 0; key < sequence.keys(); ++key) slots.push_back(slot(sequence, key));
-    keyed.rows.push_back(sequence.rows);
-    keyed.keys.push_back(sequence.keys());
-    cu_rows.push_back(cu_rows.back() + sequence.rows);
-    cu_keys.push_back(cu_keys.back() + sequence.keys());
-    keyed.longest_rows = std::max(keyed.longest_rows, sequence.rows);
-    keyed.longest_keys = std::max(keyed.longest_keys, sequence.keys());
+    if (is_start(sequence) || (sequence.rows == 1 && !with_singles)) continue;
+    if (keys > 0 && keys + sequence.keys() > kKeysTogether) {
+      kept->push_back(continued_of(some, device));
+      some.clear();
+      keys = 0;
+    }
+    some.push_back(&sequence);
+    keys += sequence.keys();
   }
-  if (keyed.rows.empty()) return *kept;
-  kept->slots = on_device(slots, device);
+  if (!some.empty()) kept->push_back(continued_of(some, device));
+  return *kept;
+}
+
+PagedBatch::Continued PagedBatch::continued_of(const std::vector<const Sequence*>& some, at::Device device) const {
+  KeyedRows keyed;
+  std::vector<int64_t> slots, cu_rows{0}, cu_keys{0};
+  for (const Sequence* sequence : some) {
+    for (int64_t key = 0; key < sequence->keys(); ++key) slots.push_back(slot(*sequence, key));
+    keyed.rows.push_back(sequence->rows);
+    keyed.keys.push_back(sequence->keys());
+    cu_rows.push_back(cu_rows.back() + sequence->rows);
+    cu_keys.push_back(cu_keys.back() + sequence->keys());
+    keyed.longest_rows = std::max(keyed.longest_rows, sequence->rows);
+    keyed.longest_keys = std::max(keyed.longest_keys, sequence->keys());
+  }
   keyed.cu_rows = on_device(cu_rows, device).to(at::kInt);
   keyed.cu_keys = on_device(cu_keys, device).to(at::kInt);
-  return *kept;
+  return {rows_of(some, device), std::move(keyed), on_device(slots, device)};
 }
 
 std::shared_ptr<PagedBatch> paged_rows(const Tensor& tables, const Tensor& lengths, std::int64_t longest, std::int64_t pool,
@@ -254,7 +267,7 @@ Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesV
     const auto own = [&](const Tensor& x) { return starts.rows.of(x); };
     starts.rows.put(out, attention_of_prompts(own(q), own(k), own(v), *starts.segments, spec));
   }
-  if (const PagedBatch::Continued& continued = batch.continued(!singles_done, device); continued.rows.count > 0) {
+  for (const PagedBatch::Continued& continued : batch.continued(!singles_done, device)) {
     const auto keys = [&](const Tensor& pool) { return flat(pool).index_select(0, continued.slots); };
     continued.rows.put(out, attention_behind(continued.rows.of(q), keys(pages.k), keys(pages.v), continued.keyed, spec));
   }

@@ -58,18 +58,18 @@ class PagedBatch {
     Rows rows;
     std::unique_ptr<Segments> segments;
   };
-  // All others: pieces of prompts, and single rows where no kernel has them.
+  // Of all others (pieces of prompts, and single rows where no kernel has them) some whose keys together take little memory.
   struct Continued {
     Rows rows;
     KeyedRows keyed;
     Tensor slots;  // int64 [keys]: of all their keys, one sequence after another
   };
   const Starts& starts(at::Device device) const;
-  const Continued& continued(bool with_singles, at::Device device) const;
+  const std::vector<Continued>& continued(bool with_singles, at::Device device) const;
 
  private:
-  template <typename Takes>
-  std::vector<int64_t> rows_where(const Takes& takes) const;
+  Rows rows_of(const std::vector<const Sequence*>& some, at::Device device) const;
+  Continued continued_of(const std::vector<const Sequence*>& some, at::Device device) const;
 
   std::vector<Sequence> sequences_;
   std::vector<int32_t> pages_;
@@ -77,7 +77,7 @@ class PagedBatch {
   mutable Tensor new_slots_;
   mutable std::optional<Singles> singles_;
   mutable std::optional<Starts> starts_;
-  mutable std::optional<Continued> continued_[2];  // without single rows and with them
+  mutable std::optional<std::vector<Continued>> continued_[2];  // without single rows and with them
 };
 
 std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, rust::Slice<const std::int64_t> past,

@@ -127,7 +127,7 @@ def main():
           f"{'NF4' if options.load_in_4bit else 'dense'}\n")
     print("| | s a step | first step, s | peak allocated, GiB |\n|---|---|---|---|")
     for name, seconds, first, peak in rows:
-        print(f"| {name} | {seconds:.2f} | {first:.2f} | {peak / 2**30:.2f} |")
+        print(f"| {name} | {seconds:.2f} | {first:.2f} | {f'{peak / 2**30:.2f}' if peak else '-'} |")
 
 
 main()

@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 use super::memory::{LASTING, LIBRARIES};
-use super::{Budget, Memory, Work};
+use super::{Budget, Layer, Memory, Work};
 use crate::generate::{MOST_PROMPT_ROWS, pages_of_samples, recorded_rows};
 use crate::nn::PAGE_SIZE;
 use crate::ops::Policy;
@@ -108,6 +108,22 @@ impl Work {
         self.sample.div_ceil(PAGE_SIZE as u64) * self.page_bytes()
     }
 
+    /// Of attention on pieces of prompts, of which there are `all` tokens: their keys and values copied together out of the pages
+    /// (csrc/pages.cpp). Where scores are capped also those of 256 queries of a prompt, in 16 bits twice and in f32, its keys and values
+    /// for each query head, and the mask (csrc/attention.cpp).
+    fn behind_bytes(&self, all: u64, prompt: u64) -> u64 {
+        const KEYS_TOGETHER: u64 = 1 << 15;
+        const QUERIES: u64 = 256;
+        let keys = all.min(prompt.max(KEYS_TOGETHER));
+        let of_layer = |layer: &Layer| {
+            let copied = 2 * self.element * layer.k * layer.d * keys;
+            let capped =
+                (8 * layer.h * QUERIES + 2 * self.element * layer.h * layer.d + 9 * QUERIES) * prompt;
+            copied + if layer.softcap { capped } else { 0 }
+        };
+        self.layers.iter().map(of_layer).max().unwrap_or(0)
+    }
+
     pub(super) fn rollout_memory(&self, rollout: &Rollout) -> RolloutMemory {
         let Rollout { sequences, num_generations, prompt, kv, stays } = *rollout;
         let groups = sequences.div_ceil(num_generations.max(1));
@@ -128,10 +144,11 @@ impl Work {
             pass.block_bytes(layer, [&Policy::RECOMPUTE.attention, &Policy::RECOMPUTE.mlp])
         });
         let running = blocks.map(|block| block.forward).max().unwrap_or(0);
-        // csrc/attention.cpp: a piece behind others of its prompt has the scores of all its heads, in f32 and in 16 bits.
-        let heads = self.layers.iter().map(|layer| layer.h).max().unwrap_or(0);
-        let behind =
-            if groups * prompt > MOST_PROMPT_ROWS as u64 { 6 * heads * rows.min(prompt) * prompt } else { 0 };
+        let behind = if groups * prompt > MOST_PROMPT_ROWS as u64 {
+            self.behind_bytes(groups * prompt, prompt)
+        } else {
+            0
+        };
         RolloutMemory {
             kv_cache: wanted.min(kv),
             graphs: recorded * words,
