@@ -32,6 +32,8 @@ struct Shape {
 
 struct Recorded {
     batch: Batch,
+    /// When it was last used, counted in uses of any.
+    used: u64,
     /// None where the shape has been seen once: the first time also chooses kernels and makes workspaces.
     graph: Option<(Graph, Tensor)>,
 }
@@ -54,6 +56,7 @@ pub(super) struct DecodeGraphs {
     enabled: bool,
     device: Device,
     recorded: HashMap<Shape, Recorded>,
+    uses: u64,
 }
 
 impl DecodeGraphs {
@@ -61,7 +64,7 @@ impl DecodeGraphs {
         let enabled = Graph::available(decoder.device)
             && matches!(decoder.kind, Kind::BFloat16 | Kind::Half)
             && !decoder.offloads_embedding();
-        DecodeGraphs { enabled, device: decoder.device, recorded: HashMap::new() }
+        DecodeGraphs { enabled, device: decoder.device, recorded: HashMap::new(), uses: 0 }
     }
 
     /// Whether steps are recorded here.
@@ -98,12 +101,17 @@ impl DecodeGraphs {
         if !self.recorded.contains_key(&shape) {
             if self.recorded.len() >= MOST_GRAPHS {
                 self.finish();
-                self.recorded.clear();
+                let oldest = self.recorded.iter().min_by_key(|(_, recorded)| recorded.used);
+                if let Some(oldest) = oldest.map(|(shape, _)| shape.clone()) {
+                    self.recorded.remove(&oldest);
+                }
             }
             let batch = Batch::new(decoder, &shape, ropes)?;
-            self.recorded.insert(shape.clone(), Recorded { batch, graph: None });
+            self.recorded.insert(shape.clone(), Recorded { batch, used: 0, graph: None });
         }
+        self.uses += 1;
         let recorded = self.recorded.get_mut(&shape).expect("it was just put there");
+        recorded.used = self.uses;
         recorded.batch.assign(&shape, rows)?;
         if let Some((graph, logits)) = &mut recorded.graph {
             graph.replay()?;
@@ -148,6 +156,8 @@ impl DecodeGraphs {
             return Ok(None);
         };
         let Some((graph, logits)) = &mut recorded.graph else { return Ok(None) };
+        self.uses += 1;
+        recorded.used = self.uses;
         recorded.batch.assign(&shape, rows)?;
         let ids = recorded.batch.rows.input_ids.f_narrow(0, 0, rows.len() as i64)?;
         ids.shallow_clone().f_copy_(&tokens.f_clamp_min(0)?)?;

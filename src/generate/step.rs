@@ -30,6 +30,9 @@ pub(super) type End = (usize, usize);
 /// Rows of one forward pass on a GPU: enough for the products to be limited by arithmetic.
 pub const MOST_PROMPT_ROWS: usize = 2048;
 
+/// Adapters of a step that have a recorded pass each; of more there would be too many graphs.
+const MOST_APART: usize = 8;
+
 /// Rows of one forward pass. On the CPU in f32 what the kernels take that give a row the same bits in any company.
 fn most_rows(decoder: &Decoder) -> usize {
     if decoder.device == Device::Cpu && decoder.kind == Kind::Float { 64 } else { MOST_PROMPT_ROWS }
@@ -192,7 +195,10 @@ impl Engine {
         let adapter = |feed: &Feed| self.running[feed.at].adapter;
         feeds.sort_by_key(adapter);
         let most = most_rows(decoder);
-        let apart = self.graphs.are_recorded() && feeds.iter().all(|feed| feed.rows == 1);
+        let single = feeds.iter().all(|feed| feed.rows == 1);
+        let apart = self.graphs.are_recorded()
+            && single
+            && feeds.chunk_by(|a, b| adapter(a) == adapter(b)).count() <= MOST_APART;
         let mut batches: Vec<Vec<Feed>> = Vec::new();
         let (mut rows, mut last) = (most, None);
         for feed in feeds {
