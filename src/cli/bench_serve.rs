@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Value, json};
-use ureq::Agent;
+use ureq::{Agent, RequestBuilder};
 
 use super::banner::table;
 use super::format::rate;
@@ -157,18 +157,17 @@ impl Client<'_> {
         format!("{}{path}", self.args.url.trim_end_matches('/'))
     }
 
-    fn authorization(&self) -> String {
-        self.key.as_ref().map_or(String::new(), |key| format!("Bearer {key}"))
+    fn authorized<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match &self.key {
+            Some(key) => request.header("authorization", format!("Bearer {key}")),
+            None => request,
+        }
     }
 
     fn first_model(&self) -> Result<String> {
         let address = self.address("/v1/models");
-        let mut reply = self
-            .agent
-            .get(&address)
-            .header("authorization", self.authorization())
-            .call()
-            .with_context(|| format!("--url: {address}"))?;
+        let request = self.authorized(self.agent.get(&address));
+        let mut reply = request.call().with_context(|| format!("--url: {address}"))?;
         let body = reply.body_mut().read_to_string()?;
         ensure!(reply.status().is_success(), "{address}: {}: {body}", reply.status());
         let models: Value = serde_json::from_str(&body).with_context(|| format!("--url: {address}"))?;
@@ -211,13 +210,9 @@ impl Client<'_> {
             "seed": number, "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true}
         });
         let (address, start) = (self.address("/v1/completions"), Instant::now());
-        let mut reply = self
-            .agent
-            .post(&address)
-            .header("content-type", "application/json")
-            .header("authorization", self.authorization())
-            .send(serde_json::to_vec(&body)?.as_slice())
-            .with_context(|| address.clone())?;
+        let request = self.authorized(self.agent.post(&address)).header("content-type", "application/json");
+        let mut reply =
+            request.send(serde_json::to_vec(&body)?.as_slice()).with_context(|| address.clone())?;
         if !reply.status().is_success() {
             bail!("{address}: {}: {}", reply.status(), reply.body_mut().read_to_string()?);
         }
