@@ -12,6 +12,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, Method, Request as HttpRequest, Response, StatusCode, header};
+use axum::serve::ListenerExt;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
@@ -104,7 +105,12 @@ impl Server {
     pub fn run(self, stop: Arc<AtomicBool>) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         runtime.block_on(async {
-            let listener = TcpListener::from_std(self.listener)?;
+            // An event is a small write that must not wait for the answer to the one before, 40 ms where the client delays it.
+            let listener = TcpListener::from_std(self.listener)?.tap_io(|stream| {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!("TCP_NODELAY: {error}");
+                }
+            });
             let app = self.app.clone();
             let router = Router::new().fallback(handle).with_state(app.clone());
             let stopped = async move {
