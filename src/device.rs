@@ -6,6 +6,8 @@
 //!
 //! The loaded libraries are the one global state of this crate: the dynamic linker knows no other.
 
+mod generator;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::ffi::bridge;
 pub use crate::ffi::bridge::{CudaDevice, CudaProbe, DeviceActivity, MemoryStats};
 use crate::ffi::take;
+pub use generator::Generator;
 
 const KERNEL_LIBRARY: &str = "libferrotune_kernels.so";
 /// csrc/cuda/: what needs libtorch_cuda. Built with the kernels, and found beside them.

@@ -9,9 +9,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
+use crate::device::Generator;
 use crate::error::Error;
 use crate::io::Weights;
-use crate::nn::{Generator, Init, LoadOptions, Loader};
+use crate::nn::{Init, LoadOptions, Loader};
 use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets};
 
 /// A flat batch: samples one after another, no padding.

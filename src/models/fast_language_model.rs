@@ -10,9 +10,10 @@ use tch::{Device, Kind};
 use super::adapter::fill_adapter;
 use super::{Config, Decoder, LoraModule};
 use crate::data::{ChatTemplate, Tokenizer};
+use crate::device::Generator;
 use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig};
 use crate::io::{Weights, write_safetensors};
-use crate::nn::{Generator, LoadOptions};
+use crate::nn::LoadOptions;
 
 /// The two calls of Unsloth's users: [`FastLanguageModel::from_pretrained`], then
 /// [`FastLanguageModel::get_peft_model`].

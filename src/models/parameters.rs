@@ -6,10 +6,10 @@ use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::decoder::{Decoder, DecoderLayer};
+use crate::device::Generator;
 use crate::error::Error;
 use crate::io::adapter::{AdapterConfig, InitLoraWeights, text_module};
 use crate::io::lora_spec::LoraSpec;
-use crate::nn::Generator;
 use crate::ops::{Head, Linear, Lora, LoraCasts, PartWeight, RmsNorm, Weight};
 
 /// Which rule a parameter follows.

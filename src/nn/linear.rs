@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
-use super::generator::Generator;
 use super::nf4::{quantize_stored, read_nf4};
+use crate::device::Generator;
 use crate::io::Weights;
 use crate::io::adapter::InitLoraWeights;
 use crate::ops::{Fp8, Linear, Lora, Nf4, Part, PartWeight, RmsNorm, Weight};

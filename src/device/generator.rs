@@ -13,7 +13,7 @@ pub struct Generator {
 
 impl Generator {
     /// # Errors
-    /// A device other than the CPU or a CUDA GPU that [`crate::device::init`] has started.
+    /// A device other than the CPU or a CUDA GPU that [`super::init`] has started.
     pub fn new(device: Device, seed: u64) -> Result<Generator> {
         let index = match device {
             Device::Cpu => -1,
