@@ -410,7 +410,7 @@ fn too_many_are_told_to_come_again() {
 fn its_clients_are_measured() {
     let server = Running::with(limits());
     let bench = |arguments: &[&str]| {
-        let url = format!("http://{}", server.address);
+        let url = format!("http://{}/v1/", server.address);
         let fixed = ["bench", "serve", "--url", &url, "--clients", "3", "--json"];
         Command::new(env!("CARGO_BIN_EXE_ferrotune")).args(fixed).args(arguments).output().unwrap()
     };

@@ -21,7 +21,7 @@ use crate::error::Error;
 /// answered, to /v1/completions, streamed. Prompts are random token ids, so that they share nothing but what --shared-prefix says.
 #[derive(Debug, Args)]
 pub struct BenchServeArgs {
-    /// The server
+    /// The server, with or without /v1
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
     pub url: String,
     /// Model or adapter to ask [default: the first of /v1/models]
@@ -154,7 +154,8 @@ impl Client<'_> {
     }
 
     fn address(&self, path: &str) -> String {
-        format!("{}{path}", self.args.url.trim_end_matches('/'))
+        let url = self.args.url.trim_end_matches('/');
+        format!("{}{path}", url.strip_suffix("/v1").unwrap_or(url))
     }
 
     fn authorized<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
