@@ -6,7 +6,7 @@ use ferrotune::models::{Config, Decoder};
 use ferrotune::nn::LoadOptions;
 use ferrotune::ops::{
     self, Activation, Head, Linear, Lora, LoraRun, LoraSet, MlpBlock, Nf4, Part, PartWeight, Pass, Policy,
-    Targets, Weight, plain,
+    RmsNorm, Targets, Weight, plain,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -21,6 +21,16 @@ fn quantized(rows: i64, columns: i64) -> Nf4 {
 
 fn lora(a: &Tensor, b: &Tensor) -> Lora {
     Lora { a: a.shallow_clone(), b: b.shallow_clone(), scale: 0.5, dropout: 0.0 }
+}
+
+fn mlp(
+    x: &Tensor,
+    (norm, gate_up, down): (&RmsNorm, &Linear, &Linear),
+    activation: Activation,
+    pass: Pass,
+) -> Tensor {
+    let block = MlpBlock { layer: 0, norm, gate_up, down, post_norm: None, activation };
+    ops::mlp_block(x, &block, pass).unwrap()
 }
 
 /// The MLP block in f64 and others, recomputed and not: runs of 64 of 192 columns from 256 rows on, fewer rows whole, and 16,384
@@ -65,16 +75,8 @@ pub fn mlps() -> Vec<Op> {
                     parts: vec![part("down", C, Some(lora(&t[6], &t[7])))],
                 };
                 let norm = norm(&t[1], 0.0);
-                let block = MlpBlock {
-                    layer: 0,
-                    norm: &norm,
-                    gate_up: &gate_up,
-                    down: &down,
-                    post_norm: None,
-                    activation,
-                };
                 let pass = Pass { policies: &[Policy::RECOMPUTE], ..Pass::INFERENCE };
-                let y = ops::mlp_block(&t[0], &block, pass).unwrap();
+                let y = mlp(&t[0], (&norm, &gate_up, &down), activation, pass);
                 // What has no LoRA is no input of it.
                 if both { y } else { y + (t[4].sum(t[4].kind()) + t[5].sum(t[5].kind())) * 0.0 }
             }),
@@ -124,15 +126,8 @@ fn adapters_of_rows_are_those_of_the_block() {
     let block = |x: &Tensor, own: Option<&LoraSet>, rows: &[LoraRun]| {
         let gate_up = linear(&[&gate, &up], own.map(|own| &own.0[2]));
         let down = linear(&[&down], own.map(|own| &own.0[3]));
-        let block = MlpBlock {
-            layer: 0,
-            norm: &norm,
-            gate_up: &gate_up,
-            down: &down,
-            post_norm: None,
-            activation: Activation::Silu,
-        };
-        ops::mlp_block(x, &block, Pass { lora: rows, ..Pass::INFERENCE }).unwrap()
+        let pass = Pass { lora: rows, ..Pass::INFERENCE };
+        mlp(x, (&norm, &gate_up, &down), Activation::Silu, pass)
     };
     for n in [100, 301, 16390] {
         let x = random(&[n, C]);
