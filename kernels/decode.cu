@@ -96,11 +96,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     }
     // The product's scales, for all threads to see behind the barrier.
     wait_copies<0>();
+    uint4 ring[product.kDepth][4];
+    product.clear(ring);
+    // Attention takes longer than these.
+    product.start(ring, phase == kO);
     step > 0 ? barrier.wait() : __syncthreads();
     product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
     // Behind x, or that would come behind all these.
-    uint4 ring[product.kDepth][4];
-    auto source = product.start(ring);
+    auto source = product.start(ring, phase != kO);
     product.stage();
     product.run(ring, source, residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);

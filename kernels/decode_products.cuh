@@ -13,15 +13,13 @@ namespace {
 
 constexpr int kMostUnits = 1 << 30;
 
-// Zeros where not `any`: registers that may hold what they held before would have to hold it everywhere.
-__device__ __forceinline__ uint4 load_once(const char* from, bool any) {
-  uint4 to = make_uint4(0, 0, 0, 0);
+// Where not `any`, what was there.
+__device__ __forceinline__ void load_once(const char* from, bool any, uint4& to) {
   asm volatile(
       "{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
       "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
       : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
       : "l"(from), "r"(static_cast<int>(any)));
-  return to;
 }
 
 template <typename T, int MP, bool kNf4>
@@ -66,17 +64,17 @@ struct Products {
   }
   // A unit has 128 bytes of each row.
   template <typename Load>
-  __device__ __forceinline__ static void load(const Source& source, uint4 (&to)[4], Load&& from) {
+  __device__ __forceinline__ static void load(const Source& source, uint4 (&to)[4], Load&& put) {
     constexpr int kNext = kNf4 ? 64 : 16;
-    to[0] = from(source.at);
-    to[1] = from(source.at + kNext);
-    to[2] = from(source.at + source.below);
-    to[3] = from(source.at + source.below + kNext);
+    put(source.at, to[0]);
+    put(source.at + kNext, to[1]);
+    put(source.at + source.below, to[2]);
+    put(source.at + source.below + kNext, to[3]);
   }
   // The next unit, of `ahead` that are still to be fetched.
   __device__ __forceinline__ void fetch(Source& source, uint4 (&to)[4], int ahead) const {
     if (ahead <= 0) return;
-    load(source, to, [](const char* at) { return load_once(reinterpret_cast<const uint4*>(at)); });
+    load(source, to, [](const char* at, uint4& own) { own = load_once(reinterpret_cast<const uint4*>(at)); });
     source.at += 128;
     if (++source.unit == units) {
       source.unit = 0;
@@ -84,12 +82,18 @@ struct Products {
       if (ahead > 1) seek(source);
     }
   }
-  // Without a branch between the loads, at which they would be waited for.
-  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4]) const {
+  // Without a branch between the loads, at which they would be waited for. Registers that may hold what they held before would have to
+  // hold it everywhere.
+  __device__ __forceinline__ static void clear(uint4 (&ring)[kDepth][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kDepth; ++i) ring[i / 4][i % 4] = make_uint4(0, 0, 0, 0);
+  }
+  // If it is `now`.
+  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4], bool now) const {
     Source source{nullptr, first_tile, first_unit, 0};
     const auto next = [&](uint4 (&to)[4], bool any) {
       seek(source);
-      load(source, to, [&](const char* at) { return load_once(at, any); });
+      load(source, to, [&](const char* at, uint4& own) { load_once(at, any && now, own); });
       const bool over = ++source.unit == units;
       source.unit = over ? 0 : source.unit;
       source.tile += over;
@@ -262,24 +266,33 @@ struct Products {
     if (phase == kO || phase == kDown) return;
     const int vectors = columns / 8;
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
-    float sums[MP] = {};
-    for (int i = thread; i < vectors; i += kDecodeThreads) {
-      uint4 raw[MP];
+    // Short rows are shared by twice as many threads, each with half of the rows: from `first` on.
+    constexpr int kHalf = MP > 1 ? MP / 2 : 1;
+    const bool halves = MP > 1 && 2 * vectors <= kDecodeThreads, second = halves && thread >= vectors;
+    const int first = second ? kHalf : 0, place = second ? thread - vectors : thread;
+    const auto sum_rows = [&](int from) {
+      float sums[kHalf] = {};
+      for (int i = place; i < vectors; i += kDecodeThreads) {
+        uint4 raw[kHalf];
 #pragma unroll
-      for (int c = 0; c < MP; ++c) raw[c] = *x_vector(min(c, s.M - 1), i);
+        for (int c = 0; c < kHalf; ++c) raw[c] = *x_vector(min(from + c, s.M - 1), i);
 #pragma unroll
-      for (int c = 0; c < MP; ++c) {
-        const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
+        for (int c = 0; c < kHalf; ++c) {
+          const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
+          for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
+        }
       }
-    }
 #pragma unroll
-    for (int c = 0; c < MP; ++c) {
+      for (int c = 0; c < kHalf; ++c) {
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
-      if (lane == 0) statistics[c * 16 + warp] = sums[c];
-    }
+        for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
+        if (lane == 0) statistics[(from + c) * 16 + warp] = sums[c];
+      }
+    };
+    sum_rows(first);
+    if (!halves && MP > 1) sum_rows(kHalf);
+    if (halves && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
     __syncthreads();
     // Every warp for itself: of column lane / 4 in these lanes.
     const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
@@ -287,12 +300,12 @@ struct Products {
     of_column += __shfl_xor_sync(0xffffffff, of_column, 1);
     of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
     of_column = rsqrtf(of_column / columns + s.eps);
-    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads;
+    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves ? min(s.M, first + kHalf) : s.M;
     for (int turn = 0; turn < turns; ++turn) {
-      const int own = turn * kDecodeThreads + thread, i = min(own, vectors - 1);
+      const int own = turn * kDecodeThreads + place, i = min(own, vectors - 1);
       const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm[phase] + 16 * i)));
 #pragma unroll 4
-      for (int c = 0; c < s.M; ++c) {
+      for (int c = first; c < last; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
         Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
 #pragma unroll

@@ -45,19 +45,29 @@ __device__ inline Best shuffled(const Best& a, int step) {
           __shfl_xor_sync(0xffffffff, a.sum, step), static_cast<bool>(__shfl_xor_sync(0xffffffff, a.valid, step))};
 }
 
-// body(i, from[i]) for i = begin, begin + step, .. below end. Eight loads are under way at once: a thread has nothing else to wait with.
+// body(i, from[i]) for this lane's share of [begin, end), in the order of i. Sixteen elements are under way at once, as a thread has nothing
+// else to wait with; `aligned`: from, begin and end are whole vectors.
 template <typename Body>
-__device__ inline void each_of(const float* from, int begin, int end, int step, Body&& body) {
-  constexpr int kAtOnce = 8;
-  for (int first = begin; first < end; first += kAtOnce * step) {
-    float v[kAtOnce];
+__device__ inline void each_of(const float* from, int begin, int end, int lane, int lanes, bool aligned, Body&& body) {
+  constexpr int kAtOnce = 4;
+  if (aligned) {
+    for (int first = begin + 4 * lane; first < end; first += kAtOnce * 4 * lanes) {
+      float4 v[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) v[k] = first + k * step < end ? from[first + k * step] : 0;
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = first + 4 * k * lanes;
+        v[k] = at < end ? *reinterpret_cast<const float4*>(from + at) : make_float4(0, 0, 0, 0);
+      }
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      if (first + k * step < end) body(first + k * step, v[k]);
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = first + 4 * k * lanes;
+        if (at >= end) break;
+        body(at, v[k].x), body(at + 1, v[k].y), body(at + 2, v[k].z), body(at + 3, v[k].w);
+      }
     }
+    return;
   }
+  for (int i = begin + lane; i < end; i += lanes) body(i, from[i]);
 }
 
 // Sum over the lanes up to and with this one.
@@ -135,7 +145,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
 
   Best best{-INFINITY, 0x7fffffff, 0, true};
-  each_of(from, threadIdx.x, V, kThreads, [&](int i, float v) {
+  const bool aligned = V % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  each_of(from, 0, V, threadIdx.x, kThreads, aligned, [&](int i, float v) {
     if (!(v < INFINITY)) {
       best.valid = false;
     } else if (v > best.value) {
@@ -157,9 +168,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   float drawn_from = 0;
   if (valid && temperature > 0) {
     const float highest = best.value / temperature;
-    const auto score_of = [&](int i) { return from[i] / temperature; };
-    const auto each_score = [&](int begin, int end, int step, const auto& body) {
-      each_of(from, begin, end, step, [&](int, float v) { body(v / temperature); });
+    // A division by one would take longer than what is left of the work.
+    const auto scaled = [&](float v) { return temperature == 1 ? v : v / temperature; };
+    const auto score_of = [&](int i) { return scaled(from[i]); };
+    const auto each_score = [&](int begin, int end, int lane, int lanes, const auto& body) {
+      each_of(from, begin, end, lane, lanes, aligned, [&](int, float v) { body(scaled(v)); });
     };
     const auto mass_of = [&](float score) { return static_cast<Mass>(expf(score - highest) * 0x1p40f); };
     unsigned lowest = 0;  // key of the least score that is kept
@@ -168,12 +181,12 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       // Ascending, V - k tokens stand before the k-th largest.
       Mass rest = static_cast<Mass>(V - static_cast<int>(top_k));
       lowest = select(rest, s, [&](const auto& add) {
-        each_score(threadIdx.x, V, kThreads, [&](float score) { add(key_of(score), Mass{1}); });
+        each_score(0, V, threadIdx.x, kThreads, [&](float score) { add(key_of(score), Mass{1}); });
       });
     }
     if (top_p < 1) {
       Mass mine = 0, total;
-      each_score(threadIdx.x, V, kThreads, [&](float score) {
+      each_score(0, V, threadIdx.x, kThreads, [&](float score) {
         if (key_of(score) >= lowest) mine += mass_of(score);
       });
       before_this(mine, s, total);
@@ -181,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       if (rest >= total) rest = total - 1;
       const unsigned from_top_k = lowest;
       lowest = select(rest, s, [&](const auto& add) {
-        each_score(threadIdx.x, V, kThreads, [&](float score) {
+        each_score(0, V, threadIdx.x, kThreads, [&](float score) {
           const unsigned key = key_of(score);
           if (key >= from_top_k) add(key, mass_of(score));
         });
@@ -193,12 +206,12 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       return key_of(score) >= lowest && (min_p <= 0 || expf(score - highest) >= min_p) ? mass : 0;
     };
     // Each warp has a run of ids; the run that the draw falls into is looked at again by all.
-    const int run = (V + kWarps - 1) / kWarps, begin = threadIdx.x / 32 * run, end = min(begin + run, V);
+    const int run = ((V + kWarps - 1) / kWarps + 3) / 4 * 4, begin = threadIdx.x / 32 * run, end = min(begin + run, V);
     // Equals that were dropped are the first ones: few rows have any.
     Mass equals_before = 0;
     if (dropped_equals > 0) {
       Mass mine = 0, total;
-      each_score(begin + threadIdx.x % 32, end, 32, [&](float score) { mine += key_of(score) == lowest; });
+      each_score(begin, end, threadIdx.x % 32, 32, [&](float score) { mine += key_of(score) == lowest; });
       before_this(mine, s, total);
       __syncthreads();
       for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) equals_before += s.sums[w];
@@ -209,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
     };
     Mass mine = 0, total;
     if (dropped_equals == 0) {
-      each_score(begin + threadIdx.x % 32, end, 32, [&](float score) { mine += kept(score); });
+      each_score(begin, end, threadIdx.x % 32, 32, [&](float score) { mine += kept(score); });
     } else {
       Mass equals = equals_before;
       for (int i = begin; i < end; i += 32) {
