@@ -195,11 +195,14 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out, Fp8Rows r
 }
 
 void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& l) {
-  const auto dtype = x.scalar_type();
-  for (const LoraRows& lora : l.lora_rows) {
-    const Tensor some_x = x.narrow(0, lora.first, lora.rows);
-    const Tensor some_y = y.narrow(0, lora.first, lora.rows).narrow(1, l.first_row(lora.part), l.parts[lora.part].rows);
-    product_into(some_y, product(some_x, lora.a.to(dtype).t()), lora.b.to(dtype).t(), lora.scale, true);
+  for (auto lora = l.lora_rows.begin(); lora != l.lora_rows.end();) {
+    // Those of one adapter stand beside each other.
+    const int64_t first = lora->first, rows = lora->rows;
+    std::vector<LoraAddend> addends;
+    for (; lora != l.lora_rows.end() && lora->first == first && lora->rows == rows; ++lora) {
+      addends.push_back({l.first_row(lora->part), lora->a, lora->b, lora->scale});
+    }
+    add_lora(y.narrow(0, first, rows), x.narrow(0, first, rows), addends);
   }
 }
 

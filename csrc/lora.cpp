@@ -111,7 +111,53 @@ void fill_all(const Tensor& like, const std::vector<KernelFill>& matrices) {
                "fill");
 }
 
+// Below each other and beside each other, as add_lora says: [rank, in] and [rows, rank] of the columns that y has from the first to the last.
+struct Stacked {
+  int64_t row, rows;
+  Tensor a, b;
+};
+
+// None where one launch cannot make them.
+std::optional<Stacked> stacked(const Tensor& x, const std::vector<LoraAddend>& addends) {
+  if (kernels_for(x) == nullptr || x.scalar_type() == at::kFloat) return std::nullopt;
+  const LoraAddend& last = addends.back();
+  const int64_t first_row = addends.front().row, rows = last.row + last.b.size(0) - first_row;
+  int64_t rank = 0;
+  for (const LoraAddend& addend : addends) {
+    for (const Tensor* t : {&addend.a, &addend.b}) {
+      if (!t->is_contiguous() || (t->scalar_type() != at::kFloat && t->scalar_type() != x.scalar_type())) return std::nullopt;
+    }
+    rank += addend.a.size(0);
+  }
+  const Stacked to{first_row, rows, at::empty({rank, x.size(1)}, x.options()), at::empty({rows, rank}, x.options())};
+  std::vector<KernelFill> matrices;
+  int64_t row = 0, column = 0;
+  for (const LoraAddend& addend : addends) {
+    const int64_t own_row = addend.row - first_row, own_rank = addend.a.size(0);
+    if (own_row > row) matrices.push_back(filled(to.b.narrow(0, row, own_row - row), {}, 0, 0));
+    row = own_row + addend.b.size(0);
+    matrices.push_back(filled(to.a.narrow(0, column, own_rank), addend.a, 0, 1));
+    matrices.push_back(filled(to.b.narrow(0, own_row, addend.b.size(0)), addend.b, column, addend.scale));
+    column += own_rank;
+  }
+  if (matrices.size() > KERNEL_MOST_FILLS) return std::nullopt;
+  fill_all(x, matrices);
+  return to;
+}
+
 }  // namespace
+
+void add_lora(const Tensor& y, const Tensor& x, const std::vector<LoraAddend>& addends) {
+  if (addends.empty()) return;
+  if (const std::optional<Stacked> all = stacked(x, addends)) {
+    product_into(y.narrow(1, all->row, all->rows), product(x, all->a.t()), all->b.t(), 1, true);
+    return;
+  }
+  const auto dtype = x.scalar_type();
+  for (const auto& [row, a, b, scale] : addends) {
+    product_into(y.narrow(1, row, b.size(0)), product(x, a.to(dtype).t()), b.to(dtype).t(), scale, true);
+  }
+}
 
 void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
                          const std::vector<Tensor>& db) {

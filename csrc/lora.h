@@ -19,6 +19,17 @@ struct LoraParts {
   LoraParts(const Linear& l, at::ScalarType dtype);
 };
 
+// What LoRA adds to columns row .. of y: s x A^T B^T, A [R, in], B [rows, R].
+struct LoraAddend {
+  int64_t row;
+  Tensor a, b;
+  double scale;
+};
+
+// y += what all of them add, in the order of their columns; without autograd. On a GPU in 16 bits these are three launches: one makes the A
+// below each other and the s B beside each other, zero around them, and two products do the rest.
+void add_lora(const Tensor& y, const Tensor& x, const std::vector<LoraAddend>& addends);
+
 // alpha a b as the gradient of a weight of type `type`. On a GPU the f32 sums of 16-bit operands are stored as they are: no
 // rounding, and no kernel for the scale and none for the cast.
 Tensor weight_gradient(const Tensor& a, const Tensor& b, double alpha, at::ScalarType type);

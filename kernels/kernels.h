@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 12
+#define FERROTUNE_KERNELS_ABI 13
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -67,6 +67,7 @@ struct KernelLora {
 
 // A matrix [rows, columns] to fill: scale times the elements of from [from_rows, from_columns], placed from column `first` on, and
 // zero around them. from is f32, or of the dtype of the matrix.
+#define KERNEL_MOST_FILLS 8
 struct KernelFill {
   const void* from;
   void* to;
@@ -197,7 +198,7 @@ int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void*
                const float* learning_rate, const float* grad_scale, const float* skip, double beta1, double beta2,
                double epsilon, double weight_decay, void* stream);
 
-// `count` matrices, at most 4, one launch.
+// `count` matrices, at most KERNEL_MOST_FILLS, one launch.
 int fill(const struct KernelFill* matrices, int64_t count, int dtype, void* stream);
 
 // x [N, K] bf16 in e4m3. K is a multiple of 16, x_stride of 8.

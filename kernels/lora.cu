@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(128) sums_kernel(const __grid_constant__ Plan 
 }
 
 struct Fills {
-  KernelFill matrices[4];
+  KernelFill matrices[KERNEL_MOST_FILLS];
 };
 
 // kWidth neighbours a thread.
@@ -308,7 +308,7 @@ using namespace ferrotune;
 
 extern "C" int fill(const KernelFill* matrices, int64_t count, int dtype, void* stream) {
   Fills fills{};
-  if (count > 4) return cudaErrorInvalidValue;
+  if (count > KERNEL_MOST_FILLS) return cudaErrorInvalidValue;
   return with_type(dtype, [&](auto t) -> int {
     using T = decltype(t);
     constexpr int kWidth = 16 / sizeof(T);
