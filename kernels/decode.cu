@@ -9,10 +9,13 @@
 // computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
 // Queries and keys are turned where attention reads them.
 //
-// An H200, 32 layers of 8B with LoRA r 16, context 300: 2.23 ms for one row on NF4 (0.9 at 4 TB/s), of which half are the loops of the products,
-// bound by the path to shared memory (rows_strips.cuh), an eighth attention and the rest waits and what stands before and behind a
-// product. What did not help: weights of the next product into the second-level cache while blocks wait (up to 2 % slower: the loops do
-// not wait for memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms).
+// An H200, 32 layers of 8B with LoRA r 16, context 300, a layer: 70 us for one row on NF4 (28 at 4 TB/s), of which half are the loops of the
+// products, bound by the path to shared memory and by instructions (rows_strips.cuh), an eighth attention and the rest waits and what stands
+// before and behind a product; 132 us in bf16 (109), whose loops read 4.2 TB/s. The first weights of a product are on their way before the
+// wait, but what is asked for too early only stands in the way of what is waited for: scales, A, x, the counter itself.
+// What did not help: weights of the next product into the second-level cache while blocks wait (3 % slower in bf16: from there they come no
+// faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
+// of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %).
 #include "decode_products.cuh"
 
 namespace ferrotune {
@@ -61,7 +64,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
   }
   if (threadIdx.x == 0) {
-    *reinterpret_cast<int*>(shared_at(s.at.seen)) = 0;
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(shared_at(s.at.x_arrived))) : "memory");
   }
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
@@ -94,30 +96,33 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       fetch_layer(l + 1);
       prefetch_pages<T, D>(layer);
     }
-    // The product's scales, for all threads to see behind the barrier.
-    wait_copies<0>();
     uint4 ring[product.kDepth][4];
     product.clear(ring);
     // Attention takes longer than these.
-    product.start(ring, phase == kO);
-    step > 0 ? barrier.wait() : __syncthreads();
-    product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    const int early = phase == kO ? product.kDepth : product.kEarly;
+    product.start(ring, 0, early);
+    if (threadIdx.x == kPoller) {
+      if (step > 0) barrier.poll();
+      product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+    }
+    // The product's scales, for all threads to see.
+    wait_copies<0>();
+    __syncthreads();
     // Behind x, or that would come behind all these.
-    auto source = product.start(ring, phase != kO);
+    auto source = product.start(ring, early, product.kBehindX);
     product.stage();
+    if constexpr (product.kBehindX < product.kDepth) source = product.start(ring, max(early, product.kBehindX), product.kDepth);
     product.run(ring, source, residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
-    // Memory is idle meanwhile.
-    product.prefetch(kO, kMostUnits);
     attend<T, D>(layer, barrier);
     barrier.arrive();
   }
   // The last thread block leaves the counters as it found them. Nobody waits any more.
   if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(s.counters + 2, 1) == static_cast<int>(gridDim.x) - 1) s.counters[0] = s.counters[1] = s.counters[2] = 0;
+    if (atomicAdd(s.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) s.counters[0] = s.counters[1] = 0;
   }
 #endif
 }
@@ -238,7 +243,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   }
 
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount), limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  planned.MP = !planned.nf4 ? kEight : s.M <= 1 ? 1 : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
+  planned.MP = s.M <= 1 ? 1 : !planned.nf4 ? kEight : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
   const bool wide = planned.nf4 && planned.MP <= 2;
   int most_tiles = 0;
   int64_t absmax[kPhases] = {}, most_absmax = 0, b_bytes[kPhases] = {};
@@ -270,7 +275,6 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
   s.tables_shared = d.M * d.width <= kMostPages;
   take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
-  take(at.seen, 4);
   take(at.x_arrived, 8);
   take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
   take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
@@ -343,7 +347,7 @@ int launch_decode(const Planned& planned, void* stream) {
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, planned.stack);
   };
-  if (!planned.nf4) return launch(decode_kernel<T, D, 8, false>);
+  if (!planned.nf4) return planned.MP == 1 ? launch(decode_kernel<T, D, 1, false>) : launch(decode_kernel<T, D, 8, false>);
   switch (planned.MP) {
     case 1:
       return launch(decode_kernel<T, D, 1, true>);

@@ -12,9 +12,11 @@ constexpr int kDecodeWarps = kStripWarps, kDecodeThreads = kStripThreads;
 constexpr int kMostLayers = 56;
 // Tiles of a thread block in one product, scales of scales of a tile, pieces of a tile of A.
 constexpr int kMostTiles = 36, kNestedOfTile = 32;
-// Tiles of A of a product, and what they may be: 2^-28 to 2^35.
-constexpr int kMostATiles = 3 * kMostRank / kTileRows;
+// Tiles of A of a product, and their sums: 2^-28 to 2^25, above the number of pieces that are in them.
+constexpr int kMostATiles = 3 * kMostRank / kTileRows, kPieceBits = 10;
 constexpr float kFixed = 268435456.0f;
+// The thread that waits for other blocks, of the warp that has neither weights nor copies under way: its loads and fences would wait for them.
+constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
 // Warps that share the pages of a run of keys.
@@ -43,7 +45,7 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, seen, x_arrived, shares, z, statistics, slots, nested, absmax, a, b, attention, all;
+  int table, map, layers, sequences, x_arrived, shares, z, statistics, slots, nested, absmax, a, b, attention, all;
   int norm[kPhases], x[kPhases];  // behind the scales
   int stages;  // of pages, of each warp in attention
 };
@@ -122,13 +124,20 @@ struct Barrier {
     target += static_cast<int>(gridDim.x);
     if (threadIdx.x == 0) add_release(arrived, 1);
   }
+  __device__ __forceinline__ void poll() const {
+    while (load_acquire(arrived) < target) {}
+  }
   __device__ __forceinline__ void wait() const {
-    if (threadIdx.x == 0) {
-      while (load_acquire(arrived) < target) {}
-    }
+    if (threadIdx.x == kPoller) poll();
     __syncthreads();
   }
 };
+
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
+}
 
 // A line of 128 bytes into the second-level cache.
 __device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

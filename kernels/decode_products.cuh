@@ -11,8 +11,6 @@
 namespace ferrotune {
 namespace {
 
-constexpr int kMostUnits = 1 << 30;
-
 // Where not `any`, what was there.
 __device__ __forceinline__ void load_once(const char* from, bool any, uint4& to) {
   asm volatile(
@@ -26,6 +24,9 @@ template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
   static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride, kZ = kMostRank + 4;
+  // Of the first kDepth units of a warp this many are asked for before the wait for x, and with these so many before x is looked at. Memory is idle
+  // meanwhile, but a warp whose loads wait for their turn does nothing else.
+  static constexpr int kEarly = kNf4 ? 0 : 2, kBehindX = kNf4 ? 1 : kDepth;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeCommon& s;
@@ -88,41 +89,26 @@ struct Products {
 #pragma unroll
     for (int i = 0; i < 4 * kDepth; ++i) ring[i / 4][i % 4] = make_uint4(0, 0, 0, 0);
   }
-  // If it is `now`.
-  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4], bool now) const {
+  // Units `from` up to `to` of the first kDepth; where the next one is.
+  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4], int from, int to) const {
     Source source{nullptr, first_tile, first_unit, 0};
-    const auto next = [&](uint4 (&to)[4], bool any) {
+    const auto next = [&](uint4 (&own_unit)[4], int number) {
       seek(source);
-      load(source, to, [&](const char* at, uint4& own) { load_once(at, any && now, own); });
+      const bool any = left > number && number >= from && number < to;
+      load(source, own_unit, [&](const char* at, uint4& own) { load_once(at, any, own); });
       const bool over = ++source.unit == units;
       source.unit = over ? 0 : source.unit;
       source.tile += over;
     };
     // Written out: the compiler leaves a loop of this a loop until it is too late for registers.
-    next(ring[0], left > 0);
-    next(ring[1], left > 1);
+    next(ring[0], 0);
+    next(ring[1], 1);
     if constexpr (kDepth == 4) {
-      next(ring[2], left > 2);
-      next(ring[3], left > 3);
+      next(ring[2], 2);
+      next(ring[3], 3);
     }
     seek(source);
     return source;
-  }
-
-  // The first `most` units of a product that this warp has come into the second-level cache.
-  __device__ __forceinline__ void prefetch(DecodePhase of, int most) const {
-    const int own_warp = thread_number() / 32, row = thread_number() % kTileRows;
-    if (own_warp == kDecodeWarps) return;
-    const DecodeShare& of_share = share(of);
-    const DecodeUnits own = of_share.units[own_warp];
-    const int of_tile = s.columns[of] / kUnit, end = min(own.count, most);
-    for (int i = thread_number() / kTileRows % 2; i < end; i += 2) {
-      int unit = own.unit + i, local = own.tile;
-      while (unit >= of_tile) unit -= of_tile, ++local;
-      const DecodeTile& tile = of_share.tiles[local];
-      const DecodePart& part = layer().parts[first_part(of) + tile.part];
-      prefetch_line(part.w + int64_t{tile.row + row} * part.row_bytes + unit * 128);
-    }
   }
 
   // The shares of all four products, once.
@@ -183,12 +169,11 @@ struct Products {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
       for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
-    prefetch(phase, kDepth);
-    if (warp == kDecodeWarps) fetch_a();
-    for (int local = warp; local < count; local += kDecodeWarps + 1) fetch_tile(local);
+    if (warp == kDecodeWarps - 1) fetch_a();
+    for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
     if (norm != nullptr) {
-      for (int i = thread; i < columns / 8; i += kDecodeThreads) {
+      for (int i = thread; warp < kDecodeWarps && i < columns / 8; i += 32 * kDecodeWarps) {
         copy_16_bytes(shared_address(shared_at(s.at.norm[phase] + 16 * i)), static_cast<const uint4*>(norm) + i, true);
       }
     }
@@ -230,7 +215,7 @@ struct Products {
   }
   // x on its way into shared memory, by one thread. All thread blocks are done with the product before.
   __device__ __forceinline__ void fetch_x(const void* from) const {
-    if (!s.x_shared[phase] || thread_number() != 0) return;
+    if (!s.x_shared[phase]) return;
     const unsigned arrived = shared_address(shared_at(s.at.x_arrived)), bytes = columns * 2;
     // What others wrote to memory, and read of this block's, comes before copies that are not theirs.
     asm volatile("fence.proxy.async;" ::: "memory");
@@ -367,34 +352,43 @@ struct Products {
       }
       multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, piece.unit + unit));
     }
-    // In fixed point: the same sum in any order.
+    // In fixed point, the same sum in any order, above the number of the pieces that are in it.
     unsigned long long* const to = z_sums(phase) + piece.a_tile * (kEight * kTileRows) + g;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int c = 2 * t + i % 2;
-      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)));
+      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, (static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)) << kPieceBits) + 1);
     }
-    __syncwarp();
-    if (lane == 0) add_release(s.counters + 1, 1);
   }
 
   __device__ __forceinline__ void multiply_by_a() const {
     if (has_piece()) multiply_piece();
-    // In registers it would not stay.
-    int& before = *reinterpret_cast<int*>(shared_at(s.at.seen));
-    const int target = before + s.a_pieces[phase];
-    __syncwarp();
-    before = target;
     if (s.a_pieces[phase] == 0 || count == 0) return;
-    while (load_acquire(s.counters + 1) < target) {}
+    const int pieces = s.pieces[phase];
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = part_at(p);
-      const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows;
+      const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows, ranks = of_part * kTileRows;
       if (p >= tile_at(0).part) {
-        for (int i = lane; i < of_part * kTileRows * s.M; i += 32) {
-          const int c = i / (of_part * kTileRows), j = i % (of_part * kTileRows);
-          const auto sum = static_cast<long long>(__ldcg(z_sums(phase) + ((a_tile + j / kTileRows) * kEight + c) * kTileRows + j % kTileRows));
-          z(p, c)[j] = part.scale * (__ll2float_rn(sum) * (1 / kFixed));
+        constexpr int kAtOnce = 4;
+        for (int first = lane; first < ranks * s.M; first += 32 * kAtOnce) {
+          unsigned long long sums[kAtOnce];
+          bool all;
+          do {
+            all = true;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              const int own = min(first + 32 * i, ranks * s.M - 1), c = own / ranks, j = own % ranks;
+              sums[i] = load_relaxed(z_sums(phase) + ((a_tile + j / kTileRows) * kEight + c) * kTileRows + j % kTileRows);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) all = all && static_cast<int>(sums[i] & ((1 << kPieceBits) - 1)) == pieces;
+          } while (!all);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int own = first + 32 * i;
+            if (own >= ranks * s.M) break;
+            z(p, own / ranks)[own % ranks] = part.scale * (__ll2float_rn(static_cast<long long>(sums[i]) >> kPieceBits) * (1 / kFixed));
+          }
         }
       }
       a_tile += of_part;
