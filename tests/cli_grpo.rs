@@ -141,6 +141,111 @@ fn a_run_that_goes_on_ends_with_the_same_bytes() {
     }
 }
 
+/// Where rollouts fall between the steps that are told of: rewards of all steps are in the records, each generation's
+/// completions at most once, and the numbers of several steps are their means.
+#[test]
+fn steps_that_share_a_rollout_show_its_rewards() {
+    let folder = tempfile::tempdir().unwrap();
+    let [each, some] = ["each", "some"].map(|name| folder.path().join(name));
+    // Four steps on each generation batch.
+    let flags = [&OFF_POLICY[..], &["--max-steps", "8", "--log-completions-steps", "2"]].concat();
+    let shown = run(&each, &flags);
+    assert_eq!(shown.matches("completions of step").count(), 2, "{shown}");
+    let rows = lines(&each.join("completions.jsonl"));
+    let steps: Vec<u64> = rows.iter().map(|row| row["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [[2; 8], [6; 8]].concat());
+    let shown = run(&some, &[&flags[..], &["--logging-steps", "4"]].concat());
+    assert_eq!(
+        shown.lines().filter(|line| line.starts_with("step ") && line.contains("reward ")).count(),
+        2,
+        "{shown}"
+    );
+    let (each, some) = (lines(&each.join("metrics.jsonl")), lines(&some.join("metrics.jsonl")));
+    assert_eq!(some.iter().map(|step| step["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 8]);
+    for (window, record) in each.chunks(4).zip(&some) {
+        for key in ["reward", "completions/mean_length", "clip_ratio/region_mean"] {
+            let values: Vec<f64> = window.iter().filter_map(|step| step[key].as_f64()).collect();
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            assert!((record[key].as_f64().unwrap() - mean).abs() < 1e-9, "{key}: {record} of {values:?}");
+        }
+    }
+    // Every record's reward is a point of the picture.
+    assert!(fs::read_to_string(folder.path().join("some/reward.svg")).unwrap().contains("<svg"));
+}
+
+/// What a checkpoint counts by must be what the run that goes on counts by.
+#[test]
+fn another_batch_is_not_gone_on_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    run(&output, &[&OFF_POLICY[..], &["--max-steps", "4", "--save-steps", "1"]].concat());
+    let resumed = |step: u64, flags: &[&str]| {
+        let from = output.join(format!("checkpoint-{step}"));
+        let other = folder.path().join("other");
+        let flags = [flags, &["--resume-from-checkpoint", from.to_str().unwrap()]].concat();
+        let ended = command(&other, &flags).output().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let beta = [&OFF_POLICY[..], &["--max-steps", "6", "--beta", "0.3"]].concat();
+    for flags in [
+        &beta[..],
+        &[
+            "--max-steps",
+            "6",
+            "--num-generations",
+            "4",
+            "--gradient-accumulation-steps",
+            "2",
+            "--per-device-train-batch-size",
+            "4",
+        ],
+    ] {
+        let (code, said) = resumed(3, flags);
+        assert!(
+            code == Some(1) && said.contains("within a generation batch") && said.contains("--beta"),
+            "{said}"
+        );
+    }
+    let (code, said) = resumed(4, &["--max-steps", "6", "--num-generations", "4"]);
+    assert!(code == Some(0), "behind a generation batch, as many prompts at once: {said}");
+    let (code, said) = resumed(4, &["--max-steps", "6", "--num-generations", "8"]);
+    assert!(code == Some(1) && said.contains("2 prompts at once and now would ask 1"), "{said}");
+}
+
+/// A judge that hangs does not hold up the end of a run, and the step that it was to judge is not made.
+#[test]
+fn ctrl_c_ends_a_reward_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let judge =
+        "command:n=0; while read l; do n=$((n+1)); [ $n -gt 8 ] && exec sleep 600; echo $((n%2)); done";
+    let flags = [
+        "--max-steps",
+        "5",
+        "--save-steps",
+        "100",
+        "--reward-timeout",
+        "600",
+        "--num-generations",
+        "4",
+        "--reward-funcs",
+        judge,
+    ];
+    let mut child = command(&output, &flags).spawn().unwrap();
+    let started = Instant::now();
+    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
+        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
+    assert_eq!(checkpoint.state.global_step, 1);
+    assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
+}
+
 #[test]
 fn ctrl_c_saves() {
     let folder = tempfile::tempdir().unwrap();
@@ -272,5 +377,17 @@ fn what_makes_no_sense_is_refused_by_name() {
     refused(&["--packing"], "--packing: has no meaning in grpo");
     refused(&["--prompt-column", "question"], "heldout.jsonl, line 1: no column \"question\"");
     refused(&["--max-completion-length", "600"], "--max-completion-length 600");
-    refused(&["--reward-weights", "1,2,3"], "3 reward weights for 2 rewards");
+    refused(&["--reward-weights", "1,2,3"], "--reward-weights: 3 weights for 2 rewards");
+    refused(&["--reward-funcs", "exact:foo"], "--reward-funcs exact:foo: no row has a column \"foo\"");
+    refused(&["--reward-timeout", "1e30"], "--reward-timeout 1000000000000000000000000000000: too long");
+    refused(&["--reward-model", "nowhere.pt"], "--reward-model nowhere.pt: no such file or folder");
+    refused(&["--beta", "-1"], "--beta -1: must be a finite number 0 or more");
+    let empty = folder.path().join("empty.jsonl");
+    fs::write(&empty, "").unwrap();
+    refused(&["--dataset", empty.to_str().unwrap()], "empty.jsonl: no rows");
+    fs::write(&empty, "{\"prompt\": [], \"answer\": \"1\"}\n").unwrap();
+    refused(&["--dataset", empty.to_str().unwrap()], "empty.jsonl, line 1: the prompt has no messages");
+    let config = folder.path().join("run.yaml");
+    fs::write(&config, "reward_funcs: [exact, foo]\n").unwrap();
+    refused(&["--config", config.to_str().unwrap()], "reward \"foo\": unknown; known are exact");
 }

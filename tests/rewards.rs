@@ -10,7 +10,7 @@ use ferrotune::data::Tokenizer;
 use ferrotune::io::{Weights, write_safetensors};
 use ferrotune::models::{FastLanguageModel, SequenceClassifier};
 use ferrotune::ops::save_script;
-use ferrotune::rewards::{Command, Http, RewardOptions, RewardSpec, Rewards, Sample, Scores, build};
+use ferrotune::rewards::{Command, Http, RewardOptions, RewardSpec, Rewards, Sample, Scores, Stop, build};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -42,6 +42,7 @@ fn tokenizer() -> Tokenizer {
 fn built(specs: &[&str], weights: &[f64]) -> anyhow::Result<Rewards> {
     let specs: Vec<RewardSpec> = specs.iter().map(|text| text.parse()).collect::<anyhow::Result<_>>()?;
     let options = RewardOptions {
+        stop: &Stop::default(),
         timeout: Duration::from_secs(20),
         device: Device::Cpu,
         kind: Kind::Float,
@@ -179,7 +180,8 @@ fn a_command_that_fails_costs_the_sample_only() {
         assert_eq!((failure.sample, failure.reward.as_str()), (sample, "command"));
         assert!(format!("{:#}", failure.error).contains(reason), "{:#}", failure.error);
     }
-    assert_eq!(rewards.restarts(), 2);
+    // After the crash, and after each line that may not have been the answer: the next could come late.
+    assert_eq!(rewards.restarts(), 5);
 
     let started = Instant::now();
     let mut rewards = Rewards::new(vec![(Box::new(command(1000)), 1.0)]);
@@ -199,6 +201,33 @@ fn a_command_that_fails_costs_the_sample_only() {
         "{:?}",
         found.failures
     );
+}
+
+/// A greeting before the first answer, which comes behind it: no sample gets the answer to another.
+#[test]
+fn a_greeting_moves_no_answer() {
+    let line = r#"command:echo loading; while IFS= read -r l; do sleep 0.02; case "$l" in *'"completion":"a"'*) echo 1;; *) echo 2;; esac; done"#;
+    let found = scores(&mut built(&[line], &[]).unwrap(), json!({}), &["a", "b", "a"]);
+    assert_eq!(found.total, [None, None, None]);
+    let said = format!("{:#}", found.failures[1].error);
+    assert!(said.contains("\"loading\" is not JSON"), "{said}");
+}
+
+/// Once asked to stop, nobody waits for what hangs.
+#[test]
+fn a_stop_ends_the_wait() {
+    let stop = Stop::default();
+    let judge = Command::new("exec sleep 600", Duration::from_secs(600)).until(stop.clone());
+    let mut rewards = Rewards::new(vec![(Box::new(judge), 1.0)]);
+    let raise = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        stop.0.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let started = Instant::now();
+    let found = scores(&mut rewards, json!({}), &["a", "b"]);
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    assert!(found.failures.iter().all(|failure| format!("{:#}", failure.error).contains("asked to stop")));
+    raise.join().unwrap();
 }
 
 #[test]

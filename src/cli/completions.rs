@@ -20,7 +20,7 @@ pub struct CompletionTable {
 
 impl TrainObserver for CompletionTable {
     fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
-        if self.steps > 0 && step.is_multiple_of(self.steps) && self.rows > 0 {
+        if completions.are_due(step, self.steps) && self.rows > 0 {
             line(&table(step, completions, self.rows));
         }
         Ok(())
@@ -79,7 +79,7 @@ mod tests {
             ..CompletionRow::default()
         };
         let names = ["exact".to_owned(), "json".to_owned()];
-        let shown = table(7, &Completions { rewards: &names, rows: &[row.clone(), row] }, 1);
+        let shown = table(7, &Completions { steps: 1, rewards: &names, rows: &[row.clone(), row] }, 1);
         assert_eq!(shown.lines().count(), 4, "{shown}");
         assert!(shown.contains("1.000 (exact 1.000, json none), advantage -0.500"), "{shown}");
         assert!(shown.contains("2...2"), "{shown}");

@@ -40,7 +40,13 @@ pub fn run(arguments: PreferenceArguments) -> Result<()> {
     if let Some(checkpoint) = &resume {
         // The words of every training run were compared before.
         warn_of_changes(checkpoint, |text, file| {
-            Ok(PreferenceArguments::from_yaml(text, file)?.own_differences(&preference))
+            let other = || {
+                format!(
+                    "--resume-from-checkpoint: {} is not a checkpoint of ferrotune dpo",
+                    checkpoint.folder.display()
+                )
+            };
+            Ok(PreferenceArguments::from_yaml(text, file).with_context(other)?.own_differences(&preference))
         })?;
     }
     let args = &mut preference.train;

@@ -19,9 +19,9 @@ use super::{signals, sources};
 use crate::data::Tokenizer;
 use crate::models::{Config, FastLanguageModel};
 use crate::nn::LoadOptions;
-use crate::rewards::{self, RewardOptions};
+use crate::rewards::{self, RewardOptions, Stop};
 use crate::train::Trainer;
-use crate::train::grpo::{Grpo, GrpoArguments, PromptOptions, Prompts, Rollouts};
+use crate::train::grpo::{Grpo, GrpoArguments, Prompt, PromptOptions, Prompts, Rollouts};
 use crate::train::metrics::RunLog;
 use crate::train::observer::TrainObserver;
 use crate::train::plan::Rollout;
@@ -44,12 +44,14 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     if let Some(checkpoint) = &resume {
         // The words of every training run were compared before.
         warn_of_changes(checkpoint, |text, file| {
-            let mut before = GrpoArguments::from_yaml(text, file)?;
-            ensure!(
-                !before.rewards().is_empty(),
-                "--resume-from-checkpoint: {} is not a checkpoint of ferrotune grpo",
-                checkpoint.folder.display()
-            );
+            let other = || {
+                format!(
+                    "--resume-from-checkpoint: {} is not a checkpoint of ferrotune grpo",
+                    checkpoint.folder.display()
+                )
+            };
+            let mut before = GrpoArguments::from_yaml(text, file).with_context(other)?;
+            ensure!(!before.rewards().is_empty(), other());
             before.training = args.training.clone();
             Ok(before.differences(&args))
         })?;
@@ -80,7 +82,11 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         nf4_head: args.training.nf4_head,
         ..LoadOptions::new(kind, device)
     };
+    check_columns(&args, &prompts)?;
+    let stop = signals::stop_flag()?;
+    let reward_stop = Stop(stop.clone());
     let reward_options = RewardOptions {
+        stop: &reward_stop,
         timeout: Duration::from_secs_f64(args.reward_timeout),
         device,
         kind,
@@ -116,7 +122,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let planned = plan.as_ref().and_then(|plan| plan.plan.memory.rollout);
     let kv =
         planned.map_or_else(|| kv_bytes(args.kv_cache_memory, device), |rollout| Ok(rollout.kv_cache))?;
-    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?;
+    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?.until(reward_stop.clone());
     if planned.is_some_and(|rollout| rollout.stays) {
         source = source.keeping_its_engine();
     }
@@ -133,7 +139,6 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
                 .with_completions(args.log_completions_steps),
         ),
     ];
-    let stop = signals::stop_flag()?;
     let trainer = Trainer {
         model: &mut model,
         objective: &Grpo::new(&args),
@@ -147,6 +152,20 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);
     finish(&args.training, &model, &results)
+}
+
+/// A reward that compares with a column that no row has would say nothing, step after step.
+fn check_columns(args: &GrpoArguments, prompts: &Prompts) -> Result<()> {
+    for spec in args.rewards() {
+        let Some(column) = spec.column() else { continue };
+        let has = |prompt: &Prompt| prompt.columns.get(column).is_some_and(|value| !value.is_null());
+        ensure!(
+            prompts.rows.iter().any(has),
+            "--reward-funcs {spec}: no row has a column {column:?}; the first has {}",
+            prompts.rows[0].columns.keys().cloned().collect::<Vec<_>>().join(", ")
+        );
+    }
+    Ok(())
 }
 
 fn load_prompts(

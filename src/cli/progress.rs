@@ -10,6 +10,7 @@ use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::format::{bytes, rate, seconds};
+use crate::train::metrics::WindowMeans;
 use crate::train::observer::{EvalMetrics, RunStart, StepMetrics, TrainObserver, TrainResults};
 
 /// The terminal's bars. One process has one terminal: whoever writes to it must know of the bars.
@@ -49,12 +50,22 @@ pub struct Progress {
     start_step: u64,
     started: Instant,
     bar: Option<ProgressBar>,
+    /// On a pipe, of the steps since the last line.
+    window: WindowMeans,
 }
 
 impl Progress {
     /// On a pipe, every `logging_steps`th step is a line.
     pub fn new(logging_steps: u64) -> Self {
-        Self { logging_steps, shown: &[], total_steps: 0, start_step: 0, started: Instant::now(), bar: None }
+        Self {
+            logging_steps,
+            shown: &[],
+            total_steps: 0,
+            start_step: 0,
+            started: Instant::now(),
+            bar: None,
+            window: WindowMeans::default(),
+        }
     }
 
     /// The same, showing metrics of the objective: `(name, label)`.
@@ -98,11 +109,17 @@ impl TrainObserver for Progress {
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let eta = self.eta(metrics.step);
         let speed = speed(metrics);
+        self.window.add(&metrics.objective);
+        let is_due = metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps;
+        let objective = match self.bar.is_none() && is_due {
+            true => self.window.take(),
+            false => metrics.objective.clone(),
+        };
         let numbers = format!(
             "{}loss {:.4}{} | lr {:.2e} | grad norm {:.3} | {speed} tokens/s | {}",
-            rewards(&metrics.objective, ""),
+            rewards(&objective, ""),
             metrics.loss,
-            self.objective(&metrics.objective, ""),
+            self.objective(&objective, ""),
             metrics.learning_rate,
             metrics.grad_norm,
             bytes(metrics.memory)
@@ -112,7 +129,7 @@ impl TrainObserver for Progress {
                 bar.set_message(format!("ETA {eta} | {numbers}"));
                 bar.set_position(metrics.step);
             }
-            None if metrics.step.is_multiple_of(self.logging_steps) || metrics.step == self.total_steps => {
+            None if is_due => {
                 let (step, total, epoch) = (metrics.step, self.total_steps, metrics.epoch);
                 line(&format!("step {step}/{total} | epoch {epoch:.2} | {numbers} | ETA {eta}"));
             }

@@ -5,13 +5,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::judge::{answer, question};
-use super::{Reward, Sample};
+use super::judge::{Said, question, read};
+use super::{Reward, Sample, Stop};
 
 /// No answer is longer, in bytes.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -19,16 +19,19 @@ const LONGEST_LINE: u64 = 1 << 20;
 const LAST_WORDS: usize = 2000;
 /// How long stderr may take to end after the process has.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a wait goes on after a run was asked to stop.
+const GLANCE: Duration = Duration::from_millis(100);
 const TOO_MUCH: &str = "it wrote more than one line for this sample, and was ended";
 
 /// A command line for `sh`, kept running. It reads a line of JSON for each sample,
 /// `{"id", "prompt", "completion", "truncated", "columns"}`, and writes one for it before it is given the next: a number, null
 /// (does not apply), or `{"reward": number or null}` or `{"error": text}`, in which `id` may be repeated to be checked. It must
 /// flush each line. It is ended and started again, at the next sample, after it ended, said nothing for the time limit, or wrote
-/// more than one line. It runs in a process group of its own, which ends with this value.
+/// more than one line or one that is no answer. It runs in a process group of its own, which ends with this value.
 pub struct Command {
     line: String,
     timeout: Duration,
+    stop: Stop,
     process: Option<Process>,
     next_id: u64,
     starts: u64,
@@ -37,10 +40,17 @@ pub struct Command {
 impl Command {
     /// Starts nothing yet.
     pub fn new(line: &str, timeout: Duration) -> Command {
-        Command { line: line.to_owned(), timeout, process: None, next_id: 0, starts: 0 }
+        let stop = Stop::default();
+        Command { line: line.to_owned(), timeout, stop, process: None, next_id: 0, starts: 0 }
+    }
+
+    /// The same, no longer waiting once `stop` is raised.
+    pub fn until(self, stop: Stop) -> Command {
+        Command { stop, ..self }
     }
 
     fn ask(&mut self, sample: &Sample) -> Result<Option<f64>> {
+        self.stop.check()?;
         let id = self.next_id;
         self.next_id += 1;
         let mut text = serde_json::to_vec(&question(id, sample))?;
@@ -52,8 +62,11 @@ impl Command {
                 none.insert(Process::start(&self.line)?)
             }
         };
-        match process.exchange(text, self.timeout) {
-            Ok(line) => answer(id, &line),
+        let said = process.exchange(text, self.timeout, &self.stop).and_then(|line| read(id, &line));
+        match said {
+            Ok(Said::Value(value)) => Ok(value),
+            Ok(Said::Error(error)) => Err(error),
+            // A line that is no answer may have been before one, which would be taken for the next sample's.
             Err(error) => {
                 self.process = None;
                 Err(error)
@@ -100,7 +113,7 @@ impl Reward for Command {
 }
 
 /// A line, and whether more came with it.
-struct Said {
+struct Line {
     line: Vec<u8>,
     more: bool,
 }
@@ -109,7 +122,7 @@ struct Said {
 struct Process {
     child: Child,
     questions: Sender<Vec<u8>>,
-    lines: Receiver<Result<Said>>,
+    lines: Receiver<Result<Line>>,
     last_words: Receiver<String>,
 }
 
@@ -144,13 +157,21 @@ impl Process {
     }
 
     /// The line that follows `question`.
-    fn exchange(&mut self, question: Vec<u8>, timeout: Duration) -> Result<Vec<u8>> {
+    fn exchange(&mut self, question: Vec<u8>, timeout: Duration, stop: &Stop) -> Result<Vec<u8>> {
         // Its thread is gone where the process is: the answer below says so.
         let _ = self.questions.send(question);
-        match self.lines.recv_timeout(timeout) {
-            Ok(said) => match said? {
-                Said { more: true, .. } => bail!(TOO_MUCH),
-                Said { line, .. } => Ok(line),
+        let began = Instant::now();
+        let received = loop {
+            let left = timeout.saturating_sub(began.elapsed());
+            match self.lines.recv_timeout(left.min(GLANCE)) {
+                Err(RecvTimeoutError::Timeout) if began.elapsed() < timeout => stop.check()?,
+                received => break received,
+            }
+        };
+        match received {
+            Ok(line) => match line? {
+                Line { more: true, .. } => bail!(TOO_MUCH),
+                Line { line, .. } => Ok(line),
             },
             Err(RecvTimeoutError::Timeout) => bail!(
                 "no answer within {} s, and it was ended (does it flush every line?)",
@@ -186,19 +207,19 @@ impl Drop for Process {
 }
 
 /// Sends each line without its end, until the pipe ends or nobody listens.
-fn read_lines(mut stdout: BufReader<impl Read>, said: &SyncSender<Result<Said>>) {
+fn read_lines(mut stdout: BufReader<impl Read>, said: &SyncSender<Result<Line>>) {
     loop {
         let mut line = Vec::new();
         let read = (&mut stdout).take(LONGEST_LINE).read_until(b'\n', &mut line);
         let message = match (read, line.pop()) {
             (Ok(0) | Err(_), _) | (_, None) => return,
-            (_, Some(b'\n')) => Ok(Said { line, more: !stdout.buffer().is_empty() }),
+            (_, Some(b'\n')) => Ok(Line { line, more: !stdout.buffer().is_empty() }),
             (Ok(length), _) if length as u64 == LONGEST_LINE => {
                 Err(anyhow!("an answer of more than {LONGEST_LINE} bytes without a line's end"))
             }
             (_, Some(last)) => {
                 line.push(last);
-                Ok(Said { line, more: false })
+                Ok(Line { line, more: false })
             }
         };
         let broken = message.is_err();

@@ -9,7 +9,7 @@ use ureq::Agent;
 use ureq::http::StatusCode;
 
 use super::judge::{answer, question, shortened};
-use super::{Reward, Sample};
+use super::{Reward, Sample, Stop};
 
 /// Samples that are asked about at the same time.
 const AT_ONCE: usize = 8;
@@ -22,6 +22,7 @@ const LONGEST_ANSWER: u64 = 1 << 20;
 pub struct Http {
     url: String,
     timeout: Duration,
+    stop: Stop,
     agent: Agent,
 }
 
@@ -40,10 +41,16 @@ impl Http {
             .user_agent(concat!("ferrotune/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
-        Http { url: url.to_owned(), timeout, agent }
+        Http { url: url.to_owned(), timeout, stop: Stop::default(), agent }
+    }
+
+    /// The same, asking no more once `stop` is raised.
+    pub fn until(self, stop: Stop) -> Http {
+        Http { stop, ..self }
     }
 
     fn ask(&self, id: u64, sample: &Sample) -> Result<Option<f64>> {
+        self.stop.check()?;
         let body = serde_json::to_vec(&question(id, sample))?;
         let reply = self.post(&body).or_else(|refusal| match refusal.may_pass {
             true => self.post(&body).map_err(|refusal| refusal.error.context("asked twice")),

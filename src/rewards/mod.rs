@@ -8,7 +8,10 @@ mod reward_model;
 mod rules;
 mod spec;
 
-use anyhow::{Result, anyhow};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Result, anyhow, ensure};
 use serde_json::{Map, Value};
 
 pub use command::Command;
@@ -28,6 +31,22 @@ pub struct Sample<'a> {
     pub truncated: bool,
     /// The dataset row's other columns, such as `answer`.
     pub columns: &'a Map<String, Value>,
+}
+
+/// Raised by whoever wants a wait for commands and servers to end.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(pub Arc<AtomicBool>);
+
+impl Stop {
+    /// Whether it was raised.
+    pub fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(!self.is_raised(), "not judged: the run was asked to stop");
+        Ok(())
+    }
 }
 
 /// A function from completions to numbers.

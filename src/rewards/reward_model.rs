@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
@@ -80,13 +80,20 @@ impl TorchScriptReward {
         let _no_grad = tch::no_grad_guard();
         let input_ids = device::upload(&tokens(&self.tokenizer, sample)?, self.device)?.f_unsqueeze(0)?;
         let attention_mask = input_ids.f_ones_like()?;
-        let output = self.module.forward_is(&[IValue::Tensor(input_ids), IValue::Tensor(attention_mask)])?;
-        first_tensor(output)?
-            .f_to_kind(Kind::Double)?
-            .f_view([1])?
-            .f_double_value(&[0])
-            .context("the module's output is no single number")
+        let output = self
+            .module
+            .forward_is(&[IValue::Tensor(input_ids), IValue::Tensor(attention_mask)])
+            .map_err(|error| anyhow!("{}", without_backtrace(&error.to_string())))?;
+        let output = first_tensor(output)?;
+        ensure!(output.numel() == 1, "the module gave {:?} numbers, expected one", output.size());
+        Ok(output.f_to_kind(Kind::Double)?.f_view([1])?.f_double_value(&[0])?)
     }
+}
+
+/// What libtorch says, without where in its own code.
+fn without_backtrace(error: &str) -> &str {
+    let end = ["\nException raised from", "\nframe #"].iter().filter_map(|mark| error.find(mark)).min();
+    error[..end.unwrap_or(error.len())].trim()
 }
 
 fn first_tensor(output: IValue) -> Result<Tensor> {

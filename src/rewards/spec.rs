@@ -11,7 +11,7 @@ use tch::{Device, Kind};
 
 use super::{
     Command, Exact, Format, Http, Json, Keyword, Length, Numeric, Regex, Repetition, Reward, RewardModel,
-    Rewards, TorchScriptReward,
+    Rewards, Stop, TorchScriptReward,
 };
 use crate::data::Tokenizer;
 
@@ -63,6 +63,16 @@ impl RewardSpec {
     pub fn model(path: &Path) -> RewardSpec {
         let text = format!("model:{}", path.display());
         RewardSpec { text, kind: RewardKind::Model(path.to_owned()), weight: None }
+    }
+}
+
+impl RewardSpec {
+    /// The column of the dataset that it compares with.
+    pub fn column(&self) -> Option<&str> {
+        match &self.kind {
+            RewardKind::Exact { column } | RewardKind::Numeric { column } => Some(column),
+            _ => None,
+        }
     }
 }
 
@@ -171,6 +181,8 @@ impl From<RewardSpec> for String {
 /// What rewards need beside their texts.
 #[derive(Clone, Copy)]
 pub struct RewardOptions<'a> {
+    /// Ends the waits for commands and servers.
+    pub stop: &'a Stop,
     /// How long a command or a server may take for one sample.
     pub timeout: Duration,
     /// Where reward models run.
@@ -216,8 +228,10 @@ fn one(kind: &RewardKind, options: RewardOptions) -> Result<Box<dyn Reward>> {
         RewardKind::Keyword { words } => Box::new(Keyword { words }),
         RewardKind::Json => Box::new(Json),
         RewardKind::Repetition { ngram } => Box::new(Repetition { ngram }),
-        RewardKind::Command(line) => Box::new(Command::new(&line, options.timeout)),
-        RewardKind::Http(url) => Box::new(Http::new(&url, options.timeout)),
+        RewardKind::Command(line) => {
+            Box::new(Command::new(&line, options.timeout).until(options.stop.clone()))
+        }
+        RewardKind::Http(url) => Box::new(Http::new(&url, options.timeout).until(options.stop.clone())),
         RewardKind::Model(path) if path.is_dir() => {
             Box::new(RewardModel::from_pretrained(&path, options.kind, options.device)?)
         }

@@ -1,5 +1,6 @@
 //! What a run leaves to read: `metrics.jsonl`, TensorBoard events, the loss curve and `train_results.json`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,29 @@ pub struct LossHistory {
     pub train: Vec<(u64, f64)>,
     /// (step, eval_loss) of the evaluations.
     pub eval: Vec<(u64, f64)>,
+}
+
+/// Means of the objective's metrics over the steps since the last that was told of, each over the steps that had it.
+#[derive(Debug, Default)]
+pub struct WindowMeans {
+    sums: BTreeMap<String, (f64, u64)>,
+}
+
+impl WindowMeans {
+    /// Takes those of a step into account.
+    pub fn add(&mut self, metrics: &BTreeMap<String, f64>) {
+        for (name, value) in metrics {
+            let (sum, count) = self.sums.entry(name.clone()).or_default();
+            *sum += value;
+            *count += 1;
+        }
+    }
+
+    /// The means; a new window begins.
+    pub fn take(&mut self) -> BTreeMap<String, f64> {
+        let sums = std::mem::take(&mut self.sums);
+        sums.into_iter().map(|(name, (sum, count))| (name, sum / count as f64)).collect()
+    }
 }
 
 /// `metrics.jsonl`, open for appending.
@@ -118,6 +142,7 @@ pub struct RunLog {
     /// 0 for no file.
     completions_steps: u64,
     completions: Option<MetricsFile>,
+    window: WindowMeans,
     history: LossHistory,
     total_steps: u64,
     has_warned: bool,
@@ -134,6 +159,7 @@ impl RunLog {
             open: None,
             completions_steps: 0,
             completions: None,
+            window: WindowMeans::default(),
             history: LossHistory::default(),
             total_steps: 0,
             has_warned: false,
@@ -198,9 +224,11 @@ impl TrainObserver for RunLog {
     }
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        self.window.add(&metrics.objective);
         if !metrics.step.is_multiple_of(self.logging_steps) && metrics.step != self.total_steps {
             return Ok(());
         }
+        let metrics = &StepMetrics { objective: self.window.take(), ..metrics.clone() };
         self.history.train.push((metrics.step, metrics.loss));
         let mut scalars = vec![
             ("train/loss", metrics.loss),
@@ -219,7 +247,7 @@ impl TrainObserver for RunLog {
     }
 
     fn on_completions(&mut self, step: u64, completions: &Completions) -> Result<()> {
-        if self.completions_steps == 0 || !step.is_multiple_of(self.completions_steps) {
+        if !completions.are_due(step, self.completions_steps) {
             return Ok(());
         }
         let Some(file) = &mut self.completions else { return Ok(()) };

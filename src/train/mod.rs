@@ -28,6 +28,6 @@ pub use early_stopping::BestMetric;
 pub use objective::{Objective, Sft};
 pub use optim::AdamW;
 pub use schedule::Schedule;
-pub use source::{Evaluation, StepSource};
+pub use source::{Evaluation, Interrupted, StepSource};
 pub use step::{Predicted, Recording, RunPlan, StepOutcome, Stepper};
 pub use trainer::Trainer;

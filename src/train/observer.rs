@@ -45,12 +45,21 @@ pub struct StepMetrics {
     pub objective: BTreeMap<String, f64>,
 }
 
-/// Texts that the model wrote for a step, and what they are worth.
+/// Texts that the model wrote for this step or one before, and what they are worth.
 #[derive(Debug, Clone, Copy)]
 pub struct Completions<'a> {
+    /// Steps that were made with them, this one included.
+    pub steps: u64,
     /// Names of the rewards.
     pub rewards: &'a [String],
     pub rows: &'a [CompletionRow],
+}
+
+impl Completions<'_> {
+    /// Whether they are told of at `step` by who does so every `every` steps: each time the newest ones, and none twice.
+    pub fn are_due(&self, step: u64, every: u64) -> bool {
+        every > 0 && step.is_multiple_of(every) && self.steps <= every
+    }
 }
 
 /// One of them; a line of `completions.jsonl`, with the step.
@@ -159,7 +168,7 @@ pub trait TrainObserver {
     fn between_steps(&mut self, _model: &FastLanguageModel, _last: bool) -> Result<()> {
         Ok(())
     }
-    /// After [`on_step`](TrainObserver::on_step), where the model wrote the step's texts.
+    /// After each [`on_step`](TrainObserver::on_step), where the model writes the texts that it trains on.
     fn on_completions(&mut self, _step: u64, _completions: &Completions) -> Result<()> {
         Ok(())
     }

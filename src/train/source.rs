@@ -1,6 +1,7 @@
 //! Where a run's micro-batches come from.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -8,6 +9,18 @@ use serde_json::Value;
 use super::observer::Completions;
 use crate::data::{Batch, BatchStream};
 use crate::models::FastLanguageModel;
+
+/// The next step was not made, as the run was asked to stop: the source stands where it stood.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("asked to stop")
+    }
+}
+
+impl std::error::Error for Interrupted {}
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +40,9 @@ pub trait StepSource {
 
     /// The micro-batches of the next step, at least one; fewer than `accumulation` at the end of an epoch. The model is as it
     /// will be when the step runs.
+    ///
+    /// # Errors
+    /// [`Interrupted`], where it takes long and heeds that the run was asked to stop.
     fn next_step(&mut self, model: &FastLanguageModel, accumulation: u64) -> Result<Vec<Batch>>;
 
     /// Whether the device should be left to it while it makes the next step's micro-batches.
@@ -64,7 +80,7 @@ pub trait StepSource {
         Ok(Evaluation::default())
     }
 
-    /// The texts that the last step was made of, where the model wrote them.
+    /// The texts that the last step was made of, or a part of them, where the model wrote them.
     fn completions(&self) -> Option<Completions<'_>> {
         None
     }

@@ -14,7 +14,7 @@ use super::memory;
 use super::objective::{Objective, input, means};
 use super::observer::{EvalMetrics, RunStart, StepMetrics, StopReason, TrainObserver, TrainResults};
 use super::optim::AdamW;
-use super::source::{Evaluation, StepSource};
+use super::source::{Evaluation, Interrupted, StepSource};
 use super::step::{RunPlan, Stepper};
 use super::{BestMetric, EvalStrategy, Schedule, TrainingArguments};
 use crate::data::{Batch, BatchStream};
@@ -125,7 +125,18 @@ impl Trainer<'_> {
             if self.train.needs_device() {
                 stepper.give_way(&self.model.decoder)?;
             }
-            let batches = self.train.next_step(self.model, accumulation)?;
+            let batches = match self.train.next_step(self.model, accumulation) {
+                Err(error) if error.is::<Interrupted>() => {
+                    reason = StopReason::Interrupted;
+                    if at.step > first_step {
+                        clock.pausing(|| {
+                            self.save(&checkpoints, &stepper.optimizer, &at, before, total_steps)
+                        })?;
+                    }
+                    break;
+                }
+                batches => batches?,
+            };
             let learning_rate = schedule.at(at.step);
             let began = Instant::now();
             let outcome = stepper.run(&self.model.decoder, &batches, at.step, learning_rate)?;

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::io::adapter::TargetModules;
 use crate::ops::Policy;
@@ -178,22 +179,20 @@ pub(in crate::train) fn list<'de, D: Deserializer<'de>, T>(deserializer: D) -> R
 where
     T: Deserialize<'de> + std::str::FromStr<Err: std::fmt::Display>,
 {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum ListOrOne<T> {
-        List(Vec<T>),
-        One(T),
-        Text(String),
-        None,
-    }
     let split = |text: &str| {
         text.split(',').map(|part| part.trim().parse().map_err(serde::de::Error::custom)).collect()
     };
-    match ListOrOne::deserialize(deserializer)? {
-        ListOrOne::List(list) => Ok(list),
-        ListOrOne::One(one) => Ok(vec![one]),
-        ListOrOne::Text(text) => split(&text),
-        ListOrOne::None => Ok(Vec::new()),
+    let one = |value: Value| T::deserialize(value).map_err(serde::de::Error::custom);
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(list) => list.into_iter().map(one).collect(),
+        // One value may hold a comma itself.
+        Value::String(text) => match T::deserialize(Value::String(text.clone())) {
+            Ok(value) => Ok(vec![value]),
+            Err(_) if text.contains(',') => split(&text),
+            Err(error) => Err(serde::de::Error::custom(error)),
+        },
+        value => one(value).map(|value| vec![value]),
     }
 }
 

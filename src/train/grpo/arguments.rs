@@ -1,10 +1,11 @@
 //! What a GRPO run can be told: the words of TRL's GRPOConfig beside those of a training run.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Command, FromArgMatches, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
@@ -63,6 +64,15 @@ pub enum ScaleRewards {
     None,
 }
 
+/// As TRL writes it, true and false as well.
+fn scale_rewards<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ScaleRewards, D::Error> {
+    let value = match Value::deserialize(deserializer)? {
+        Value::Bool(scale) => Value::String(scale.to_string()),
+        value => value,
+    };
+    ScaleRewards::deserialize(value).map_err(serde::de::Error::custom)
+}
+
 /// What the sampler's probabilities may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -91,7 +101,7 @@ pub enum ImportanceSamplingMode {
     mut_arg("dataset", |arg| arg.help("Prompts: files, globs or a hub id, comma-separated or repeated")),
     mut_arg("eval_dataset", |arg| arg.help("Prompts that evaluations ask about: their mean reward, one answer each")),
     mut_arg("max_seq_length", |arg| arg.help("Longest prompt and completion together, in tokens; prompts that leave no room are left out")),
-    mut_args(|arg| { let hidden = NOT_OURS.contains(&arg.get_id().as_str()); arg.hide(hidden) })
+    mut_args(|arg| { let hidden = NOT_OURS.contains(&arg.get_id().as_str()); arg.hide(hidden).allow_negative_numbers(true) })
 )]
 pub struct GrpoArguments {
     #[command(flatten)]
@@ -177,6 +187,7 @@ pub struct GrpoArguments {
     pub importance_sampling_level: ImportanceSamplingLevel,
     /// What rewards are divided by once the mean of their group is taken off
     #[arg(long, help_heading = LOSS, value_enum, default_value_t = ScaleRewards::Group)]
+    #[serde(deserialize_with = "scale_rewards")]
     pub scale_rewards: ScaleRewards,
     /// Completions that reached max_completion_length count nothing
     #[arg(long, help_heading = LOSS)]
@@ -379,6 +390,26 @@ impl GrpoArguments {
                 ),
             )?;
         }
+        refuse(
+            Duration::try_from_secs_f64(self.reward_timeout).is_err(),
+            format!("--reward-timeout {}: too long", self.reward_timeout),
+        )?;
+        let (rewards, weights) = (self.rewards().len(), self.reward_weights.len());
+        refuse(
+            weights != 0 && weights != rewards,
+            format!("--reward-weights: {weights} weights for {rewards} rewards"),
+        )?;
+        refuse(
+            self.reward_model.as_deref().is_some_and(|path| !Path::new(path).exists()),
+            format!(
+                "--reward-model {}: no such file or folder",
+                self.reward_model.as_deref().unwrap_or_default()
+            ),
+        )?;
+        refuse(
+            self.importance_sampling_clip_max.is_some_and(|max| !(max.is_finite() && max > 0.0)),
+            "--importance-sampling-clip-max: must be a finite number above 0".to_owned(),
+        )?;
         let (min, max) = (self.importance_sampling_clip_min, self.importance_sampling_clip_max);
         refuse(
             min.is_some_and(|min| max.is_some_and(|max| min >= max)),

@@ -66,6 +66,7 @@ impl Prompts {
                 prompts.rows.push(made);
             }
         }
+        ensure!(!prompts.rows.is_empty() || prompts.left_out > 0, "{}: no rows", files.join(", "));
         ensure!(
             !prompts.rows.is_empty(),
             "{}: no prompt of at most {} tokens ({} are longer)",
@@ -115,6 +116,7 @@ fn make(
         }
         (value, _) => value,
     };
+    ensure!(value.as_array().is_none_or(|messages| !messages.is_empty()), "the prompt has no messages");
     let (text, special) = match &value {
         Value::String(text) => (text.clone(), true),
         Value::Array(messages) => (render(messages, &columns, tokenizer)?, false),

@@ -18,9 +18,9 @@ use super::{GrpoArguments, Prompt, Prompts, advantages};
 use crate::data::{Batch, shuffle};
 use crate::generate::{FinishReason, Generation, Request, SamplingParams};
 use crate::models::FastLanguageModel;
-use crate::rewards::{Rewards, Sample, Scores};
+use crate::rewards::{Rewards, Sample, Scores, Stop};
 use crate::train::observer::{CompletionRow, Completions};
-use crate::train::{Evaluation, StepSource};
+use crate::train::{Evaluation, Interrupted, StepSource};
 
 /// Lets the model answer prompts, judges the answers, and gives them out as micro-batches: `num_iterations` times those of a
 /// generation batch of `steps_per_generation` micro-batches. Prompts are read in a new order in each epoch; those that fill no
@@ -36,13 +36,14 @@ pub struct Rollouts<'a> {
     writer: Writer,
     /// Asked now and then, never trained on.
     held_out: Option<Prompts>,
+    stop: Stop,
     at: Place,
-    /// Of the last generation.
-    rows: Vec<CompletionRow>,
+    /// Of the last generation, where no step has told of them.
     metrics: Vec<(String, f64)>,
-    /// Tokens of the last step; whether its completions were written for it.
+    /// Times that rewards were started again, before the last generation.
+    restarts: u64,
+    /// Tokens of the last step.
     step_tokens: usize,
-    is_new: bool,
 }
 
 /// Where the source stands: what a checkpoint keeps.
@@ -54,8 +55,74 @@ struct Place {
     given: usize,
     /// The micro-batches, where not all of them were given out.
     micro_batches: Vec<Batch>,
+    /// What they were made of, and the steps that they were part of.
+    #[serde(default)]
+    rows: Vec<CompletionRow>,
+    #[serde(default)]
+    steps: u64,
     /// Of the prompts.
     fingerprint: u32,
+    /// Of the run; older checkpoints have none.
+    #[serde(default)]
+    shape: Option<Shape>,
+}
+
+/// What the numbers of a place count, in the words of the flags.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Shape {
+    num_generations: usize,
+    per_device_train_batch_size: usize,
+    steps_per_generation: usize,
+    gradient_accumulation_steps: usize,
+    num_iterations: usize,
+    /// Whether micro-batches have the reference's log-probabilities, those from before the steps, and at which temperature.
+    reference: bool,
+    off_policy: bool,
+    temperature: f64,
+}
+
+impl Shape {
+    fn of(args: &GrpoArguments) -> Shape {
+        Shape {
+            num_generations: args.num_generations,
+            per_device_train_batch_size: args.training.per_device_train_batch_size,
+            steps_per_generation: args.steps_per_generation(),
+            gradient_accumulation_steps: args.training.gradient_accumulation_steps,
+            num_iterations: args.num_iterations,
+            reference: args.beta != 0.0,
+            off_policy: args.is_off_policy(),
+            temperature: args.temperature,
+        }
+    }
+
+    fn prompts(&self) -> usize {
+        self.per_device_train_batch_size * self.steps_per_generation / self.num_generations
+    }
+
+    /// That a run of this shape goes on from a place of another one.
+    fn check_goes_on_from(&self, before: &Shape, within_generation: bool) -> Result<()> {
+        ensure!(
+            self.prompts() == before.prompts(),
+            "the run asked {} prompts at once and now would ask {}, so that the next ones cannot be told: continue with the same \
+             --num-generations, --per-device-train-batch-size and --steps-per-generation",
+            before.prompts(),
+            self.prompts()
+        );
+        ensure!(
+            !within_generation || self == before,
+            "the checkpoint stands within a generation batch, made with --num-generations {}, --per-device-train-batch-size {}, \
+             --steps-per-generation {}, --gradient-accumulation-steps {}, --num-iterations {}, --temperature {} and {} --beta: \
+             continue with the same, or from a checkpoint behind its last step",
+            before.num_generations,
+            before.per_device_train_batch_size,
+            before.steps_per_generation,
+            before.gradient_accumulation_steps,
+            before.num_iterations,
+            before.temperature,
+            if before.reference { "a" } else { "no" }
+        );
+        Ok(())
+    }
 }
 
 impl<'a> Rollouts<'a> {
@@ -88,7 +155,11 @@ impl<'a> Rollouts<'a> {
             ..SamplingParams::default()
         };
         params.check()?;
-        let at = Place { fingerprint: prompts.fingerprint(), ..Place::default() };
+        let at = Place {
+            fingerprint: prompts.fingerprint(),
+            shape: Some(Shape::of(arguments)),
+            ..Place::default()
+        };
         Ok(Rollouts {
             arguments,
             prompts,
@@ -96,11 +167,11 @@ impl<'a> Rollouts<'a> {
             params,
             writer: Writer::new(kv_bytes).at_most(arguments.generation_batch_size()),
             held_out: None,
+            stop: Stop::default(),
             at,
-            rows: Vec::new(),
             metrics: Vec::new(),
+            restarts: 0,
             step_tokens: 0,
-            is_new: false,
         })
     }
 
@@ -109,6 +180,11 @@ impl<'a> Rollouts<'a> {
     pub fn keeping_its_engine(mut self) -> Rollouts<'a> {
         self.writer = self.writer.staying();
         self
+    }
+
+    /// The same, leaving a generation batch that is not judged once `stop` is raised.
+    pub fn until(self, stop: Stop) -> Rollouts<'a> {
+        Rollouts { stop, ..self }
     }
 
     /// The same with prompts that evaluations ask about.
@@ -159,18 +235,24 @@ impl<'a> Rollouts<'a> {
         let scores = self.judge(&answers);
         let found = advantages(&scores.total, args.num_generations, args.scale_rewards);
         let tokens: usize = answers.iter().map(|(_, generation)| generation.token_ids.len()).sum();
+        let restarts = self.rewards.restarts();
         self.metrics = self.means(&answers, &scores);
         self.metrics.extend([
             ("frac_reward_zero_std".to_owned(), found.zero_std as f64 / answers.len() as f64),
-            ("reward_restarts".to_owned(), self.rewards.restarts() as f64),
+            ("reward_restarts".to_owned(), (restarts - self.restarts) as f64),
             ("rollout_tokens_per_second".to_owned(), tokens as f64 / seconds.max(1e-9)),
         ]);
+        self.restarts = restarts;
         self.prompts = prompts;
+        if self.stop.is_raised() && !scores.failures.is_empty() {
+            // Perhaps only for lack of time: a resumed run asks again.
+            return Err(Interrupted.into());
+        }
         let mut completions = Vec::with_capacity(generations.len());
-        self.rows.clear();
+        let mut rows = Vec::with_capacity(generations.len());
         for (sample, (row, generation)) in generations.into_iter().enumerate() {
             let prompt = &self.prompts.rows[row];
-            self.rows.push(CompletionRow {
+            rows.push(CompletionRow {
                 prompt: prompt.text.clone(),
                 completion: generation.text,
                 rewards: scores.values[sample].clone(),
@@ -197,7 +279,8 @@ impl<'a> Rollouts<'a> {
         let mut batches = step_batches(&completions, args, shares_prompts);
         add_log_probs(decoder, args, &mut batches)?;
         self.at.micro_batches = batches;
-        self.at.given = 0;
+        self.at.rows = rows;
+        (self.at.given, self.at.steps) = (0, 0);
         self.at.generations += 1;
         Ok(())
     }
@@ -205,6 +288,9 @@ impl<'a> Rollouts<'a> {
     fn judge(&mut self, answers: &[(&Prompt, &Generation)]) -> Scores {
         let samples = samples(answers.iter().copied());
         let scores = self.rewards.score(&samples);
+        if self.stop.is_raised() {
+            return scores;
+        }
         // One line a reward: a server that is away fails with every sample.
         for name in self.rewards.names() {
             let mut failures = scores.failures.iter().filter(|failure| failure.reward == *name);
@@ -284,13 +370,13 @@ impl StepSource for Rollouts<'_> {
     }
 
     fn next_step(&mut self, model: &FastLanguageModel, accumulation: u64) -> Result<Vec<Batch>> {
-        self.is_new = self.is_used_up();
-        if self.is_new {
+        if self.is_used_up() {
             self.generate(model)?;
         }
         let first = self.at.given % self.at.micro_batches.len();
         let batches = self.at.micro_batches[first..first + accumulation as usize].to_vec();
         self.at.given += accumulation as usize;
+        self.at.steps += 1;
         self.step_tokens = batches.iter().map(Batch::tokens).sum();
         Ok(batches)
     }
@@ -301,7 +387,9 @@ impl StepSource for Rollouts<'_> {
 
     fn cursor(&self) -> Result<Value> {
         let at = match self.is_used_up() {
-            true => Place { given: 0, micro_batches: Vec::new(), ..self.at.clone() },
+            true => {
+                Place { given: 0, micro_batches: Vec::new(), rows: Vec::new(), steps: 0, ..self.at.clone() }
+            }
             false => self.at.clone(),
         };
         Ok(serde_json::to_value(at)?)
@@ -316,7 +404,11 @@ impl StepSource for Rollouts<'_> {
             self.at.fingerprint,
             at.fingerprint
         );
-        self.at = at;
+        let shape = Shape::of(self.arguments);
+        if let Some(before) = &at.shape {
+            shape.check_goes_on_from(before, !at.micro_batches.is_empty())?;
+        }
+        self.at = Place { shape: Some(shape), ..at };
         Ok(())
     }
 
@@ -332,7 +424,7 @@ impl StepSource for Rollouts<'_> {
 
     fn metrics(&mut self, training_seconds: f64) -> BTreeMap<String, f64> {
         let speed = self.step_tokens as f64 / training_seconds.max(1e-9);
-        let of_rollout = if self.is_new { std::mem::take(&mut self.metrics) } else { Vec::new() };
+        let of_rollout = std::mem::take(&mut self.metrics);
         let of_training = ("training_tokens_per_second".to_owned(), speed);
         of_rollout.into_iter().chain([of_training]).filter(|(_, value)| value.is_finite()).collect()
     }
@@ -369,6 +461,7 @@ impl StepSource for Rollouts<'_> {
     }
 
     fn completions(&self) -> Option<Completions<'_>> {
-        self.is_new.then(|| Completions { rewards: self.rewards.names(), rows: &self.rows })
+        let Place { steps, rows, .. } = &self.at;
+        (!rows.is_empty()).then(|| Completions { steps: *steps, rewards: self.rewards.names(), rows })
     }
 }
