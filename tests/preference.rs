@@ -336,6 +336,13 @@ fn words_that_make_no_sense_are_refused() {
         (json!({"loss_type": "ipo", "loss_weights": [1.0, 2.0]}), "--loss-weights: 2 for 1 losses"),
         (json!({"label_smoothing": 0.1}), "a word of the losses robust, cpo and simpo"),
         (json!({"loss_type": "robust", "label_smoothing": 0.5}), "below 0.5"),
+        (json!({"simpo_gamma": 2.0}), "--simpo-gamma is a word of --loss-type simpo"),
+        (json!({"cpo_alpha": 1.0}), "--cpo-alpha is a word of --loss-type cpo and simpo"),
+        (json!({"desirable_weight": 2.0}), "--desirable-weight is a word of --loss-type kto"),
+        (
+            json!({"loss_type": "orpo", "precompute_ref_log_probs": true}),
+            "none of these losses has a reference",
+        ),
         (json!({"beta": 0.0}), "--beta 0: must be above 0"),
         (json!({"packing": true}), "--packing means nothing in preference training"),
         (json!({"max_seq_length": 512}), "use --max-length"),

@@ -62,8 +62,15 @@ pub fn prepare_preferences<S: AsRef<str>>(
     let mut records = Records::open(sources)?;
     let mut report = DatasetReport::default();
     let mut encoded: Vec<Encoded> = Vec::new();
+    let mut is_first = true;
     pipeline(
-        || records.by_ref().take(CHUNK).collect::<Result<Vec<Record>>>(),
+        || {
+            let rows = records.by_ref().take(CHUNK).collect::<Result<Vec<Record>>>()?;
+            if let Some(first) = rows.first().filter(|_| std::mem::take(&mut is_first)) {
+                warn_of_columns(&first.row);
+            }
+            Ok(rows)
+        },
         |record| encode(tokenizer, options.kind, &record.row).with_context(|| record.place.to_string()),
         |_, rows| {
             for row in rows {
@@ -79,6 +86,13 @@ pub fn prepare_preferences<S: AsRef<str>>(
             Ok(())
         },
     )?;
+    let same = encoded.iter().filter(|example| example.says_nothing()).count();
+    if same > 0 {
+        tracing::warn!(
+            "{same} of {} pairs have the same tokens as chosen and as rejected, and teach nothing",
+            encoded.len()
+        );
+    }
     let mut data = TokenDataset::new();
     for (n, example) in encoded.iter().enumerate() {
         let other = match options.kind {
@@ -118,6 +132,24 @@ struct Encoded {
     /// The prompt as it is tokenised alone.
     alone: Vec<u32>,
     completions: Vec<(Vec<u32>, bool)>,
+}
+
+impl Encoded {
+    fn says_nothing(&self) -> bool {
+        matches!(&self.completions[..], [(chosen, _), (rejected, _)] if chosen == rejected)
+    }
+}
+
+/// Where a pair's prompt is only what both completions begin with, a question in another column would be lost in silence.
+fn warn_of_columns(row: &Row) {
+    const READ: [&str; 6] = ["chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs"];
+    let unread: Vec<&str> = row.keys().map(String::as_str).filter(|key| !READ.contains(key)).collect();
+    if row.contains_key("chosen") && !row.contains_key("prompt") && !unread.is_empty() {
+        tracing::warn!(
+            "there is no column prompt, so a prompt is what chosen and rejected both begin with; not read: {}",
+            unread.join(", ")
+        );
+    }
 }
 
 /// Why an example is left out.

@@ -154,6 +154,7 @@ fn of_preferences(arg: Arg) -> Arg {
         id if MEANINGLESS.contains(&id) => arg.hide(true),
         _ => arg,
     }
+    .allow_negative_numbers(true)
 }
 
 impl PreferenceArguments {
@@ -275,6 +276,23 @@ impl PreferenceArguments {
         refuse(
             self.label_smoothing > 0.0 && !self.loss_type.iter().any(|loss| loss.smooths()),
             "--label-smoothing is a word of the losses robust, cpo and simpo",
+        )?;
+        let default = Self::default();
+        for (flag, given, losses) in [
+            ("cpo-alpha", self.cpo_alpha.is_some(), &[LossType::Cpo, LossType::Simpo][..]),
+            ("simpo-gamma", self.simpo_gamma != default.simpo_gamma, &[LossType::Simpo]),
+            ("desirable-weight", self.desirable_weight != default.desirable_weight, &[LossType::Kto]),
+            ("undesirable-weight", self.undesirable_weight != default.undesirable_weight, &[LossType::Kto]),
+        ] {
+            let names: Vec<String> = losses.iter().map(LossType::to_string).collect();
+            refuse(
+                given && !losses.iter().any(|loss| self.has(*loss)),
+                &format!("--{flag} is a word of --loss-type {}", names.join(" and ")),
+            )?;
+        }
+        refuse(
+            self.precompute_ref_log_probs && !self.has_reference(),
+            "--precompute-ref-log-probs: none of these losses has a reference",
         )?;
         refuse(self.max_length < 2, &format!("--max-length {}: must be at least 2", self.max_length))?;
         for (flag, value) in [
