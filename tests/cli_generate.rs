@@ -150,7 +150,9 @@ fn generate_refuses_what_makes_no_sense() {
         "--num-return-sequences",
     );
     refused(run("generate", dir, &["--prompt", "a", "--raw", "--system", "b"], ""), 2, "--raw");
-    refused(run("generate", dir, &["--prompt", "a", "--temperature=-1"], ""), 1, "temperature is -1");
+    refused(run("generate", dir, &["--prompt", "a", "--temperature", "-1"], ""), 2, "--temperature is -1");
+    refused(run("generate", dir, &["--prompt", "a", "--stop", ""], ""), 2, "--stop has an empty text");
+    refused(run("generate", dir, &["--prompt", "a", "--n", "1000000000000"], ""), 2, "expected 1 to 65536");
     refused(run("generate", dir, &["--raw", "--prompt", ""], ""), 1, "no bos_token");
     refused(
         run("generate", dir, &["--raw", "--prompt", &"a ".repeat(100)], ""),
@@ -163,7 +165,21 @@ fn generate_refuses_what_makes_no_sense() {
     refused(run("chat", plain.path(), &[], "a\n"), 1, "no chat template");
     let bad = dir.join("bad.jsonl");
     fs::write(&bad, "{\"prompt\": \"a\"}\n{\"question\": \"a\"}\n").unwrap();
-    refused(run("generate", dir, &["--prompt-file", bad.to_str().unwrap()], ""), 1, "bad.jsonl, line 2");
+    let file = bad.to_str().unwrap();
+    refused(run("generate", dir, &["--prompt-file", file], ""), 1, "bad.jsonl, line 2");
+    refused(
+        run("generate", dir, &["--prompt-file", file, "--output", file], ""),
+        2,
+        "--output is the file of",
+    );
+    // Before the first answer.
+    let long = json!({"prompt": "a ".repeat(100)});
+    fs::write(&bad, format!("{{\"prompt\": \"a\"}}\n{long}\n")).unwrap();
+    refused(
+        run("generate", dir, &["--raw", "--prompt-file", file], ""),
+        1,
+        "bad.jsonl, line 2: the prompt has 100",
+    );
 }
 
 #[test]
@@ -231,7 +247,9 @@ fn a_killed_job_goes_on_after_its_last_row() {
     let dir = folder.path();
     let prompts = dir.join("prompts.jsonl");
     let text: String = (0..400)
-        .map(|i| format!("{}\n", json!({"prompt": "the red cat ".repeat(1 + i % 5), "id": i})))
+        .map(|i| {
+            format!("{}\n", json!({"prompt": "the red cat ".repeat(1 + i % 5), "id": i, "completion": "old"}))
+        })
         .collect();
     fs::write(&prompts, text).unwrap();
     let flags = |answers: &Path| -> Vec<String> {
@@ -260,9 +278,10 @@ fn a_killed_job_goes_on_after_its_last_row() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(!answers.exists());
-    // A torn last line, as a full disk or a lost machine leaves it.
-    let mut file = fs::OpenOptions::new().append(true).open(&unfinished).unwrap();
-    file.write_all(b"{\"prompt\": \"the r").unwrap();
+    // The second answer to a prompt is missing, and a line is torn, as a full disk or a lost machine leaves them.
+    let whole = fs::read_to_string(&unfinished).unwrap();
+    let kept: Vec<&str> = whole.lines().take(1 + 2 * 17 + 1).collect();
+    fs::write(&unfinished, format!("{}\n{{\"prompt\": \"the r", kept.join("\n"))).unwrap();
     let header = fs::read_to_string(&unfinished).unwrap().lines().next().unwrap().to_string();
     let seed = serde_json::from_str::<Value>(&header).unwrap()["seed"].as_u64().unwrap().to_string();
 
@@ -270,7 +289,7 @@ fn a_killed_job_goes_on_after_its_last_row() {
     let other = start(&answers).args(["--top-k", "3"]).output().unwrap();
     refused(other, 1, "was begun with other settings");
     let output = start(&answers).output().unwrap();
-    assert!(String::from_utf8_lossy(&output.stderr).contains("continues after row"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("continues after row 17 of 400"));
     succeeded(output);
     assert!(!unfinished.exists());
     let again = dir.join("again.jsonl");

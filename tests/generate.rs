@@ -331,6 +331,12 @@ fn bad_input_is_named() {
         (error(&[-1], ok()), "token id -1 is outside".into()),
         (error(&[1], SamplingParams { temperature: -0.5, ..ok() }), "temperature is -0.5".into()),
         (error(&[1], SamplingParams { temperature: f64::NAN, ..ok() }), "temperature is NaN".into()),
+        // Divided by so little, no score would be left.
+        (
+            error(&[1], SamplingParams { temperature: 1e-39, top_p: 0.9, ..ok() }),
+            "from 0.0001 to 10000".into(),
+        ),
+        (error(&[1], SamplingParams { frequency_penalty: -1e300, ..ok() }), "from -1000 to 1000".into()),
         (error(&[1], SamplingParams { top_p: 0.0, ..ok() }), "top_p is 0".into()),
         (error(&[1], SamplingParams { min_p: 2.0, ..ok() }), "min_p is 2".into()),
         (
@@ -338,7 +344,7 @@ fn bad_input_is_named() {
             "presence_penalty is inf".into(),
         ),
         (error(&[1], SamplingParams { repetition_penalty: 0.0, ..ok() }), "repetition_penalty is 0".into()),
-        (error(&[1], SamplingParams { stop: vec!["".into()], ..ok() }), "a stop string is empty".into()),
+        (error(&[1], SamplingParams { stop: vec!["".into()], ..ok() }), "stop has an empty text".into()),
         (error(&[1], SamplingParams { stop: vec!["x".into()], ..ok() }), "need a tokenizer".into()),
         (error(&[1], SamplingParams { max_new_tokens: 0, ..ok() }), "max_new_tokens is 0".into()),
     ] {

@@ -1,7 +1,7 @@
 //! The answers of `ferrotune generate --output`: a file that grows row by row beside its place and is renamed when it is
 //! whole. A run that was stopped goes on after its last row.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -24,19 +24,25 @@ pub struct AnswerFile {
 }
 
 impl AnswerFile {
-    /// Opens the file beside `path`, made anew with `settings` as its first line where there is none.
+    /// Opens the file beside `path`, made anew with `settings` as its first line where there is none. Each prompt has `of_prompt` rows;
+    /// those of one that has fewer are dropped.
     ///
     /// # Errors
-    /// A file that holds something else.
-    pub fn open(path: &Path, settings: Value) -> Result<AnswerFile> {
+    /// A file that holds something else, or that another run writes.
+    pub fn open(path: &Path, settings: Value, of_prompt: usize) -> Result<AnswerFile> {
         let name =
             path.file_name().with_context(|| format!("--output: {}: not a file name", path.display()))?;
         let beside = path.with_file_name(format!("{}.unfinished", name.to_string_lossy()));
         let shown = beside.display().to_string();
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&beside);
         let mut file = open.with_context(|| format!("--output: opening {shown}"))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => bail!("--output: another run writes {shown}"),
+            // Some file systems have no locks.
+            Ok(()) | Err(TryLockError::Error(_)) => {}
+        }
         let mut lines = Vec::new();
-        let mut whole = 0;
+        let (mut read, mut whole) = (0, 0);
         let mut reader = BufReader::new(&file);
         loop {
             let mut line = Vec::new();
@@ -48,9 +54,13 @@ impl AnswerFile {
             let value: Value = serde_json::from_slice(&line).with_context(|| {
                 format!("{shown}, line {}: not JSON; remove the file to start anew", lines.len() + 1)
             })?;
-            whole += line.len() as u64;
+            read += line.len() as u64;
             lines.push(value);
+            if (lines.len() - 1).is_multiple_of(of_prompt) {
+                whole = read;
+            }
         }
+        lines.truncate(1 + lines.len().saturating_sub(1) / of_prompt * of_prompt);
         file.set_len(whole)
             .and_then(|()| file.seek(SeekFrom::End(0)))
             .with_context(|| format!("writing {shown}"))?;

@@ -21,6 +21,10 @@ use crate::generate::{Engine, EngineOptions, EngineStats, Generation, Request, S
 use crate::models::FastLanguageModel;
 
 const MAX_NEW_TOKENS: usize = 256;
+/// To one prompt.
+const MOST_ANSWERS: usize = 65_536;
+/// What an answer puts into its row.
+const OUTPUT_FIELDS: [&str; 4] = ["completion", "finish_reason", "prompt_tokens", "completion_tokens"];
 const EXAMPLES: &str = "Examples:
   ferrotune generate --model DIR --prompt 'Why is the sky blue?' --temperature 0.7
   ferrotune generate --model DIR --adapter runs/mine --prompt-file questions.jsonl --output answers.jsonl
@@ -29,7 +33,7 @@ const EXAMPLES: &str = "Examples:
 /// Answers one prompt, a file of prompts, or what is piped in.
 ///
 /// One answer is streamed to stdout as text; several are JSON lines: the prompt's fields with `completion`,
-/// `finish_reason`, `prompt_tokens` and `completion_tokens`. The speed goes to stderr.
+/// `finish_reason`, `prompt_tokens` and `completion_tokens` (fields of these names are replaced). The speed goes to stderr.
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct GenerateArgs {
@@ -60,7 +64,8 @@ pub struct GenerateArgs {
     /// Answers to each prompt
     #[arg(long, visible_alias = "n", value_name = "N", help_heading = "Output", default_value_t = 1)]
     pub num_return_sequences: usize,
-    /// Write the answers to this file, as JSON lines. They grow in FILE.unfinished; the same command again goes on there
+    /// Write the answers to this file, as JSON lines. They grow in FILE.unfinished, where the same command again goes on; once they
+    /// are whole FILE is replaced
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
     #[command(flatten)]
@@ -75,8 +80,15 @@ struct Prompt {
 
 /// Runs what the flags ask for.
 pub fn run(args: GenerateArgs) -> Result<()> {
-    if args.num_return_sequences == 0 {
-        bail!(Error::Usage("--num-return-sequences is 0, expected at least 1".into()));
+    if !(1..=MOST_ANSWERS).contains(&args.num_return_sequences) {
+        let n = args.num_return_sequences;
+        bail!(Error::Usage(format!("--num-return-sequences is {n}, expected 1 to {MOST_ANSWERS}")));
+    }
+    if let (Some(output), Some(prompts)) = (&args.output, &args.prompt_file)
+        && let (Ok(output), Ok(prompts)) = (output.canonicalize(), prompts.canonicalize())
+        && output == prompts
+    {
+        bail!(Error::Usage("--output is the file of --prompt-file: name another one".into()));
     }
     let rows = rows(&args)?;
     let model = args.model.load(None)?;
@@ -175,6 +187,10 @@ fn prompt(
         }
         other => bail!("the prompt is {other}, expected a text or a list of messages"),
     };
+    let context = model.decoder.config.max_position_embeddings as usize;
+    if input_ids.len() >= context {
+        bail!("the prompt has {} tokens, the model's context is {context}: shorten it", input_ids.len());
+    }
     Ok(Prompt { row, input_ids })
 }
 
@@ -256,7 +272,7 @@ fn resume(
         let params = SamplingParams { seed, ..params.clone() };
         json!({"model": args.model.model, "adapter": args.model.adapter, "n": n, "seed": seed, "params": format!("{params:?}")})
     };
-    let file = AnswerFile::open(path, settings(params.seed))?;
+    let file = AnswerFile::open(path, settings(params.seed), n)?;
     let (begun, rows) = (&file.begun, &file.rows);
     let shown = file.beside().display().to_string();
     let seed = begun["seed"].as_u64().filter(|_| args.sampling.seed.is_none()).unwrap_or(params.seed);
@@ -269,13 +285,15 @@ fn resume(
     params.seed = seed;
     let done = rows.len() / n;
     for (at, (row, prompt)) in rows.chunks(n).zip(prompts).enumerate() {
-        let same =
-            |row: &Map<String, Value>| prompt.row.iter().all(|(key, value)| row.get(key) == Some(value));
+        let same = |row: &Map<String, Value>| {
+            let mut given = prompt.row.iter().filter(|(key, _)| !OUTPUT_FIELDS.contains(&key.as_str()));
+            given.all(|(key, value)| row.get(key) == Some(value))
+        };
         if !row.iter().all(same) {
             bail!("--output: {shown} answers other prompts, from row {} on: remove it to start anew", at + 1);
         }
     }
-    if done > prompts.len() || !rows.len().is_multiple_of(n) {
+    if done > prompts.len() {
         bail!(
             "--output: {shown} holds {} answers to {} prompts: remove it to start anew",
             rows.len(),
@@ -302,10 +320,13 @@ fn answer_bar(prompts: usize, done: usize) -> Result<ProgressBar> {
 
 fn json_line(row: &Map<String, Value>, generation: Generation) -> String {
     let mut row = row.clone();
-    row.insert("completion".into(), generation.text.into());
-    row.insert("finish_reason".into(), generation.finish_reason.name().into());
-    row.insert("prompt_tokens".into(), generation.prompt_tokens.into());
-    row.insert("completion_tokens".into(), generation.token_ids.len().into());
+    let values: [Value; 4] = [
+        generation.text.into(),
+        generation.finish_reason.name().into(),
+        generation.prompt_tokens.into(),
+        generation.token_ids.len().into(),
+    ];
+    row.extend(OUTPUT_FIELDS.map(str::to_owned).into_iter().zip(values));
     format!("{}\n", Value::Object(row))
 }
 

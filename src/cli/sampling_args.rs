@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
+use crate::error::Error;
 use crate::generate::SamplingParams;
 use crate::models::FastLanguageModel;
 
@@ -12,25 +13,25 @@ use crate::models::FastLanguageModel;
 #[command(next_help_heading = "Sampling [defaults: the model's generation_config.json, or else greedy]")]
 pub struct SamplingArgs {
     /// 0 always takes the likeliest token, 1 samples as the model predicts; more is wilder
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
     /// Sample from the K likeliest tokens only; 0 turns it off
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Sample from the likeliest tokens that together have this probability; 1 turns it off
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Sample only tokens at least P times as likely as the likeliest; 0 turns it off
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f64>,
     /// Make tokens less likely that occurred already; 1 turns it off, 1.1 is gentle
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f64>,
     /// Make tokens less likely that the answer contains; 0 turns it off
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub presence_penalty: Option<f64>,
     /// Make tokens less likely for each time that the answer contains them; 0 turns it off
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub frequency_penalty: Option<f64>,
     /// End an answer where this text would begin (may be repeated)
     #[arg(long, value_name = "TEXT")]
@@ -39,7 +40,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N")]
     pub max_new_tokens: Option<usize>,
     /// The same seed gives the same answer [default: another one each time]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
 }
 
@@ -70,7 +71,12 @@ impl SamplingArgs {
             stop_token_ids: suggested.stop_token_ids,
             logprobs: None,
         };
-        params.check()?;
+        params.check().map_err(|error| {
+            // It begins with the name.
+            let message = format!("{error:#}");
+            let (name, rest) = message.split_once(' ').unwrap_or((&message, ""));
+            Error::Usage(format!("--{} {rest}", name.replace('_', "-")))
+        })?;
         Ok(params)
     }
 }

@@ -55,7 +55,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
     /// Key that clients of /v1 must show [default: FERROTUNE_API_KEY, or none]
-    #[arg(long, value_name = "KEY")]
+    #[arg(long, value_name = "KEY", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub api_key: Option<String>,
     /// Let clients load and unload adapters from this machine's folders
     #[arg(long)]
@@ -70,7 +70,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "SIZE", default_value = "8MiB")]
     pub max_body: Size,
     /// Longest time of an answer, in seconds
-    #[arg(long, value_name = "S", default_value_t = 600)]
+    #[arg(long, value_name = "S", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
     pub request_timeout: u32,
     /// Time that running answers have after Ctrl-C, in seconds
     #[arg(long, value_name = "S", default_value_t = 30)]
@@ -84,7 +84,8 @@ impl HttpArgs {
             limits: Limits {
                 max_body: self.max_body.0 as usize,
                 max_tokens: self.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
-                max_open: (engine.max_num_seqs + self.max_queue) as usize,
+                max_open: (engine.max_num_seqs as usize).saturating_add(self.max_queue as usize),
+                max_samples: engine.max_num_seqs as usize,
                 request_time: Duration::from_secs(self.request_timeout.into()),
                 stop_time: Duration::from_secs(self.stop_timeout.into()),
             },
@@ -116,9 +117,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let shared = Arc::new(Shared::default());
     let served = ServedModel::new(&name, &model)?;
     let options = args.http.options(&args.engine);
-    if !args.address.ip().is_loopback() && options.api_key.is_none() {
-        tracing::warn!("{} is open to the network and needs no key: give --api-key", args.address);
-    }
+    warn_if_open(args.address, &options);
     let server =
         Server::bind(args.address, served, options, commands, shared.clone()).context("--address")?;
     println!("{name} at http://{} (Ctrl-C stops)", server.address()?);
@@ -128,14 +127,31 @@ pub fn run(args: ServeArgs) -> Result<()> {
     serve(server, worker, model, stop)
 }
 
+/// Says that anybody may ask.
+pub fn warn_if_open(address: SocketAddr, options: &ServeOptions) {
+    if !address.ip().is_loopback() && options.api_key.is_none() {
+        tracing::warn!(
+            "{address} is open to the network and needs no key: give --api-key, or FERROTUNE_API_KEY"
+        );
+    }
+}
+
+/// Raises the flag however its scope is left.
+struct Raise(Arc<AtomicBool>);
+
+impl Drop for Raise {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
 fn serve(server: Server, worker: Worker, model: FastLanguageModel, stop: Arc<AtomicBool>) -> Result<()> {
     std::thread::scope(|scope| {
-        let stopping = stop.clone();
+        // An engine that has failed serves nobody.
+        let stopping = Raise(stop.clone());
         let engine = scope.spawn(move || {
-            let result = device::use_on_this_thread(model.decoder.device).and_then(|()| worker.run(&model));
-            // An engine that has failed serves nobody.
-            stopping.store(true, std::sync::atomic::Ordering::Relaxed);
-            result
+            let _stopping = stopping;
+            device::use_on_this_thread(model.decoder.device).and_then(|()| worker.run(&model))
         });
         let served = server.run(stop);
         let ran = engine.join().map_err(|_| anyhow!("the engine's thread panicked"))?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 
 use super::engine_args::EngineArgs;
-use super::serve::HttpArgs;
+use super::serve::{HttpArgs, warn_if_open};
 use crate::generate::Engine;
 use crate::models::FastLanguageModel;
 use crate::serve::{ServedModel, Server, Shared, Worker};
@@ -48,6 +48,7 @@ impl ServeBetweenSteps {
         let (commands, received) = mpsc::channel();
         let shared = Arc::new(Shared::default());
         let options = http.options(&engine);
+        warn_if_open(address, &options);
         let stop_time = options.limits.stop_time;
         let served = ServedModel::new(&http.name(name), model)?;
         let server = Server::bind(address, served, options, commands, shared.clone()).context("--serve")?;

@@ -64,19 +64,25 @@ impl SamplingParams {
         let within = |name: &str, value: f64, ok: bool, expected: &str| {
             if ok { Ok(()) } else { bail!("{name} is {value}, expected {expected}") }
         };
-        let finite = self.temperature.is_finite() && self.temperature >= 0.0;
-        within("temperature", self.temperature, finite, "0 (greedy) or more")?;
+        // Divided by less, scores would leave f32.
+        let fits = self.temperature == 0.0 || (1e-4..=1e4).contains(&self.temperature);
+        within("temperature", self.temperature, fits, "0 (greedy), or from 0.0001 to 10000")?;
         within("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "more than 0 and at most 1")?;
         within("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "a number from 0 to 1")?;
         let penalty = self.repetition_penalty;
-        within("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "a positive number")?;
+        within(
+            "repetition_penalty",
+            penalty,
+            (1e-3..=1e3).contains(&penalty),
+            "a number from 0.001 to 1000",
+        )?;
         for (name, penalty) in
             [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
         {
-            within(name, penalty, penalty.is_finite(), "a finite number")?;
+            within(name, penalty, (-1e3..=1e3).contains(&penalty), "a number from -1000 to 1000")?;
         }
         if self.stop.iter().any(String::is_empty) {
-            bail!("a stop string is empty");
+            bail!("stop has an empty text");
         }
         if self.max_new_tokens == 0 {
             bail!("max_new_tokens is 0, expected at least 1");

@@ -13,11 +13,7 @@ use super::respond::{self, Kind, Reply};
 use crate::generate::{Grammar, Request};
 
 pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response<Body>, ApiError> {
-    let parsing = app.clone();
-    // Templates and tokenizers of long prompts take their time.
-    let parsed = tokio::task::spawn_blocking(move || parse(&parsing, &body)).await;
-    let Parsed { common, request, tools } =
-        parsed.map_err(|_| ApiError::bad("the request cannot be read"))??;
+    let Parsed { common, request, tools } = app.parsed(body, parse).await?;
     let prompt_tokens = request.prompt_ids.len();
     let answers = app.submit(vec![request])?;
     let kind = Kind::Chat { tools };
@@ -41,7 +37,7 @@ fn parse(app: &App, body: &[u8]) -> Result<Parsed, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::field("messages", "the list is empty"));
     }
-    let mut common = Common::take(&mut fields, &app.model, &app.shared.adapters(), app.limits.max_tokens)?;
+    let mut common = Common::take(&mut fields, &app.model, &app.shared.adapters(), &app.limits)?;
     let tools = tools(&mut fields)?;
     let variables: Option<Map<String, Value>> = fields.take("chat_template_kwargs")?;
     let grammar = grammar(&mut fields, app)?;
@@ -70,8 +66,14 @@ fn parse(app: &App, body: &[u8]) -> Result<Parsed, ApiError> {
 /// The tools that the template shows; none where the choice is `none`.
 fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
     let tools: Option<Vec<Value>> = fields.take("tools")?;
+    if let Some(tool) = tools.iter().flatten().find(|tool| !tool["function"]["name"].is_string()) {
+        return Err(ApiError::field(
+            "tools",
+            format!("{tool}, expected {{\"type\", \"function\": {{\"name\", ..}}}}"),
+        ));
+    }
     let choice: Option<Value> = fields.take("tool_choice")?;
-    match choice.as_ref().map(|choice| choice.as_str().unwrap_or("named")) {
+    match choice.as_ref().map(|choice| choice.as_str().unwrap_or("a named function")) {
         None | Some("auto") => Ok(tools.filter(|tools| !tools.is_empty()).map(Value::from)),
         Some("none") => Ok(None),
         Some(other) => {

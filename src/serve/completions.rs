@@ -16,9 +16,7 @@ use crate::generate::Request;
 const DEFAULT_TOKENS: usize = 16;
 
 pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response<Body>, ApiError> {
-    let parsing = app.clone();
-    let parsed = tokio::task::spawn_blocking(move || parse(&parsing, &body)).await;
-    let (common, requests) = parsed.map_err(|_| ApiError::bad("the request cannot be read"))??;
+    let (common, requests) = app.parsed(body, parse).await?;
     let prompts: Vec<usize> = requests.iter().map(|request| request.prompt_ids.len()).collect();
     let answers = app.submit(requests)?;
     let reply = Reply::new(&app, Kind::Text, &common.model, common.n, &prompts, common.include_usage);
@@ -32,7 +30,7 @@ pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response
 fn parse(app: &App, body: &[u8]) -> Result<(Common, Vec<Request>), ApiError> {
     let mut fields = Fields::parse(body)?;
     let prompt: Value = fields.require("prompt")?;
-    let mut common = Common::take(&mut fields, &app.model, &app.shared.adapters(), app.limits.max_tokens)?;
+    let mut common = Common::take(&mut fields, &app.model, &app.shared.adapters(), &app.limits)?;
     if !common.limited {
         common.params.max_new_tokens = DEFAULT_TOKENS.min(common.params.max_new_tokens);
     }

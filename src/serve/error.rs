@@ -27,6 +27,10 @@ impl ApiError {
         ApiError { param: Some(name.to_string()), ..ApiError::bad(format!("{name}: {message}")) }
     }
 
+    pub(super) fn param(self, name: &str) -> ApiError {
+        ApiError { param: Some(name.to_string()), ..self }
+    }
+
     pub(super) fn code(self, code: &'static str) -> ApiError {
         ApiError { code: Some(code), ..self }
     }

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::http::Limits;
 use super::messages::ServedModel;
 use crate::generate::SamplingParams;
 
@@ -77,7 +78,7 @@ impl Common {
         fields: &mut Fields,
         served: &ServedModel,
         adapters: &[String],
-        most_tokens: usize,
+        limits: &Limits,
     ) -> Result<Common, ApiError> {
         let model = fields.take::<String>("model")?.unwrap_or_else(|| served.name.clone());
         let adapter = if model == served.name {
@@ -89,15 +90,17 @@ impl Common {
             let error = ApiError::new(axum::http::StatusCode::NOT_FOUND, message);
             return Err(error.code("model_not_found"));
         };
-        let given = match fields.take::<usize>("max_completion_tokens")? {
+        let most_tokens = limits.max_tokens;
+        let (name, given) = match fields.take::<usize>("max_completion_tokens")? {
             Some(given) => {
                 fields.take::<usize>("max_tokens")?;
-                Some(given)
+                ("max_completion_tokens", Some(given))
             }
-            None => fields.take::<usize>("max_tokens")?,
+            None => ("max_tokens", fields.take::<usize>("max_tokens")?),
         };
         if let Some(given) = given.filter(|&given| given == 0 || given > most_tokens) {
-            return Err(ApiError::field("max_tokens", format!("{given}, expected 1 to {most_tokens}")));
+            let most = if most_tokens == usize::MAX { "more".to_string() } else { most_tokens.to_string() };
+            return Err(ApiError::field(name, format!("{given}, expected 1 to {most}")));
         }
         let own = &served.defaults;
         let mut params = SamplingParams {
@@ -118,24 +121,36 @@ impl Common {
             params.stop_token_ids.clear();
         }
         params.stop_token_ids.extend(fields.take::<Vec<i64>>("stop_token_ids")?.unwrap_or_default());
-        params.check().map_err(|error| ApiError::bad(format!("{error:#}")))?;
+        params.check().map_err(|error| {
+            // It begins with the name.
+            let message = format!("{error:#}");
+            let name = message.split(' ').next().unwrap_or_default().to_owned();
+            ApiError::bad(message).param(&name)
+        })?;
         if fields.take::<Map<String, Value>>("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
             return Err(ApiError::field("logit_bias", "not supported"));
         }
         let n = fields.take("n")?.unwrap_or(1);
-        if n == 0 {
-            return Err(ApiError::field("n", "0, expected at least 1"));
+        if n == 0 || n > limits.max_samples {
+            let most = limits.max_samples;
+            let message = format!("n is {n}, expected 1 to {most} (the server's --max-num-seqs)");
+            return Err(ApiError::bad(message).param("n"));
         }
         let stream = fields.take("stream")?.unwrap_or(false);
         let options = fields.take::<Map<String, Value>>("stream_options")?.unwrap_or_default();
-        let include_usage = options.get("include_usage").and_then(Value::as_bool).unwrap_or(false);
+        let mut options = Fields(options);
+        let include_usage = options.take("include_usage")?.unwrap_or(false);
+        options.finish()?;
         Ok(Common { params, n, adapter, model, stream, include_usage, limited: given.is_some() })
     }
 }
 
 /// -1 and 0 keep all.
 fn top_k(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
-    Ok(fields.take::<i64>("top_k")?.map(|k| usize::try_from(k).unwrap_or(0)))
+    match fields.take::<i64>("top_k")? {
+        Some(k) if k < -1 => Err(ApiError::field("top_k", format!("{k}, expected -1 or more"))),
+        k => Ok(k.map(|k| usize::try_from(k).unwrap_or(0))),
+    }
 }
 
 /// Any integer.

@@ -15,7 +15,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, Request as HttpRequest, Respons
 use axum::serve::ListenerExt;
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::error::{ApiError, json_response};
 use super::fields::Fields;
@@ -25,6 +25,8 @@ use super::worker::{Answer, Command, Shared};
 use super::{chat, completions};
 use crate::generate::Request;
 
+/// Requests that are parsed and tokenised at the same time.
+const PARSE_AT_ONCE: usize = 2;
 const PAGE: &str = include_str!("chat.html");
 
 /// What a request may take.
@@ -36,6 +38,8 @@ pub struct Limits {
     pub max_tokens: usize,
     /// Requests that have been taken and not ended.
     pub max_open: usize,
+    /// Answers to one prompt, and prompts of a request.
+    pub max_samples: usize,
     /// Longest time of an answer, and of a body's arrival.
     pub request_time: Duration,
     /// Time that running answers have after the signal to stop.
@@ -62,6 +66,8 @@ pub(super) struct App {
     local: bool,
     commands: Mutex<Option<Sender<Command>>>,
     stopping: AtomicBool,
+    /// Of those who parse and tokenise, which takes memory.
+    parsing: Arc<Semaphore>,
 }
 
 /// The HTTP side, bound to its address.
@@ -92,6 +98,7 @@ impl Server {
             local: address.ip().is_loopback(),
             commands: Mutex::new(Some(commands)),
             stopping: AtomicBool::new(false),
+            parsing: Arc::new(Semaphore::new(PARSE_AT_ONCE)),
         };
         Ok(Server { listener, app: Arc::new(app) })
     }
@@ -139,15 +146,52 @@ impl Server {
 }
 
 impl App {
+    /// What `parse` makes of a body, on a thread of its own: templates and tokenizers of long prompts take their time. It counts
+    /// as a part of the answer's, and who would be refused afterwards is refused before.
+    pub(super) async fn parsed<T: Send + 'static>(
+        self: &Arc<App>,
+        body: Vec<u8>,
+        parse: impl FnOnce(&App, &[u8]) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let open = self.shared.open();
+        if open >= self.limits.max_open {
+            return Err(self.busy(open));
+        }
+        let app = self.clone();
+        let work = async {
+            let turn = self.parsing.clone().acquire_owned().await;
+            tokio::task::spawn_blocking(move || {
+                // Held to the end, even if nobody waits for it any more.
+                let _turn = turn;
+                parse(&app, &body)
+            })
+            .await
+        };
+        let late = |_| ApiError::new(StatusCode::GATEWAY_TIMEOUT, "the request took too long to read");
+        let parsed = tokio::time::timeout(self.limits.request_time, work).await.map_err(late)?;
+        parsed.map_err(|_| ApiError::bad("the request cannot be read"))?
+    }
+
+    fn busy(&self, open: usize) -> ApiError {
+        let message =
+            format!("{open} requests are being answered, the most that this server takes: try again");
+        ApiError::new(StatusCode::TOO_MANY_REQUESTS, message)
+    }
+
     /// Sends requests to the engine; their answers come over one channel, with the place of their request.
     pub(super) fn submit(&self, requests: Vec<Request>) -> Result<mpsc::UnboundedReceiver<Answer>, ApiError> {
         let count = requests.len();
+        if count > self.limits.max_open {
+            let most = self.limits.max_open;
+            return Err(ApiError::field(
+                "prompt",
+                format!("{count} prompts, this server takes {most} at once"),
+            ));
+        }
         let before = self.shared.open.fetch_add(count, Ordering::Relaxed);
         if before + count > self.limits.max_open {
             self.shared.open.fetch_sub(count, Ordering::Relaxed);
-            let message =
-                format!("{before} requests are being answered, the most that this server takes: try again");
-            return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, message));
+            return Err(self.busy(before));
         }
         let (sender, answers) = mpsc::unbounded_channel();
         for (at, request) in requests.into_iter().enumerate() {

@@ -111,7 +111,10 @@ fn message(message: Value) -> Result<Value, ApiError> {
             match (part["type"].as_str(), part["text"].as_str()) {
                 (Some("text"), Some(piece)) => text += piece,
                 (kind, _) => {
-                    let what = format!("a content part of type {kind:?} is not supported, only text");
+                    let what = format!(
+                        "a content part of type {} is not supported, only text",
+                        kind.unwrap_or("null")
+                    );
                     return Err(ApiError::field("messages", what));
                 }
             }
@@ -130,8 +133,17 @@ fn message(message: Value) -> Result<Value, ApiError> {
             ));
         }
     }
-    if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
+    let calls = message.get_mut("tool_calls").filter(|calls| !calls.is_null());
+    if let Some(calls) = calls {
+        let wrong = |what: &Value| {
+            let expected = "expected a list of {\"id\", \"type\", \"function\": {\"name\", \"arguments\"}}";
+            ApiError::field("messages", format!("tool_calls: {what}, {expected}"))
+        };
+        let Value::Array(calls) = calls else { return Err(wrong(calls)) };
         for call in calls {
+            if !call["function"]["name"].is_string() {
+                return Err(wrong(call));
+            }
             let arguments = &mut call["function"]["arguments"];
             if let Some(text) = arguments.as_str() {
                 *arguments = serde_json::from_str(text).map_err(|error| {
