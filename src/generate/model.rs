@@ -86,6 +86,28 @@ impl FastLanguageModel {
     }
 
     /// Continues plain texts, all as one batch, with the checkpoint's own parameters where none are given.
+    ///
+    /// ```
+    /// use ferrotune::generate::{Engine, EngineOptions, KvBudget};
+    /// use ferrotune::models::FastLanguageModel;
+    /// use tch::{Device, Kind};
+    ///
+    /// let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny/model");
+    /// let model = FastLanguageModel::from_pretrained(&dir, Kind::Float, Device::Cpu)?;
+    /// let answers = model.fast_generate(&["Hello! How are you?", "The sky is"], None)?;
+    /// assert_eq!(answers.len(), 2);
+    ///
+    /// // Token by token, from an engine that stays; adapters go beside it with `engine.load_lora(name, model.read_adapter(folder)?)`.
+    /// let options = EngineOptions { kv_budget: KvBudget::Tokens(512), max_num_seqs: 1 };
+    /// let mut engine = Engine::new(&model.decoder, options)?;
+    /// let prompt = model.prompt_ids("The sky is")?;
+    /// let mut text = String::new();
+    /// for token in engine.stream(&model, &prompt, &model.generation_params()?)? {
+    ///     text += &token?.text;
+    /// }
+    /// assert_eq!(text, answers[1].text);
+    /// # anyhow::Ok(())
+    /// ```
     pub fn fast_generate<S: AsRef<str>>(
         &self,
         prompts: &[S],

@@ -169,7 +169,7 @@ impl Reply {
                 if !rest.is_empty() {
                     deltas.push(json!({"content": rest}));
                 }
-                let reason = if calls.is_empty() { reason } else { Some("tool_calls") };
+                let reason = reason_with(&calls, reason);
                 if !calls.is_empty() {
                     deltas.push(json!({"tool_calls": calls}));
                 }
@@ -244,14 +244,13 @@ impl Reply {
         }
         let (content, calls) = self.calls(&sample.text);
         let mut message = json!({"role": "assistant", "content": content, "refusal": null});
-        let mut reason = reason;
+        let reason = reason_with(&calls, reason);
         if !calls.is_empty() {
             let calls = calls.into_iter().map(|mut call| {
                 call.as_object_mut().map(|call| call.shift_remove("index"));
                 call
             });
             message["tool_calls"] = calls.collect();
-            reason = Some("tool_calls");
             if content.is_empty() {
                 message["content"] = Value::Null;
             }
@@ -394,4 +393,9 @@ impl Stream for EventStream {
             }
         }
     }
+}
+
+/// An answer that the longest length cut may have been cut in another call.
+fn reason_with<'a>(calls: &[Value], reason: Option<&'a str>) -> Option<&'a str> {
+    if calls.is_empty() || reason == Some("length") { reason } else { Some("tool_calls") }
 }
