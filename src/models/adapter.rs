@@ -4,13 +4,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{Decoder, FastLanguageModel, LoraModule};
+use super::parameters::{check_targets, choose_lora};
+use super::{FastLanguageModel, LoraModule};
 use crate::error::Error;
 use crate::io::Weights;
 use crate::io::adapter::{ADAPTER_WEIGHTS, AdapterConfig, AdapterTensor};
-use crate::ops::{Lora, LoraSet};
+use crate::ops::{Lora, LoraSet, Part};
 
 /// An adapter's tensors, in the shape of the decoder it was loaded for.
 #[derive(Debug)]
@@ -44,6 +45,32 @@ impl Adapter {
         let _no_grad = tch::no_grad_guard();
         Ok(tensor.shallow_clone().f_copy_(value)?)
     }
+
+    /// The same on another device.
+    pub fn to_device(mut self, device: Device) -> Result<Adapter> {
+        let matrices = self.lora.0.iter_mut().flatten().flatten().flat_map(|lora| [&mut lora.a, &mut lora.b]);
+        // In the order that they were read in.
+        for (matrix, (_, tensor)) in matrices.zip(&mut self.state) {
+            *matrix = matrix.f_to_device(device)?;
+            *tensor = matrix.shallow_clone();
+        }
+        Ok(self)
+    }
+}
+
+/// Reads adapters for a model, without the model itself: any thread may have it.
+#[derive(Debug, Clone)]
+pub struct AdapterReader {
+    /// The parts of each linear layer, in the decoder's order.
+    linears: Vec<Vec<Module>>,
+}
+
+#[derive(Debug, Clone)]
+struct Module {
+    name: String,
+    peft_name: String,
+    rows: i64,
+    in_features: i64,
 }
 
 impl FastLanguageModel {
@@ -52,51 +79,56 @@ impl FastLanguageModel {
     /// # Errors
     /// An adapter of another model; one with `modules_to_save`, which is more than LoRA.
     pub fn read_adapter(&self, folder: &Path) -> Result<Adapter> {
-        let read = || -> Result<Adapter> {
-            let config = AdapterConfig::load(folder)?;
-            if let Some(module) = config.modules_to_save.iter().flatten().next() {
-                let what = format!("modules_to_save {module:?} in an adapter beside others");
-                return Err(Error::Unsupported { what, supported: "LoRA matrices".into() }.into());
-            }
-            let chosen = self.lora_modules(&config)?;
-            let lora = self.decoder.lora_set(&chosen)?;
-            let state = self.decoder.lora_set_state(&lora);
-            fill_adapter(folder, state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())))?;
-            Ok(Adapter { config, lora, state })
-        };
-        read().with_context(|| format!("adapter {}", folder.display()))
+        self.adapter_reader().read(folder, self.decoder.device)
+    }
+
+    /// What [`read_adapter`](FastLanguageModel::read_adapter) needs to know of the model.
+    pub fn adapter_reader(&self) -> AdapterReader {
+        let decoder = &self.decoder;
+        let linears = decoder.linears().map(|linear| {
+            let module = |part: &Part| Module {
+                name: part.name.clone(),
+                peft_name: decoder.peft_module(&part.name),
+                rows: part.rows,
+                in_features: linear.in_features(),
+            };
+            linear.parts.iter().map(module).collect()
+        });
+        AdapterReader { linears: linears.collect() }
     }
 }
 
-impl Decoder {
-    /// Room for LoRA on the modules `chosen`, zeros.
-    fn lora_set(&self, chosen: &HashMap<String, LoraModule>) -> Result<LoraSet> {
-        let zeros = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, self.device));
-        let linears = self.linears().map(|linear| {
-            let lora = |part: &crate::ops::Part| -> Result<Option<Lora>> {
-                let Some(&LoraModule { r, scale, .. }) = chosen.get(&part.name) else { return Ok(None) };
-                let (a, b) = (zeros([r, linear.in_features()])?, zeros([part.rows, r])?);
-                Ok(Some(Lora { a, b, scale, dropout: 0.0 }))
-            };
-            linear.parts.iter().map(lora).collect::<Result<Vec<_>>>()
-        });
-        Ok(LoraSet(linears.collect::<Result<_>>()?))
+impl AdapterReader {
+    /// As [`FastLanguageModel::read_adapter`], to `device`.
+    pub fn read(&self, folder: &Path, device: Device) -> Result<Adapter> {
+        self.read_folder(folder, device).with_context(|| format!("adapter {}", folder.display()))
     }
 
-    /// Its matrices under peft's names.
-    fn lora_set_state(&self, set: &LoraSet) -> Vec<(String, Tensor)> {
-        let mut state = Vec::new();
-        for (linear, loras) in self.linears().zip(&set.0) {
-            for (part, lora) in linear.parts.iter().zip(loras) {
-                let Some(lora) = lora else { continue };
-                let module = self.peft_module(&part.name);
-                for (letter, tensor) in [("A", &lora.a), ("B", &lora.b)] {
-                    let name = format!("base_model.model.{module}.lora_{letter}.weight");
-                    state.push((name, tensor.shallow_clone()));
-                }
-            }
+    fn read_folder(&self, folder: &Path, device: Device) -> Result<Adapter> {
+        let config = AdapterConfig::load(folder)?;
+        if let Some(module) = config.modules_to_save.iter().flatten().next() {
+            let what = format!("modules_to_save {module:?} in an adapter beside others");
+            return Err(Error::Unsupported { what, supported: "LoRA matrices".into() }.into());
         }
-        state
+        let modules = || self.linears.iter().flatten();
+        let names = modules().map(|module| (module.peft_name.clone(), module.name.clone()));
+        let chosen = choose_lora(&config, names)?;
+        check_targets(&chosen, modules().map(|module| module.name.as_str()))?;
+        let mut state = Vec::new();
+        let zeros = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, device));
+        let mut lora = |module: &Module| -> Result<Option<Lora>> {
+            let Some(&LoraModule { r, scale, .. }) = chosen.get(&module.name) else { return Ok(None) };
+            let (a, b) = (zeros([r, module.in_features])?, zeros([module.rows, r])?);
+            for (letter, tensor) in [("A", &a), ("B", &b)] {
+                let name = format!("base_model.model.{}.lora_{letter}.weight", module.peft_name);
+                state.push((name, tensor.shallow_clone()));
+            }
+            Ok(Some(Lora { a, b, scale, dropout: 0.0 }))
+        };
+        let linears = self.linears.iter().map(|parts| parts.iter().map(&mut lora).collect());
+        let lora = LoraSet(linears.collect::<Result<_>>()?);
+        fill_adapter(folder, state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())))?;
+        Ok(Adapter { config, lora, state })
     }
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use tch::{Device, Kind};
 
 use super::adapter::fill_adapter;
+use super::parameters::check_targets;
 use super::{Config, Decoder, LoraModule};
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::device::Generator;
@@ -115,17 +116,9 @@ impl FastLanguageModel {
     }
 
     /// The LoRA that `config` asks for, by the names of the modules.
-    pub(super) fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
+    fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
         let chosen = self.decoder.lora_modules(config)?;
-        let names = || self.decoder.linear_modules().into_iter().map(|(module, ..)| module);
-        if chosen.is_empty() {
-            let known: std::collections::BTreeSet<String> =
-                names().map(|name| name.rsplit('.').next().unwrap_or_default().to_string()).collect();
-            bail!(
-                "target_modules matches no layer of the model (linear layers: {})",
-                known.into_iter().collect::<Vec<_>>().join(", ")
-            );
-        }
+        check_targets(&chosen, self.decoder.linear_modules().iter().map(|(module, ..)| module.as_str()))?;
         Ok(chosen)
     }
 

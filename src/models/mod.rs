@@ -20,7 +20,7 @@ mod streamed;
 
 use anyhow::Result;
 
-pub use adapter::Adapter;
+pub use adapter::{Adapter, AdapterReader};
 pub use config::{Config, LayerConfig};
 pub use decode::{DeviceRows, NewRows};
 pub use decoder::{Decoder, Input, check_embeddings, prefix_of, projections};

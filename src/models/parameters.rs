@@ -1,6 +1,6 @@
 //! What of a decoder trains, under which name it is saved, and how LoRA gets into it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
@@ -82,6 +82,43 @@ pub struct LoraModule {
     pub dropout: f64,
 }
 
+/// The LoRA that `config` asks for, by the checkpoint's names of `modules`, which are given behind peft's.
+pub(super) fn choose_lora(
+    config: &AdapterConfig,
+    modules: impl Iterator<Item = (String, String)>,
+) -> Result<HashMap<String, LoraModule>> {
+    let spec = LoraSpec::new(config)?;
+    let mut chosen = HashMap::new();
+    for (name, module) in modules {
+        // A pattern may also have been written for the text model alone.
+        let lora = match spec.for_module(&name)? {
+            Some(lora) => Some(lora),
+            None => spec.for_module(&text_module(&name))?,
+        };
+        if let Some(lora) = lora {
+            let module_lora =
+                LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
+            chosen.insert(module, module_lora);
+        }
+    }
+    Ok(chosen)
+}
+
+/// Refuses an adapter that would be on nothing.
+pub(super) fn check_targets<'a>(
+    chosen: &HashMap<String, LoraModule>,
+    modules: impl Iterator<Item = &'a str>,
+) -> Result<()> {
+    if chosen.is_empty() {
+        let known: BTreeSet<&str> = modules.map(|name| name.rsplit('.').next().unwrap_or_default()).collect();
+        bail!(
+            "target_modules matches no layer of the model (linear layers: {})",
+            known.into_iter().collect::<Vec<_>>().join(", ")
+        );
+    }
+    Ok(())
+}
+
 impl Decoder {
     /// Names of all modules that can carry LoRA, with `(rows, in_features)`.
     pub fn linear_modules(&self) -> Vec<(String, i64, i64)> {
@@ -99,22 +136,8 @@ impl Decoder {
 
     /// The LoRA that `config` asks for, by the names of the modules; none where it targets nothing that is here.
     pub(super) fn lora_modules(&self, config: &AdapterConfig) -> Result<HashMap<String, LoraModule>> {
-        let spec = LoraSpec::new(config)?;
-        let mut chosen = HashMap::new();
-        for (module, ..) in self.linear_modules() {
-            let name = self.peft_module(&module);
-            // A pattern may also have been written for the text model alone.
-            let lora = match spec.for_module(&name)? {
-                Some(lora) => Some(lora),
-                None => spec.for_module(&text_module(&name))?,
-            };
-            if let Some(lora) = lora {
-                let module_lora =
-                    LoraModule { r: i64::from(lora.r), scale: lora.scale, dropout: lora.lora_dropout };
-                chosen.insert(module, module_lora);
-            }
-        }
-        Ok(chosen)
+        let modules = self.linear_modules().into_iter();
+        choose_lora(config, modules.map(|(module, ..)| (self.peft_module(&module), module)))
     }
 
     /// Puts fresh LoRA (A random, B zero) on every module for which `choose` returns some. Returns how many it chose. The
