@@ -390,7 +390,7 @@ fn post_processor(inner: &tokenizers::Tokenizer) -> Option<PostProcessor> {
 }
 
 /// The letter for each byte: itself where it prints, or else the next one from U+0100 on.
-fn letters() -> [char; 256] {
+pub(super) fn letters() -> [char; 256] {
     let prints = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut next = '\u{100}'..;
     std::array::from_fn(|byte| match byte as u8 {
