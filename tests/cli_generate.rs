@@ -50,7 +50,7 @@ fn model(chat: bool) -> tempfile::TempDir {
     folder
 }
 
-fn run(command: &str, dir: &Path, flags: &[&str], stdin: &str) -> Output {
+fn run(command: &str, dir: &Path, flags: &[&str], stdin: impl AsRef<[u8]>) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
         .args([command, "--device", "cpu", "--threads", "1", "--model"])
         .arg(dir)
@@ -61,7 +61,7 @@ fn run(command: &str, dir: &Path, flags: &[&str], stdin: &str) -> Output {
         .spawn()
         .unwrap();
     // The program may refuse before it reads.
-    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_ref());
     child.wait_with_output().unwrap()
 }
 
@@ -212,6 +212,31 @@ fn chat_keeps_what_was_said() {
     // One answer is streamed as text.
     let again = succeeded(run("generate", dir, &flags, ""));
     assert_eq!(again.strip_suffix('\n').unwrap(), first[3]["content"].as_str().unwrap());
+}
+
+#[test]
+fn chat_says_what_it_cannot_read_and_ends_with_its_reader() {
+    let folder = model(true);
+    let dir = folder.path();
+    let flags = ["--temperature", "0", "--max-new-tokens", "5"];
+    let output = run("chat", dir, &flags, b"the red cat\n/help\nthe \xff\xfe\n");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("/reset"));
+    refused(output, 1, "stdin, line 3: expected text in UTF-8");
+    for input in ["the red cat\na dog\n", "/help\n/help\n"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
+            .args(["chat", "--device", "cpu", "--threads", "1", "--model"])
+            .arg(dir)
+            .args(flags)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `ferrotune chat`: a conversation in the terminal.
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 
 use super::engine_args::EngineArgs;
+use super::generate::is_broken_pipe;
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
 use crate::device;
@@ -72,35 +73,84 @@ pub fn run(args: ChatArgs) -> Result<()> {
         interrupted,
     };
     chat.start(args.system.as_deref());
-    let mut editor = DefaultEditor::new().context("opening the terminal")?;
-    let on_terminal = std::io::stdin().is_terminal();
-    if on_terminal {
-        println!("{} on {}. /help lists commands.", args.model.model, device::describe(model.decoder.device));
-    }
-    loop {
-        let line = match editor.readline(if on_terminal { "> " } else { "" }) {
-            Ok(line) => line,
-            Err(ReadlineError::Interrupted) => {
-                println!("(/exit or Ctrl-D leaves)");
-                continue;
-            }
-            Err(ReadlineError::Eof) => return Ok(()),
-            Err(error) => return Err(error).context("reading from the terminal"),
-        };
-        let line = line.trim();
-        if line.is_empty() {
-            continue;
+    let talked = Input::open().and_then(|input| {
+        if let Input::Terminal(_) = input {
+            say(&format!(
+                "{} on {}. /help lists commands.",
+                args.model.model,
+                device::describe(model.decoder.device)
+            ))?;
         }
-        // History is a convenience: a line that cannot be kept is no reason to stop.
-        let _ = editor.add_history_entry(line);
+        talk(&mut chat, input)
+    });
+    match talked {
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        talked => talked,
+    }
+}
+
+fn talk(chat: &mut Chat, mut input: Input) -> Result<()> {
+    while let Some(line) = input.line()? {
+        let line = line.trim();
         let done = match line.strip_prefix('/') {
+            _ if line.is_empty() => continue,
             Some("exit") => return Ok(()),
             Some(command) => chat.command(command),
             None => chat.turn(line),
         };
-        // A bad command or a turn that did not work ends nothing.
-        if let Err(error) = done {
-            eprintln!("error: {error:#}");
+        match done {
+            Err(error) if is_broken_pipe(&error) => return Err(error),
+            // A bad command or a turn that did not work ends nothing.
+            Err(error) => eprintln!("error: {error:#}"),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
+}
+
+fn say(text: &str) -> Result<()> {
+    writeln!(stdout(), "{text}").context("writing to stdout")
+}
+
+/// Where the user's lines come from.
+enum Input {
+    Terminal(Box<DefaultEditor>),
+    /// Of a file or another program, with the number of its last line.
+    Pipe(usize),
+}
+
+impl Input {
+    fn open() -> Result<Input> {
+        if !stdin().is_terminal() {
+            return Ok(Input::Pipe(0));
+        }
+        Ok(Input::Terminal(Box::new(DefaultEditor::new().context("opening the terminal")?)))
+    }
+
+    /// The next line; none at the end.
+    fn line(&mut self) -> Result<Option<String>> {
+        match self {
+            Input::Terminal(editor) => loop {
+                match editor.readline("> ") {
+                    Ok(line) => {
+                        // History is a convenience: a line that cannot be kept is no reason to stop.
+                        let _ = editor.add_history_entry(line.trim());
+                        return Ok(Some(line));
+                    }
+                    Err(ReadlineError::Interrupted) => say("(/exit or Ctrl-D leaves)")?,
+                    Err(ReadlineError::Eof) => return Ok(None),
+                    Err(error) => return Err(error).context("reading from the terminal"),
+                }
+            },
+            Input::Pipe(number) => {
+                let mut bytes = Vec::new();
+                *number += 1;
+                if stdin().lock().read_until(b'\n', &mut bytes).context("reading from stdin")? == 0 {
+                    return Ok(None);
+                }
+                let text = String::from_utf8(bytes);
+                text.map(Some).with_context(|| format!("stdin, line {number}: expected text in UTF-8"))
+            }
         }
     }
 }
@@ -125,23 +175,23 @@ impl Chat<'_> {
         match (name, rest.trim()) {
             ("reset", _) => {
                 self.messages.retain(|message| message["role"] == "system");
-                println!("(the conversation is forgotten)");
+                say("(the conversation is forgotten)")?;
             }
             ("system", "") => {
                 self.start(None);
-                println!("(no system message; the conversation starts anew)");
+                say("(no system message; the conversation starts anew)")?;
             }
             ("system", text) => {
                 self.start(Some(text));
-                println!("(system message set; the conversation starts anew)");
+                say("(system message set; the conversation starts anew)")?;
             }
             ("save", "") => bail!("/save needs the name of a file"),
             ("save", file) => {
                 let text = serde_json::to_string_pretty(&json!({"messages": self.messages}))?;
                 write_atomically(Path::new(file), text.as_bytes())?;
-                println!("(saved to {file})");
+                say(&format!("(saved to {file})"))?;
             }
-            ("help", _) => println!("{COMMANDS}"),
+            ("help", _) => say(COMMANDS)?,
             _ => bail!("/{name} is no command; /help lists them"),
         }
         Ok(())

@@ -351,7 +351,8 @@ fn summary(stats: &EngineStats, elapsed: f64, params: &SamplingParams) -> String
     text
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
+/// Whether whoever read the output has left.
+pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let is = |cause: &(dyn std::error::Error + 'static)| {
         cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
     };
