@@ -27,6 +27,7 @@ def raises(error, call):
 def models():
     listed = client.models.list().data
     assert [model.id for model in listed] == ["tiny"], listed
+    assert client.models.retrieve("tiny") == listed[0]
     return listed[0].id
 
 

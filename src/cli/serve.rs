@@ -69,6 +69,13 @@ pub struct HttpArgs {
     /// Largest body of a request
     #[arg(long, value_name = "SIZE", default_value = "8MiB")]
     pub max_body: Size,
+    /// Connections that are open at once; others wait
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: u32,
+    /// Time after which a connection is closed that sends no whole head of a request, or takes nothing of its answer, in
+    /// seconds
+    #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    pub idle_timeout: u32,
     /// Longest time of an answer, in seconds
     #[arg(long, value_name = "S", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
     pub request_timeout: u32,
@@ -86,6 +93,8 @@ impl HttpArgs {
                 max_tokens: self.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
                 max_open: (engine.max_num_seqs as usize).saturating_add(self.max_queue as usize),
                 max_samples: engine.max_num_seqs as usize,
+                max_connections: self.max_connections as usize,
+                idle_time: Duration::from_secs(self.idle_timeout.into()),
                 request_time: Duration::from_secs(self.request_timeout.into()),
                 stop_time: Duration::from_secs(self.stop_timeout.into()),
             },
@@ -115,7 +124,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     }
     let (commands, received) = mpsc::channel();
     let shared = Arc::new(Shared::default());
-    let served = ServedModel::new(&name, &model)?;
+    let served = ServedModel::new(&name, &model, &engine)?;
     let options = args.http.options(&args.engine);
     warn_if_open(args.address, &options);
     let server =

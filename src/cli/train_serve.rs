@@ -50,10 +50,10 @@ impl ServeBetweenSteps {
         let options = http.options(&engine);
         warn_if_open(address, &options);
         let stop_time = options.limits.stop_time;
-        let served = ServedModel::new(&http.name(name), model)?;
+        let engine = Engine::new(&model.decoder, engine.options(&model.decoder)?)?;
+        let served = ServedModel::new(&http.name(name), model, &engine)?;
         let server = Server::bind(address, served, options, commands, shared.clone()).context("--serve")?;
         println!("{} at http://{}, with the weights of the last step", http.name(name), server.address()?);
-        let engine = Engine::new(&model.decoder, engine.options(&model.decoder)?)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
         Ok(ServeBetweenSteps {

@@ -144,6 +144,11 @@ impl Engine {
         pages_of(options, decoder) <= self.pages.pages() && options.max_num_seqs <= self.options.max_num_seqs
     }
 
+    /// Most tokens of a prompt and its answer that have pages.
+    pub fn room(&self) -> usize {
+        self.pages.pages() * PAGE_SIZE
+    }
+
     /// An engine with just the room that `n` answers to a prompt of `prompt_tokens` need.
     pub(super) fn for_request(
         decoder: &Decoder,
@@ -161,7 +166,7 @@ impl Engine {
     ///
     /// # Errors
     /// Parameters without meaning; a prompt that is empty, fills the model's context or has ids out of the vocabulary; stop
-    /// strings or a grammar without a tokenizer; an adapter that is not loaded; what could never fit the budget.
+    /// strings or a grammar without a tokenizer, a grammar without a stop token; an adapter that is not loaded; what could never fit the budget.
     pub fn submit<'a>(&mut self, model: impl Into<ModelRef<'a>>, request: Request) -> Result<RequestId> {
         let model = model.into();
         request.params.check()?;
@@ -194,8 +199,11 @@ impl Engine {
             bail!(
                 "the prompt and max_new_tokens may need {longest} tokens, the engine has room for {}: lower \
                  max_new_tokens or raise the memory for keys and values",
-                self.pages.pages() * PAGE_SIZE
+                self.room()
             );
+        }
+        if request.grammar.is_some() && request.params.stop_token_ids.is_empty() {
+            bail!("stop_token_ids is empty, and an answer in a grammar ends by one of them");
         }
         let id = RequestId(self.number());
         self.waiting.push_back(Sequence::new(model, id, adapter, request)?);

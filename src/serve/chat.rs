@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
-use axum::http::Response;
+use hyper::Response;
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::{Common, Fields};
 use super::http::App;
 use super::respond::{self, Kind, Reply};
+use super::response::Body;
 use crate::generate::{Grammar, Request};
 
 pub(super) async fn completions(app: Arc<App>, body: Vec<u8>) -> Result<Response<Body>, ApiError> {
@@ -41,6 +41,10 @@ fn parse(app: &App, body: &[u8]) -> Result<Parsed, ApiError> {
     let tools = tools(&mut fields)?;
     let variables: Option<Map<String, Value>> = fields.take("chat_template_kwargs")?;
     let grammar = grammar(&mut fields, app)?;
+    if grammar.is_some() && common.ignore_eos {
+        let message = "not with response_format: its answer ends where the JSON does";
+        return Err(ApiError::field("ignore_eos", message));
+    }
     let wants = fields.take::<bool>("logprobs")?.unwrap_or(false);
     let top = fields.take::<usize>("top_logprobs")?;
     if top.is_some_and(|top| top > 20) {
@@ -52,7 +56,7 @@ fn parse(app: &App, body: &[u8]) -> Result<Parsed, ApiError> {
     common.params.logprobs = wants.then_some(top.unwrap_or(0));
     fields.finish()?;
     let prompt_ids = app.model.chat_ids(messages, tools.as_ref(), variables.as_ref())?;
-    app.model.check_length(prompt_ids.len(), &common.params, common.limited)?;
+    app.model.fit(prompt_ids.len(), &mut common.params, common.limited)?;
     let request = Request {
         prompt_ids,
         params: common.params.clone(),

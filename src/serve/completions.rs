@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
-use axum::http::Response;
+use hyper::Response;
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Common, Fields};
 use super::http::App;
 use super::respond::{self, Kind, Reply};
+use super::response::Body;
 use crate::generate::Request;
 
 /// What OpenAI's API takes for an answer whose length nobody gave.
@@ -46,14 +46,9 @@ fn parse(app: &App, body: &[u8]) -> Result<(Common, Vec<Request>), ApiError> {
     }
     fields.finish()?;
     let requests = prompts(app, prompt)?.into_iter().map(|prompt_ids| {
-        app.model.check_length(prompt_ids.len(), &common.params, common.limited)?;
-        Ok(Request {
-            prompt_ids,
-            params: common.params.clone(),
-            n: common.n,
-            adapter: common.adapter.clone(),
-            grammar: None,
-        })
+        let mut params = common.params.clone();
+        app.model.fit(prompt_ids.len(), &mut params, common.limited)?;
+        Ok(Request { prompt_ids, params, n: common.n, adapter: common.adapter.clone(), grammar: None })
     });
     let requests = requests.collect::<Result<Vec<_>, ApiError>>()?;
     Ok((common, requests))

@@ -71,6 +71,8 @@ pub(super) struct Common {
     pub(super) include_usage: bool,
     /// Whether the longest answer was given.
     pub(super) limited: bool,
+    /// Whether the model's own stop tokens end nothing.
+    pub(super) ignore_eos: bool,
 }
 
 impl Common {
@@ -86,9 +88,7 @@ impl Common {
         } else if adapters.contains(&model) {
             Some(model.clone())
         } else {
-            let message = format!("the model {model:?} does not exist; GET /v1/models lists those that do");
-            let error = ApiError::new(axum::http::StatusCode::NOT_FOUND, message);
-            return Err(error.code("model_not_found"));
+            return Err(ApiError::no_model(&model));
         };
         let most_tokens = limits.max_tokens;
         let (name, given) = match fields.take::<usize>("max_completion_tokens")? {
@@ -117,10 +117,16 @@ impl Common {
             seed: seed(fields)?.unwrap_or_else(rand::random),
             logprobs: None,
         };
-        if fields.take::<bool>("ignore_eos")?.unwrap_or(false) {
+        let ignore_eos = fields.take("ignore_eos")?.unwrap_or(false);
+        if ignore_eos {
             params.stop_token_ids.clear();
         }
-        params.stop_token_ids.extend(fields.take::<Vec<i64>>("stop_token_ids")?.unwrap_or_default());
+        let stops: Vec<i64> = fields.take("stop_token_ids")?.unwrap_or_default();
+        if let Some(id) = stops.iter().find(|id| !(0..served.vocab_size).contains(*id)) {
+            let message = format!("{id} is outside the vocabulary, expected 0 to {}", served.vocab_size - 1);
+            return Err(ApiError::field("stop_token_ids", message));
+        }
+        params.stop_token_ids.extend(stops);
         params.check().map_err(|error| {
             // It begins with the name.
             let message = format!("{error:#}");
@@ -141,7 +147,7 @@ impl Common {
         let mut options = Fields(options);
         let include_usage = options.take("include_usage")?.unwrap_or(false);
         options.finish()?;
-        Ok(Common { params, n, adapter, model, stream, include_usage, limited: given.is_some() })
+        Ok(Common { params, n, adapter, model, stream, include_usage, limited: given.is_some(), ignore_eos })
     }
 }
 

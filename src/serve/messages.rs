@@ -4,9 +4,9 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
-use crate::data::{RenderOptions, Tokenizer};
-use crate::generate::{Grammars, SamplingParams};
-use crate::models::FastLanguageModel;
+use crate::data::{RenderOptions, TokenBytes, Tokenizer};
+use crate::generate::{Engine, Grammars, SamplingParams};
+use crate::models::{AdapterReader, FastLanguageModel};
 
 /// What HTTP knows of the model: all but its weights.
 pub struct ServedModel {
@@ -15,28 +15,38 @@ pub struct ServedModel {
     pub tokenizer: Tokenizer,
     /// The checkpoint's own parameters, for what a request does not say.
     pub defaults: SamplingParams,
-    /// Most tokens of a prompt and its answer.
+    /// The model's context, in tokens.
     pub context: usize,
+    /// Most tokens of a prompt and its answer: no more than the context, nor than the engine has room for.
+    pub max_model_len: usize,
     pub(super) vocab_size: i64,
     bos_token_id: Option<i64>,
     pub(super) created: i64,
     pub(super) grammars: Result<Grammars>,
+    pub(super) token_bytes: TokenBytes,
+    pub(super) adapters: AdapterReader,
 }
 
 impl ServedModel {
+    /// What `engine` answers for `model`.
+    ///
     /// # Errors
     /// A model without a tokenizer.
-    pub fn new(name: &str, model: &FastLanguageModel) -> Result<ServedModel> {
+    pub fn new(name: &str, model: &FastLanguageModel, engine: &Engine) -> Result<ServedModel> {
         let tokenizer = model.tokenizer()?.clone();
         let config = &model.decoder.config;
+        let context = config.max_position_embeddings.max(0) as usize;
         Ok(ServedModel {
             name: name.to_string(),
             defaults: model.generation_params()?,
-            context: config.max_position_embeddings.max(0) as usize,
+            context,
+            max_model_len: context.min(engine.room()),
             vocab_size: config.vocab_size,
             bos_token_id: tokenizer.bos_token_id().map(i64::from).or(config.bos_token_id),
             created: chrono::Utc::now().timestamp(),
             grammars: Grammars::new(&tokenizer),
+            token_bytes: TokenBytes::new(&tokenizer),
+            adapters: model.adapter_reader(),
             tokenizer,
         })
     }
@@ -71,25 +81,32 @@ impl ServedModel {
         Ok(ids.into_iter().map(i64::from).collect())
     }
 
-    /// Room for an answer behind a prompt.
+    /// Leaves `params` the room that there is for an answer behind a prompt of `prompt` tokens.
     ///
     /// # Errors
-    /// A prompt that fills the context, or leaves less than was asked for.
-    pub(super) fn check_length(
+    /// A prompt that leaves no room, or less than was asked for.
+    pub(super) fn fit(
         &self,
         prompt: usize,
-        params: &SamplingParams,
+        params: &mut SamplingParams,
         limited: bool,
     ) -> Result<(), ApiError> {
-        let left = self.context.saturating_sub(prompt);
+        let most = self.max_model_len;
+        let left = most.saturating_sub(prompt);
         if left > 0 && (!limited || params.max_new_tokens <= left) {
+            params.max_new_tokens = params.max_new_tokens.min(left);
             return Ok(());
         }
+        let context = self.context;
+        let room = if most < context {
+            format!(
+                "this server has room for {most} tokens (its --kv-cache-memory; the model's context is {context})"
+            )
+        } else {
+            format!("this model's context is {context} tokens")
+        };
         let asked = if limited { params.max_new_tokens } else { 1 };
-        let message = format!(
-            "this model's context is {} tokens; the prompt has {prompt} and the answer may have {asked}",
-            self.context
-        );
+        let message = format!("{room}; the prompt has {prompt} and the answer may have {asked}");
         Err(ApiError::bad(message).code("context_length_exceeded"))
     }
 }

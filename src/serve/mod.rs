@@ -4,14 +4,19 @@
 //! them are channels: requests in, [`Answer`]s out. A client that leaves closes its channel, and the worker drops the
 //! request.
 
+mod adapters;
 mod chat;
 mod completions;
+mod connections;
 mod error;
 mod fields;
 mod http;
+mod logprobs;
 mod messages;
 mod metrics;
 mod respond;
+mod response;
+mod routes;
 mod tool_calls;
 mod worker;
 

@@ -1,23 +1,26 @@
 //! From the engine's answers to the bodies of OpenAI's API, whole or chunk by chunk.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, Bytes};
-use axum::http::{HeaderValue, Response, StatusCode, header};
+use http_body_util::BodyExt;
+use hyper::body::{Body as HttpBody, Bytes, Frame};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::{Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::Sleep;
-use tokio_stream::Stream;
 
-use super::error::{ApiError, json_response};
+use super::error::ApiError;
 use super::http::App;
+use super::logprobs::{self, Characters, TokenLogprobs};
+use super::response::{Body, json_response};
 use super::tool_calls;
 use super::worker::{Answer, AnswerKind};
-use crate::data::Tokenizer;
 use crate::generate::{FinishReason, Token};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,16 +53,9 @@ struct Sample {
     /// Bytes of the text that were streamed.
     sent: usize,
     tokens: usize,
-    tokens_with_logprobs: Vec<TokenText>,
+    tokens_with_logprobs: Vec<TokenLogprobs>,
+    characters: Characters,
     reason: Option<FinishReason>,
-}
-
-/// A token with log-probabilities, as text.
-struct TokenText {
-    text: String,
-    offset: usize,
-    logprob: f32,
-    top: Vec<(String, f32)>,
 }
 
 impl Reply {
@@ -114,19 +110,21 @@ impl Reply {
     }
 
     fn add(&mut self, index: usize, token: Token) -> Result<Vec<Value>, ApiError> {
-        let tokenizer = &self.app.model.tokenizer;
+        let model = &self.app.model;
         let sample = &mut self.samples[index];
         sample.tokens += 1;
-        let offset = sample.text.len();
         sample.text += &token.text;
         let with_logprobs = token.logprobs.is_some();
         if let Some(found) = token.logprobs {
-            let top = found.top.iter().map(|&(id, logprob)| (token_text(tokenizer, id), logprob));
-            sample.tokens_with_logprobs.push(TokenText {
-                text: token_text(tokenizer, token.id),
-                offset,
+            let bytes = |id| model.token_bytes.of(&model.tokenizer, id as u32);
+            // Special tokens have no place in the text.
+            let shown =
+                if model.tokenizer.is_special(token.id as u32) { Vec::new() } else { bytes(token.id) };
+            sample.tokens_with_logprobs.push(TokenLogprobs {
+                bytes: bytes(token.id),
+                offset: sample.characters.add(&shown),
                 logprob: found.logprob,
-                top: top.collect(),
+                top: found.top.iter().map(|&(id, logprob)| (id, bytes(id), logprob)).collect(),
             });
         }
         let certain = match self.kind {
@@ -258,36 +256,13 @@ impl Reply {
         json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
     }
 
-    fn logprobs(&self, tokens: &[TokenText]) -> Value {
-        if tokens.is_empty() {
-            return Value::Null;
+    fn logprobs(&self, tokens: &[TokenLogprobs]) -> Value {
+        match self.kind {
+            _ if tokens.is_empty() => Value::Null,
+            Kind::Text => logprobs::of_text(tokens),
+            Kind::Chat { .. } => logprobs::of_chat(tokens),
         }
-        if self.kind == Kind::Text {
-            let top = |token: &TokenText| -> Value {
-                Value::Object(
-                    token.top.iter().map(|(text, logprob)| (text.clone(), json!(logprob))).collect(),
-                )
-            };
-            return json!({
-                "tokens": tokens.iter().map(|token| &token.text).collect::<Vec<_>>(),
-                "token_logprobs": tokens.iter().map(|token| token.logprob).collect::<Vec<_>>(),
-                "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
-                "text_offset": tokens.iter().map(|token| token.offset).collect::<Vec<_>>(),
-            });
-        }
-        let one =
-            |text: &str, logprob: f32| json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()});
-        let content = tokens.iter().map(|token| {
-            let mut entry = one(&token.text, token.logprob);
-            entry["top_logprobs"] = token.top.iter().map(|(text, logprob)| one(text, *logprob)).collect();
-            entry
-        });
-        json!({"content": content.collect::<Vec<_>>(), "refusal": null})
     }
-}
-
-fn token_text(tokenizer: &Tokenizer, id: i64) -> String {
-    tokenizer.decode(&[id as u32], false).unwrap_or_default()
 }
 
 fn too_slow(limit: Duration) -> ApiError {
@@ -328,11 +303,11 @@ pub(super) async fn streamed(mut reply: Reply, mut answers: UnboundedReceiver<An
         Err(error) => return error.response(),
     }
     let deadline = Box::pin(tokio::time::sleep(limit));
-    let mut response =
-        Response::new(Body::from_stream(EventStream { reply, answers, ready, deadline, over: false }));
+    let events = EventStream { reply, answers, ready, deadline, over: false };
+    let mut response = Response::new(events.boxed_unsync());
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
 }
 
@@ -361,14 +336,18 @@ impl EventStream {
     }
 }
 
-impl Stream for EventStream {
-    type Item = Result<Bytes, std::convert::Infallible>;
+impl HttpBody for EventStream {
+    type Data = Bytes;
+    type Error = Infallible;
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<Option<Self::Item>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         loop {
             if let Some(bytes) = this.ready.pop_front() {
-                return Poll::Ready(Some(Ok(bytes)));
+                return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
             if this.over {
                 return Poll::Ready(None);

@@ -1,7 +1,6 @@
 //! The engine's side of the server: commands in, answers out.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use tokio::sync::{mpsc, oneshot};
 
+use super::adapters::loaded_already;
 use crate::generate::{Engine, EngineStats, EventKind, FinishReason, Request, RequestId, Token};
-use crate::models::FastLanguageModel;
+use crate::models::{Adapter, FastLanguageModel};
 
 /// What HTTP asks of the engine.
 pub enum Command {
@@ -23,7 +23,9 @@ pub enum Command {
     },
     LoadLora {
         name: String,
-        path: PathBuf,
+        adapter: Box<Adapter>,
+        /// Takes the place of one of that name.
+        replace: bool,
         reply: oneshot::Sender<Result<()>>,
     },
     UnloadLora {
@@ -159,11 +161,12 @@ impl Worker {
                     }
                 }
             }
-            Command::LoadLora { name, path, reply } => {
-                let loaded = if self.engine.lora(&name).is_some() {
-                    Err(anyhow!("the adapter {name} is loaded already"))
+            Command::LoadLora { name, adapter, replace, reply } => {
+                let loaded = if !replace && self.engine.lora(&name).is_some() {
+                    Err(anyhow!(loaded_already(&name)))
                 } else {
-                    model.read_adapter(&path).map(|adapter| self.engine.load_lora(&name, adapter))
+                    let adapter = adapter.to_device(model.decoder.device);
+                    adapter.map(|adapter| self.engine.load_lora(&name, adapter))
                 };
                 self.publish();
                 let _ = reply.send(loaded);
