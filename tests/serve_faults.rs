@@ -22,7 +22,7 @@ fn get(server: &Running, path: &str) -> String {
 
 #[test]
 fn connections_without_progress_are_closed() {
-    let idle_time = Duration::from_millis(300);
+    let idle_time = Duration::from_millis(600);
     let server = Running::with(Limits { idle_time, ..limits() });
     let since = Instant::now();
     let mut silent = server.connect();
@@ -87,7 +87,7 @@ fn a_reader_that_stops_gives_its_place_back() {
 
 #[test]
 fn what_takes_too_long_is_told() {
-    let server = Running::with(Limits { request_time: Duration::from_secs(1), ..limits() });
+    let server = Running::with(Limits { request_time: Duration::from_secs(1), max_open: 64, ..limits() });
     // A body that does not come.
     let mut slow = server.connect();
     let head = format!("POST {CHAT} HTTP/1.1\r\nHost: {}\r\nContent-Length: 100\r\n\r\n{{", server.address);
@@ -95,9 +95,9 @@ fn what_takes_too_long_is_told() {
     let (status, body) = response(&rest(&mut slow));
     assert!(status == 408 && body.contains("took too long to arrive"), "{status} {body}");
 
-    // An answer of many thousand tokens, which has begun.
+    // An answer of a hundred thousand tokens, which has begun.
     let mut long = endless(400);
-    long["prompt"] = json!(vec!["The sky"; 8]);
+    long["prompt"] = json!(vec!["The sky"; 64]);
     (long["n"], long["logprobs"]) = (json!(4), json!(20));
     let events = server.stream(TEXT, &long);
     let error = &events.last().unwrap()["error"];

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
-use ferrotune::generate::KvBudget;
+use ferrotune::generate::{Engine, EngineOptions, Grammars, KvBudget, Request, SamplingParams};
 use ferrotune::io::adapter::{AdapterConfig, InitLoraWeights};
 use ferrotune::models::FastLanguageModel;
 use ferrotune::serve::ServeOptions;
@@ -90,6 +90,15 @@ fn fields_that_cannot_be_meant_are_named() {
         assert!(reply["error"]["message"].as_str().unwrap().contains(needle), "{reply}");
     }
     server.stop();
+
+    // In a program, too: without a stop token an answer in a grammar would have no end.
+    let model = tiny();
+    let grammar = Grammars::new(model.tokenizer().unwrap()).unwrap().json_schema(&json!({"type": "object"}));
+    let request =
+        Request { grammar: Some(grammar.unwrap()), ..Request::new(&[5], &SamplingParams::default()) };
+    let options = EngineOptions { kv_budget: KvBudget::Tokens(512), max_num_seqs: 1 };
+    let refused = Engine::new(&model.decoder, options).unwrap().submit(&model, request);
+    assert!(refused.unwrap_err().to_string().starts_with("stop_token_ids is empty"));
 }
 
 /// Where the engine has pages for less than the model's context, that is what the server says and takes.
@@ -179,6 +188,22 @@ fn log_probabilities_name_each_token() {
     }
     let tops = logprobs["top_logprobs"].to_string();
     assert!(tops.contains("\"bytes:\\\\x") && tops.contains("\" "), "{tops}");
+    // The first word of a text stands without the space that its token has.
+    let mut seen = 0;
+    for seed in 0..50 {
+        let body =
+            json!({"prompt": "", "logprobs": 0, "max_tokens": 2, "seed": seed, "n": 4, "temperature": 1});
+        let (_, reply) = server.post(TEXT, &body);
+        for choice in reply["choices"].as_array().unwrap() {
+            let (tokens, offsets) = (&choice["logprobs"]["tokens"], &choice["logprobs"]["text_offset"]);
+            let first = tokens[0].as_str().unwrap();
+            if first.starts_with(' ') && first.is_ascii() && !offsets[1].is_null() {
+                assert_eq!(offsets[1], json!(first.len() - 1), "{choice}");
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 0);
     let (status, reply) = server
         .post(CHAT, &with(json!({"messages": question("The sky"), "logprobs": true, "top_logprobs": 20})));
     assert_eq!(status, 200, "{reply}");

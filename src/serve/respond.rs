@@ -117,9 +117,16 @@ impl Reply {
         let with_logprobs = token.logprobs.is_some();
         if let Some(found) = token.logprobs {
             let bytes = |id| model.token_bytes.of(&model.tokenizer, id as u32);
-            // Special tokens have no place in the text.
-            let shown =
-                if model.tokenizer.is_special(token.id as u32) { Vec::new() } else { bytes(token.id) };
+            // Special tokens have no place in the text, nor has the space of a token with nothing before it.
+            let mut shown = bytes(token.id);
+            let begins = sample.tokens == 1
+                && !token.text.starts_with(' ')
+                && (!token.text.is_empty() || shown == b" ");
+            if model.tokenizer.is_special(token.id as u32) {
+                shown.clear();
+            } else if begins && shown.starts_with(b" ") {
+                shown.remove(0);
+            }
             sample.tokens_with_logprobs.push(TokenLogprobs {
                 bytes: bytes(token.id),
                 offset: sample.characters.add(&shown),
