@@ -23,6 +23,7 @@ fn main() {
         "cross_entropy",
         "cuda_library",
         "decode",
+        "decode_rows",
         "device",
         "few_rows",
         "fp8",

@@ -85,9 +85,12 @@ Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
   const int64_t heads = q.size(1), dim = q.size(2), keys = k.size(0), kv_heads = k.size(1);
   const int64_t low = spec.window > 0 ? std::max<int64_t>(0, keys - spec.window) : 0;
   const Tensor ks = k.narrow(0, low, keys - low).transpose(0, 1), vs = v.narrow(0, low, keys - low).transpose(0, 1);
-  Tensor scores = at::bmm(q.reshape({kv_heads, heads / kv_heads, dim}), ks.transpose(1, 2)).mul_(spec.scale);
-  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
   const auto acc = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  // Scores in f32 from the product on, as ATen's kernel for the CPU has them in training; on a GPU from the scale on.
+  const auto dtype = q.is_cpu() ? acc : q.scalar_type();
+  const Tensor queries = q.reshape({kv_heads, heads / kv_heads, dim}).to(dtype);
+  Tensor scores = at::bmm(queries, ks.transpose(1, 2).to(dtype)).to(acc).mul_(spec.scale);
+  if (spec.softcap > 0) scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap);
   return at::bmm(at::softmax(scores, -1, acc).to(v.scalar_type()), vs).view({heads * dim});
 }
 

@@ -30,6 +30,7 @@ bool put_norm(const void*& to, const NormView& norm, const Tensor& x) {
 bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const LinearView& o, const NormView& post_norm,
                        const AttentionView& attention, const NormView& mlp_norm, const LinearView& gate_up, const LinearView& down,
                        const NormView& mlp_post_norm, Activation activation) {
+  if (x_.is_cpu()) return rows_.push(norm, qkv, o, post_norm, attention, mlp_norm, gate_up, down, mlp_post_norm, activation);
   if (!is_few_rows(x_) || !attention.pages || post_norm.weight.defined() || mlp_post_norm.weight.defined()) return false;
   const PagedBatch& batch = *attention.pages;
   if (!batch.all_single() || batch.rows() != x_.size(0) || !attention.pages_k.is_contiguous() || !attention.pages_v.is_contiguous()) return false;
@@ -76,6 +77,10 @@ bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const Linear
 }
 
 std::unique_ptr<Tensor> DecodeStack::run() {
+  if (x_.is_cpu()) {
+    Tensor y = rows_.run();
+    return y.defined() ? std::make_unique<Tensor>(std::move(y)) : nullptr;
+  }
   const Kernels* const kernels = kernels_for(x_);
   if (kernels == nullptr || layers_.empty()) return nullptr;
   KernelDecode stack = stack_;

@@ -177,18 +177,47 @@ std::shared_ptr<PagedBatch> paged_batch(rust::Slice<const std::int64_t> rows, ru
   return std::make_shared<PagedBatch>(rows, past, pages, page_size);
 }
 
+void check_pages(const PagesView& pages, const Tensor& x, int64_t kv_heads, int64_t dim) {
+  const PagedBatch& batch = *pages.batch;
+  const std::array<int64_t, 3> row{batch.page_size(), kv_heads, dim};
+  for (const Tensor* pool : {&pages.k, &pages.v}) {
+    TORCH_CHECK(pool->dim() == 4 && pool->sizes().slice(1) == at::IntArrayRef(row) && pool->size(0) >= batch.pool() &&
+                    pool->is_contiguous() && pool->scalar_type() == x.scalar_type() && pool->device() == x.device(),
+                "paged attention: the pool is ", pool->sizes(), " ", pool->scalar_type(), ", expected at least ",
+                batch.pool(), " pages of ", at::IntArrayRef(row), " ", x.scalar_type(), " on ", x.device());
+  }
+}
+
+CpuPages::CpuPages(const PagesView& pages, int64_t heads, int64_t kv_heads, int64_t dim, const AttentionSpec& spec)
+    : batch(*pages.batch), k(pages.k.mutable_data_ptr<float>()), v(pages.v.mutable_data_ptr<float>()), heads(heads),
+      kv_heads(kv_heads), dim(dim), spec(spec) {}
+
+void CpuPages::write(const PagedBatch::Sequence& sequence, int64_t position, const float* new_k, const float* new_v) const {
+  const int64_t width = kv_heads * dim, at = batch.slot(sequence, position) * width;
+  std::copy_n(new_k, width, k + at);
+  std::copy_n(new_v, width, v + at);
+}
+
+void CpuPages::attend(const PagedBatch::Sequence& sequence, int64_t position, int64_t head, const float* q, float* o,
+                      std::vector<float>& scores) const {
+  const int64_t low = spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0, group = heads / kv_heads;
+  scores.resize(std::max<size_t>(scores.size(), 2 * (position + 1 - low + 16)));
+  cpu_kernels()->paged_attention({q + head * group * dim, k + head * dim, v + head * dim, batch.pages(sequence), batch.page_size(),
+                                  kv_heads * dim, low, position + 1, dim, group, static_cast<float>(spec.scale),
+                                  static_cast<float>(spec.softcap)},
+                                 o + head * group * dim, scores.data());
+}
+
 namespace {
 
 // f32 on the CPU, by kernels/cpu/rows.h: each row and key/value head by itself.
-Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& pages,
+Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& view,
                      const AttentionSpec& spec) {
-  const CpuKernels& kernels = *cpu_kernels();
-  const PagedBatch& batch = *pages.batch;
+  const PagedBatch& batch = *view.batch;
   const TokenRows q_rows(given_q), k_rows(given_k), v_rows(given_v);
   const int64_t n = q_rows.x.size(0), heads = q_rows.x.size(1), dim = q_rows.x.size(2), kv_heads = k_rows.x.size(1);
-  const int64_t width = kv_heads * dim, group = heads / kv_heads;
   const Tensor out = at::empty({n, heads * dim}, given_q.options());
-  float *const ks = pages.k.mutable_data_ptr<float>(), *const vs = pages.v.mutable_data_ptr<float>();
+  const CpuPages pages(view, heads, kv_heads, dim, spec);
   float* const to = out.mutable_data_ptr<float>();
   const float *const q = q_rows.x.const_data_ptr<float>(), *const k = k_rows.x.const_data_ptr<float>();
   const float* const v = v_rows.x.const_data_ptr<float>();
@@ -196,27 +225,21 @@ Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor&
   int64_t keys = 0;
   for (const PagedBatch::Sequence& sequence : batch.sequences()) {
     for (int64_t row = 0; row < sequence.rows; ++row) {
-      const int64_t at = batch.slot(sequence, sequence.past + row) * width, from = sequence.first + row;
-      std::copy_n(k + from * k_rows.stride, width, ks + at);
-      std::copy_n(v + from * v_rows.stride, width, vs + at);
-      rows.emplace_back(&sequence, sequence.past + row);
-      keys += spec.window > 0 ? std::min(spec.window, sequence.past + row + 1) : sequence.past + row + 1;
+      const int64_t from = sequence.first + row, position = sequence.past + row;
+      pages.write(sequence, position, k + from * k_rows.stride, v + from * v_rows.stride);
+      rows.emplace_back(&sequence, position);
+      keys += spec.window > 0 ? std::min(spec.window, position + 1) : position + 1;
     }
   }
   const auto part = [&](int64_t begin, int64_t end) {
     std::vector<float> scores;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / kv_heads, head = task % kv_heads;
+      const int64_t row = task / kv_heads;
       const auto& [sequence, position] = rows[row];
-      const int64_t low = spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0;
-      scores.resize(std::max<size_t>(scores.size(), 2 * (position + 1 - low + 16)));
-      kernels.paged_attention({q + row * q_rows.stride + head * group * dim, ks + head * dim, vs + head * dim,
-                               batch.pages(*sequence), batch.page_size(), width, low, position + 1, dim, group,
-                               static_cast<float>(spec.scale), static_cast<float>(spec.softcap)},
-                              to + (row * heads + head * group) * dim, scores.data());
+      pages.attend(*sequence, position, task % kv_heads, q + row * q_rows.stride, to + row * heads * dim, scores);
     }
   };
-  const int64_t tasks = n * kv_heads, task_work = std::max<int64_t>(1, 2 * group * dim * keys / n);
+  const int64_t tasks = n * kv_heads, task_work = std::max<int64_t>(1, 2 * heads / kv_heads * dim * keys / n);
   tasks * task_work < 2 * kRowThreadWork
       ? part(0, tasks)
       : at::parallel_for(0, tasks, std::max<int64_t>(1, kRowThreadWork / task_work), part);
@@ -293,13 +316,7 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
                   k.size(0) == batch.rows() && k.size(2) == q.size(2) && q.size(1) % k.size(1) == 0,
               "paged attention: q is ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " for ", batch.rows(),
               " rows, expected [N, H, D] and twice [N, K, D]");
-  const std::array<int64_t, 3> row{batch.page_size(), k.size(1), k.size(2)};
-  for (const Tensor* pool : {&pages.k, &pages.v}) {
-    TORCH_CHECK(pool->dim() == 4 && pool->sizes().slice(1) == at::IntArrayRef(row) && pool->size(0) >= batch.pool() &&
-                    pool->is_contiguous() && pool->scalar_type() == q.scalar_type() && pool->device() == q.device(),
-                "paged attention: the pool is ", pool->sizes(), " ", pool->scalar_type(), ", expected at least ",
-                batch.pool(), " pages of ", at::IntArrayRef(row), " ", q.scalar_type(), " on ", q.device());
-  }
+  check_pages(pages, q, k.size(1), k.size(2));
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
   if (cpu_kernels_for(q) != nullptr) return by_cpu_kernel(q, k, v, pages, spec);
   return q.is_cuda() ? on_gpu(q, k, v, pages, spec) : by_groups(q, k, v, pages, spec);

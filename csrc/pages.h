@@ -92,6 +92,24 @@ struct PagesView {
   std::shared_ptr<PagedBatch> batch;
 };
 
+// Fails unless the pools are those of K heads of D for x's dtype and device, with the batch's pages.
+void check_pages(const PagesView& pages, const Tensor& x, int64_t kv_heads, int64_t dim);
+
+// Pages of f32 on the CPU, as kernels/cpu reads and writes them.
+struct CpuPages {
+  const PagedBatch& batch;
+  float *k, *v;
+  int64_t heads, kv_heads, dim;
+  AttentionSpec spec;
+
+  CpuPages(const PagesView& pages, int64_t heads, int64_t kv_heads, int64_t dim, const AttentionSpec& spec);
+  // new_k and new_v [K D] of the row at `position`.
+  void write(const PagedBatch::Sequence& sequence, int64_t position, const float* new_k, const float* new_v) const;
+  // What the queries of one key/value head see from `position`: q and o [H D] of the row.
+  void attend(const PagedBatch::Sequence& sequence, int64_t position, int64_t head, const float* q, float* o,
+              std::vector<float>& scores) const;
+};
+
 // Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
 // -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows. On a GPU one kernel takes the sequences with one
 // new row, one call those that start, and one those that go on. Not differentiable.

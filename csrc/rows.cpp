@@ -76,36 +76,41 @@ bool rows_fit_linear(const Tensor& x, const Linear& l) {
   return row <= rows;
 }
 
-Tensor rows_linear(const Tensor& x, const Linear& l) {
+void rows_linear_into(const Linear& l, int64_t first, int64_t m, const float* x, float* y) {
   const bool has_bias = l.bias.defined();
-  const int64_t m = x.size(0), rows = l.rows(), in = l.in();
-  const Tensor result = has_bias ? l.bias.expand({m, rows}).clone(at::MemoryFormat::Contiguous) : at::empty({m, rows}, x.options());
-  const float* from = x.const_data_ptr<float>();
-  float* const out = result.mutable_data_ptr<float>();
+  const int64_t rows = l.rows(), in = l.in();
+  for (int64_t i = 0; i < m && has_bias; ++i) std::copy_n(l.bias.const_data_ptr<float>(), rows, y + i * rows);
   if (l.weight.defined()) {
-    rows_product(l.weight, m, from, out, rows, 1, has_bias);
+    rows_product(l.weight, m, x, y, rows, 1, has_bias);
   } else {
-    float* y = out;
+    float* part_y = y;
     for (const auto& part : l.part_weights->parts) {
       if (const Nf4* nf4 = std::get_if<Nf4>(&part)) {
-        rows_product(*nf4, m, from, y, rows, has_bias);
-        y += nf4->rows;
+        rows_product(*nf4, m, x, part_y, rows, has_bias);
+        part_y += nf4->rows;
       } else {
         const Tensor& dense = std::get<Tensor>(part);
-        rows_product(dense, m, from, y, rows, 1, has_bias);
-        y += dense.size(0);
+        rows_product(dense, m, x, part_y, rows, 1, has_bias);
+        part_y += dense.size(0);
       }
     }
   }
   int64_t row = 0;
   for (const Lora& part : l.parts) {
-    if (part.a.defined()) add_lora(part.a, part.b, part.scale, m, from, out + row, rows);
+    if (part.a.defined()) add_lora(part.a, part.b, part.scale, m, x, y + row, rows);
     row += part.rows;
   }
   for (const LoraRows& lora : l.lora_rows) {
-    add_lora(lora.a, lora.b, lora.scale, lora.rows, from + lora.first * in, out + lora.first * rows + l.first_row(lora.part), rows);
+    const int64_t begin = std::max(lora.first - first, int64_t{0}), end = std::min(lora.first + lora.rows - first, m);
+    if (begin >= end) continue;
+    add_lora(lora.a, lora.b, lora.scale, end - begin, x + begin * in, y + begin * rows + l.first_row(lora.part), rows);
   }
-  return result;
+}
+
+Tensor rows_linear(const Tensor& x, const Linear& l) {
+  Tensor y = at::empty({x.size(0), l.rows()}, x.options());
+  rows_linear_into(l, 0, x.size(0), x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+  return y;
 }
 
 Tensor rows_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {

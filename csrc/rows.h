@@ -24,6 +24,8 @@ Tensor rows_rms_norm(const Tensor& x, const Tensor& weight, double eps, double o
 Tensor rows_swiglu(const Tensor& gate_up, Activation activation);
 // Whether rows_linear can: the weights fit the rows, nothing is dropped.
 bool rows_fit_linear(const Tensor& x, const Linear& linear);
+// Rows first .. first + m of a batch: x [m, in], y [m, rows].
+void rows_linear_into(const Linear& linear, int64_t first, int64_t m, const float* x, float* y);
 // As linear; x [N, in].
 Tensor rows_linear(const Tensor& x, const Linear& linear);
 

@@ -1,6 +1,7 @@
 //! `ferrotune grpo`, end to end on the embedded model.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -244,6 +245,55 @@ fn ctrl_c_ends_a_reward_that_hangs() {
     let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
     assert_eq!(checkpoint.state.global_step, 1);
     assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
+}
+
+/// Of an evaluation that is cut off nothing is in the records: its means would be those of what was judged by then.
+#[test]
+fn ctrl_c_leaves_an_evaluation_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let held_out = folder.path().join("held_out.jsonl");
+    let text = fs::read_to_string(example("heldout.jsonl")).unwrap();
+    fs::write(&held_out, text.lines().take(5).collect::<Vec<_>>().join("\n")).unwrap();
+    // Eight completions of the first step, two of the evaluation behind it.
+    let judge =
+        "command:n=0; while read l; do n=$((n+1)); [ $n -gt 10 ] && exec sleep 600; echo $((n%2)); done";
+    let flags =
+        ["--max-steps", "5", "--eval-steps", "1", "--reward-timeout", "600", "--num-generations", "4"];
+    let given = ["--reward-funcs", judge, "--eval-dataset", held_out.to_str().unwrap()];
+    let mut child = command(&output, &[&flags[..], &given].concat()).spawn().unwrap();
+    let started = Instant::now();
+    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
+        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(!String::from_utf8(ended.stdout).unwrap().contains("evaluation after step"));
+    let metrics = lines(&output.join("metrics.jsonl"));
+    assert!(metrics.len() == 1 && metrics[0].get("eval_reward").is_none(), "{metrics:?}");
+    let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
+    assert_eq!(checkpoint.state.global_step, 1);
+}
+
+/// Before the first step there is nothing to save.
+#[test]
+fn ctrl_c_while_the_model_is_loaded_ends_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, calibration) = (folder.path().join("out"), folder.path().join("calibration.jsonl"));
+    // Judging the modules by it takes many seconds.
+    let row = serde_json::json!({"text": "The sky is blue and the sun is hot. ".repeat(60)}).to_string();
+    fs::write(&calibration, vec![row; 256].join("\n")).unwrap();
+    let flags = ["--load-in-4bit", "--quant", "dynamic-nf4", "--calibration-dataset"];
+    let mut child =
+        command(&output, &[&flags[..], &[calibration.to_str().unwrap()]].concat()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(child.try_wait().unwrap().is_none());
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.signal(), Some(2), "{}", String::from_utf8_lossy(&ended.stderr));
 }
 
 #[test]

@@ -11,12 +11,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Flat, checkpoints, load, logits, root};
 
-fn engine(decoder: &Decoder, tokens: usize, max_num_seqs: usize) -> Engine {
+pub fn engine(decoder: &Decoder, tokens: usize, max_num_seqs: usize) -> Engine {
     Engine::new(decoder, EngineOptions { kv_budget: KvBudget::Tokens(tokens), max_num_seqs }).unwrap()
 }
 
 /// Prompts of many lengths, some with a common start.
-fn prompts(decoder: &Decoder, count: usize) -> Vec<Vec<i64>> {
+pub fn prompts(decoder: &Decoder, count: usize) -> Vec<Vec<i64>> {
     let vocab = decoder.config.vocab_size;
     let context = decoder.config.max_position_embeddings as usize;
     let prompt = |p: usize| {

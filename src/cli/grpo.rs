@@ -83,10 +83,10 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         ..LoadOptions::new(kind, device)
     };
     check_columns(&args, &prompts)?;
-    let stop = signals::stop_flag()?;
-    let reward_stop = Stop(stop.clone());
+    // No signal raises it before the model is loaded: until then one ends the program at once.
+    let stop = Stop::default();
     let reward_options = RewardOptions {
-        stop: &reward_stop,
+        stop: &stop,
         timeout: Duration::from_secs_f64(args.reward_timeout),
         device,
         kind,
@@ -122,7 +122,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
     let planned = plan.as_ref().and_then(|plan| plan.plan.memory.rollout);
     let kv =
         planned.map_or_else(|| kv_bytes(args.kv_cache_memory, device), |rollout| Ok(rollout.kv_cache))?;
-    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?.until(reward_stop.clone());
+    let mut source = Rollouts::new(&args, prompts, judges, stop_token_ids, kv)?.until(stop.clone());
     if planned.is_some_and(|rollout| rollout.stays) {
         source = source.keeping_its_engine();
     }
@@ -139,6 +139,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
                 .with_completions(args.log_completions_steps),
         ),
     ];
+    signals::raise_on_signal(&stop.0)?;
     let trainer = Trainer {
         model: &mut model,
         objective: &Grpo::new(&args),
@@ -147,7 +148,7 @@ pub fn run(arguments: GrpoArguments) -> Result<()> {
         eval: None,
         observer: &mut observer,
         plan: plan.as_ref().map(|plan| plan.run.clone()),
-        stop: &stop,
+        stop: &stop.0,
     };
     let results = run_planned(trainer, resume.as_ref(), plan.as_ref())?;
     drop(observer);

@@ -34,6 +34,7 @@ pub struct ServeBetweenSteps {
     /// None once training is over.
     worker: Option<Worker>,
     server: Option<JoinHandle<Result<()>>>,
+    address: SocketAddr,
     stop: Arc<AtomicBool>,
     /// When the present training step began.
     since: Instant,
@@ -53,16 +54,23 @@ impl ServeBetweenSteps {
         let engine = Engine::new(&model.decoder, engine.options(&model.decoder)?)?;
         let served = ServedModel::new(&http.name(name), model, &engine)?;
         let server = Server::bind(address, served, options, commands, shared.clone()).context("--serve")?;
-        println!("{} at http://{}, with the weights of the last step", http.name(name), server.address()?);
+        let address = server.address()?;
+        println!("{} at http://{address}, with the weights of the last step", http.name(name));
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
         Ok(ServeBetweenSteps {
             worker: Some(Worker::new(engine, received, shared)),
             server: Some(std::thread::spawn(move || server.run(stopping))),
+            address,
             stop,
             since: Instant::now(),
             stop_time,
         })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 }
 

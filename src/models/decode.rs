@@ -1,7 +1,7 @@
 //! The decoder behind what it has read: new rows of several sequences over paged keys and values.
 
 use anyhow::{Result, bail};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::Decoder;
 use crate::device;
@@ -92,6 +92,11 @@ impl Decoder {
             self.offloads_embedding.then(|| device::upload_rows(&self.embed_tokens, &ids, self.device));
         let mut x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
         let pass = Pass { lora, ..Pass::INFERENCE };
+        if self.device == Device::Cpu
+            && let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)?
+        {
+            return ops::rms_norm(&y, &self.norm);
+        }
         for index in 0..self.layers.len() {
             x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
         }
@@ -123,7 +128,7 @@ impl Decoder {
             .collect::<Result<Vec<_>>>()?;
         let mut x = self.embed(&rows.input_ids, None)?;
         let pass = Pass { lora, ..Pass::INFERENCE };
-        if let Some(y) = self.in_one_launch(&x, &batch, pages, &angles, pass)? {
+        if let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)? {
             return ops::rms_norm(&y, &self.norm);
         }
         for index in 0..self.layers.len() {
@@ -132,8 +137,8 @@ impl Decoder {
         ops::rms_norm(&x, &self.norm)
     }
 
-    /// All layers on x, where one launch can take them.
-    fn in_one_launch(
+    /// All layers on x, where one launch or loop can take them.
+    fn all_layers(
         &self,
         x: &Tensor,
         batch: &PagedBatch,
@@ -141,7 +146,7 @@ impl Decoder {
         angles: &[(Tensor, Tensor)],
         pass: Pass,
     ) -> Result<Option<Tensor>> {
-        let Some(mut stack) = DecodeStack::new(x)? else { return Ok(None) };
+        let mut stack = DecodeStack::new(x)?;
         for index in 0..self.layers.len() {
             let (attention, mlp) = self.blocks(index);
             let rows = self.rows(index, angles, Keys::Pages(batch, pages.layer(index)));

@@ -1,4 +1,5 @@
-//! All layers of a decoder on few new rows as one launch on a GPU (kernels/decode.cu).
+//! All layers of a decoder on few new rows: one launch on a GPU (kernels/decode.cu), one parallel loop on the CPU
+//! (csrc/decode_rows.h).
 
 use anyhow::Result;
 use cxx::UniquePtr;
@@ -7,19 +8,16 @@ use tch::Tensor;
 use super::{AttentionBlock, MlpBlock, Pass, Rows, attention_views, mlp_views, op_error};
 use crate::ffi::{self, bridge};
 
-/// The layers of one launch, in their order.
+/// The layers of one launch or loop, in their order.
 pub struct DecodeStack(UniquePtr<bridge::DecodeStack>);
 
 impl DecodeStack {
-    /// For x `[M, C]`, one new row of each of M sequences; None where no launch can take it.
-    pub fn new(x: &Tensor) -> Result<Option<DecodeStack>> {
-        if !x.device().is_cuda() {
-            return Ok(None);
-        }
-        Ok(Some(DecodeStack(bridge::decode_stack(ffi::borrow(x)).map_err(op_error)?)))
+    /// For x `[M, C]`, one new row of each of M sequences.
+    pub fn new(x: &Tensor) -> Result<DecodeStack> {
+        Ok(DecodeStack(bridge::decode_stack(ffi::borrow(x)).map_err(op_error)?))
     }
 
-    /// The next layer; false where the launch cannot take it. What it is made of must live until [`run`](DecodeStack::run).
+    /// The next layer; false where it cannot be taken. What it is made of must live until [`run`](DecodeStack::run).
     pub fn push(
         &mut self,
         attention: &AttentionBlock,
@@ -37,7 +35,7 @@ impl DecodeStack {
         .map_err(op_error)
     }
 
-    /// What the last layer gives, `[M, C]`; None where the launch cannot be.
+    /// What the last layer gives, `[M, C]`; None where it cannot be, or does not pay.
     pub fn run(mut self) -> Result<Option<Tensor>> {
         let y = self.0.pin_mut().run().map_err(op_error)?;
         Ok((!y.is_null()).then(|| ffi::take(y)))

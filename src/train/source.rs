@@ -10,7 +10,7 @@ use super::observer::Completions;
 use crate::data::{Batch, BatchStream};
 use crate::models::FastLanguageModel;
 
-/// The next step was not made, as the run was asked to stop: the source stands where it stood.
+/// The next step was not made, or an evaluation not ended, as the run was asked to stop: the source stands where it stood.
 #[derive(Debug)]
 pub struct Interrupted;
 
@@ -76,6 +76,9 @@ pub trait StepSource {
     }
 
     /// How the model does on the data that the source holds out.
+    ///
+    /// # Errors
+    /// [`Interrupted`], where the run was asked to stop before all of it was judged.
     fn evaluate(&mut self, _model: &FastLanguageModel) -> Result<Evaluation> {
         Ok(Evaluation::default())
     }

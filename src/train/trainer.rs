@@ -235,12 +235,15 @@ impl Trainer<'_> {
         Ok(results)
     }
 
-    /// Evaluates; true if the loss is the lowest so far.
+    /// Evaluates; true if the loss is the lowest so far. An evaluation that is cut off is not told of.
     fn evaluate(&mut self, at: &mut Progress) -> Result<bool> {
         let start = Instant::now();
         let epoch = self.train.epoch();
         let found = if self.train.evaluates() {
-            self.train.evaluate(self.model)?
+            match self.train.evaluate(self.model) {
+                Err(error) if error.is::<Interrupted>() => return Ok(false),
+                found => found?,
+            }
         } else {
             let Some(eval) = &mut self.eval else { return Ok(false) };
             loss_on(eval, self.objective, &self.model.decoder)?

@@ -244,10 +244,7 @@ impl<'a> Rollouts<'a> {
         ]);
         self.restarts = restarts;
         self.prompts = prompts;
-        if self.stop.is_raised() && !scores.failures.is_empty() {
-            // Perhaps only for lack of time: a resumed run asks again.
-            return Err(Interrupted.into());
-        }
+        self.check_judged(&scores)?;
         let mut completions = Vec::with_capacity(generations.len());
         let mut rows = Vec::with_capacity(generations.len());
         for (sample, (row, generation)) in generations.into_iter().enumerate() {
@@ -305,6 +302,14 @@ impl<'a> Rollouts<'a> {
             }
         }
         scores
+    }
+
+    /// Where the run was asked to stop, a failure is perhaps one only for lack of time: a resumed run asks again.
+    fn check_judged(&self, scores: &Scores) -> Result<()> {
+        if self.stop.is_raised() && !scores.failures.is_empty() {
+            return Err(Interrupted.into());
+        }
+        Ok(())
     }
 
     /// TRL's names.
@@ -441,11 +446,12 @@ impl StepSource for Rollouts<'_> {
             ..self.params.clone()
         };
         let written = self.writer.answers(model, one_each(&prompts, &params));
-        let found = written.map(|generations| {
+        let found = written.and_then(|generations| {
             let generations = generations.concat();
             let answers: Vec<(&Prompt, &Generation)> = prompts.rows.iter().zip(&generations).collect();
             let scores = self.judge(&answers);
-            Evaluation {
+            self.check_judged(&scores)?;
+            Ok(Evaluation {
                 loss: None,
                 tokens: generations.iter().map(|generation| generation.token_ids.len()).sum(),
                 samples: generations.len(),
@@ -454,7 +460,7 @@ impl StepSource for Rollouts<'_> {
                     .into_iter()
                     .filter(|(_, mean)| mean.is_finite())
                     .collect(),
-            }
+            })
         });
         self.held_out = Some(prompts);
         found

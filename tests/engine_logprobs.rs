@@ -1,0 +1,97 @@
+//! Log-probabilities of the engine beside those of the trainer's forward pass, on the CPU.
+
+use ferrotune::generate::{Request, SamplingParams};
+use ferrotune::models::{Config, Decoder};
+use ferrotune::ops::proof::Distance;
+use tch::{Kind, Tensor};
+
+use crate::engine::{engine, prompts};
+use crate::golden::{checkpoints, load, root};
+use crate::tolerance::{What, assert_allowed};
+
+/// In f64, with the weights that a model of `kind` has.
+fn reference(name: &str, kind: Kind) -> Decoder {
+    let decoder = load(&root().join(name), Kind::Double);
+    let _no_grad = tch::no_grad_guard();
+    decoder
+        .each_weight(|_, weight| {
+            weight.shallow_clone().copy_(&weight.to_kind(kind));
+            Ok(())
+        })
+        .unwrap();
+    decoder
+}
+
+/// Log-probabilities of the tokens of `ids` from `first` on, by one forward pass where the angles of all are those of the last, and
+/// else by one of each length.
+fn behind(decoder: &Decoder, ids: &[i64], first: usize) -> Tensor {
+    if decoder.rope_regime(first) == decoder.rope_regime(ids.len() - 1) {
+        return decoder.log_probs(ids).unwrap().slice(0, first as i64 - 1, None, 1);
+    }
+    let last = |length| decoder.log_probs(&ids[..length]).unwrap().slice(0, length as i64 - 2, None, 1);
+    Tensor::cat(&(first + 1..=ids.len()).map(last).collect::<Vec<_>>(), 0)
+}
+
+/// Answers of many lengths side by side, each token's log-probability beside that of the forward pass of training on the
+/// same tokens in the same dtype, and of f64: by the tolerance rule, of each model in the 2-norm and of all together in both. The
+/// max-norm of one model is that of one token among 280, where a rounding that falls otherwise decides.
+#[test]
+fn log_probabilities_are_the_trainers() {
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        let (mut all, mut shares) = ([const { Vec::<Tensor>::new() }; 3], Vec::new());
+        for name in checkpoints() {
+            let dir = root().join(&name);
+            if kind == Kind::Half && Config::from_dir(&dir).unwrap().overflows_f16() {
+                continue;
+            }
+            let decoder = load(&dir, kind);
+            let exact = reference(&name, kind);
+            let prompts = prompts(&decoder, 20);
+            let params = |seed: usize| SamplingParams {
+                temperature: 1.0,
+                seed: seed as u64,
+                max_new_tokens: 14,
+                logprobs: Some(0),
+                ..Default::default()
+            };
+            let requests =
+                prompts.iter().enumerate().map(|(seed, prompt)| Request::new(prompt, &params(seed)));
+            let answers = engine(&decoder, 4096, 16).run(&decoder, requests, |_, _, _| ()).unwrap();
+            let [mut ours, mut trainer, mut expected] = [const { Vec::new() }; 3];
+            for (prompt, answer) in prompts.iter().zip(&answers) {
+                let answer = &answer[0];
+                let ids = [&prompt[..], &answer.token_ids].concat();
+                let of = |decoder: &Decoder| behind(decoder, &ids, prompt.len());
+                let found: Vec<f32> = answer.logprobs.iter().map(|logprobs| logprobs.logprob).collect();
+                ours.push(Tensor::from_slice(&found));
+                trainer.push(of(&decoder));
+                expected.push(of(&exact).to_kind(Kind::Double));
+            }
+            let [ours, trainer, expected] =
+                [ours, trainer, expected].map(|values| Tensor::cat(&values, 0).to_kind(Kind::Double));
+            let Distance { found: [found, _], allowed: [allowed, _], .. } =
+                Distance::new(kind, What::Value, &ours, &trainer, &expected).unwrap();
+            assert!(
+                found <= allowed,
+                "{name}, {kind:?}, in the 2-norm: {found:.2e}, {allowed:.2e} is allowed"
+            );
+            shares.push(found / allowed);
+            for (all, one) in all.iter_mut().zip([ours, trainer, expected]) {
+                all.push(one);
+            }
+        }
+        let [ours, trainer, expected] = all.map(|values| Tensor::cat(&values, 0));
+        let distance = Distance::new(kind, What::Value, &ours, &trainer, &expected).unwrap();
+        let difference = (&ours - &trainer).abs();
+        println!(
+            "{kind:?}: {} tokens, at most {:.2e} from the trainer's, {:.2e} on average; {:.2} of what the rule allows, in the 2-norm \
+             at most {:.2} for one model",
+            difference.numel(),
+            difference.max().double_value(&[]),
+            difference.mean(Kind::Double).double_value(&[]),
+            distance.share(),
+            shares.into_iter().fold(0.0, f64::max)
+        );
+        assert_allowed(&format!("all models, {kind:?}"), distance);
+    }
+}
