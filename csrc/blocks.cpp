@@ -183,6 +183,9 @@ struct AttentionBlock {
       if (!k.o_z.defined()) k.o_z = linear_z(k.attended, o);
       return {};
     }
+    if (!keeps && !post_norm.weight.defined()) {
+      if (const Tensor y = inference_linear(k.attended, o, x); y.defined()) return y;
+    }
     k.out = linear_forward(k.attended, o, keeps ? &k.o_z : nullptr);
     const Tensor y = post_norm.forward(k.out, keeps ? &k.post_rstd : nullptr);
     if (!post_norm.weight.defined()) k.out = Tensor();

@@ -102,6 +102,7 @@ Tensor few_rows_linear(const Tensor& x, const Linear& l, const Tensor& residual)
       return y;
     }
   }
+  if (const Tensor y = inference_linear(x, l, residual); y.defined()) return y;
   const Tensor y = linear_forward(x, l, nullptr);
   return residual.defined() ? residual + y : y;
 }

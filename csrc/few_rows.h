@@ -17,7 +17,7 @@ bool is_few_rows(const Tensor& x);
 std::optional<KernelRows> linear_operands(const Linear& l, int64_t M, at::ScalarType dtype, bool& some);
 
 // residual + x W^T + bias + LoRA, without autograd; residual [N, rows] may be undefined. What the kernel cannot take goes
-// through linear_forward.
+// through inference_linear or linear_forward.
 Tensor few_rows_linear(const Tensor& x, const Linear& linear, const Tensor& residual = {});
 
 // x W^T in f32, or undefined where the kernel cannot.

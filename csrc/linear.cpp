@@ -170,6 +170,9 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out, Fp8Rows r
               ", weight is [", l.rows(), ", ", l.in(), "], expected [N, in] and [rows, in]");
   if (z_out == nullptr && is_rows(x) && rows_fit_linear(x, l)) return rows_linear(x, l);
   const auto dtype = x.scalar_type();
+  if (z_out == nullptr) {
+    if (const Tensor y = inference_linear(x, l); y.defined()) return y;
+  }
   const LoraParts lora(l, dtype);
   Tensor y, z;
   bool has_lora = false;  // y, already
@@ -194,16 +197,51 @@ Tensor linear_forward(const Tensor& x, const Linear& l, Tensor* z_out, Fp8Rows r
   return y;
 }
 
-void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& l) {
+namespace {
+
+// What LoRA adds to rows first .. first + rows.
+struct RowsSum {
+  int64_t first, rows;
+  LoraSum sum;
+
+  void add_to(const Tensor& y, const Tensor& residual = {}) { sum.add_to(y.narrow(0, first, rows), residual); }
+};
+
+// Of lora_rows, those of one adapter together, which stand beside each other.
+void push_row_sums(std::vector<RowsSum>& sums, const Tensor& x, const Linear& l) {
   for (auto lora = l.lora_rows.begin(); lora != l.lora_rows.end();) {
-    // Those of one adapter stand beside each other.
     const int64_t first = lora->first, rows = lora->rows;
     std::vector<LoraAddend> addends;
     for (; lora != l.lora_rows.end() && lora->first == first && lora->rows == rows; ++lora) {
       addends.push_back({l.first_row(lora->part), lora->a, lora->b, lora->scale});
     }
-    add_lora(y.narrow(0, first, rows), x.narrow(0, first, rows), addends);
+    sums.push_back({first, rows, LoraSum(x.narrow(0, first, rows), std::move(addends))});
   }
+}
+
+}  // namespace
+
+void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& l) {
+  std::vector<RowsSum> sums;
+  push_row_sums(sums, x, l);
+  for (RowsSum& some : sums) some.add_to(y);
+}
+
+Tensor inference_linear(const Tensor& x, const Linear& l, const Tensor& residual) {
+  const auto dtype = x.scalar_type();
+  const LoraPlaces own(l);
+  if (kernels_for(x) == nullptr || dtype == at::kFloat || l.fp8.defined() || own.drops) return {};
+  std::vector<RowsSum> sums;
+  if (!own.places.empty()) {
+    std::vector<LoraAddend> addends;
+    for (const auto& [part, row, column, rank] : own.places) addends.push_back({row, part->a, part->b, part->scale});
+    sums.push_back({0, x.size(0), LoraSum(x, std::move(addends))});
+  }
+  push_row_sums(sums, x, l);
+  const Tensor w = l.dense(dtype), y = l.bias.defined() ? at::addmm(l.bias.to(dtype), x, w.t()) : product(x, w.t());
+  const bool one = sums.size() == 1 && sums[0].rows == x.size(0);
+  for (RowsSum& some : sums) some.add_to(y, one ? residual : Tensor());
+  return residual.defined() && !one ? residual + y : y;
 }
 
 int64_t linear_tail(const Tensor& x, const Linear& l) {
@@ -225,12 +263,14 @@ int64_t linear_tail(const Tensor& x, const Linear& l) {
 Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room) {
   const auto dtype = x.scalar_type();
   const int64_t in = l.in(), tail = x.size(1) - in;
-  const LoraParts lora(l, dtype);
+  const LoraPlaces lora(l);
   const Tensor z = x.narrow(1, in, lora.rank);
-  product_into(z, x.narrow(1, 0, in), lora.a.t(), 1, false);
   const Tensor w = l.part_weights ? l.part_weights->joined(dtype, tail)
                                   : l.weight.as_strided({l.rows(), in + tail}, {l.weight.stride(0), 1});
-  lora_fill_columns(x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
+  if (!lora_fold(x.narrow(1, 0, in), x.narrow(1, in, tail), w.narrow(1, in, tail), lora)) {
+    product_into(z, x.narrow(1, 0, in), LoraParts(l, dtype).a.t(), 1, false);
+    lora_fill_columns(x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
+  }
   if (z_out != nullptr) *z_out = z;
   Tensor y = at::empty({x.size(0), l.rows() + room}, x.options()).narrow(1, 0, l.rows());
   return l.bias.defined() ? at::addmm_out(y, l.bias.to(dtype), x, w.t()) : at::mm_out(y, x, w.t());

@@ -88,6 +88,9 @@ int64_t linear_tail(const Tensor& x, const Linear& linear);
 // The same as linear_forward for x in rows [N, in + tail]; the tail is written. Behind the rows of y is room for `room` columns.
 Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0);
 
+// The same and residual, where it is defined, without autograd; undefined where not on a GPU in 16 bits.
+Tensor inference_linear(const Tensor& x, const Linear& linear, const Tensor& residual = {});
+
 // y += what lora_rows adds.
 void add_lora_rows(const Tensor& y, const Tensor& x, const Linear& linear);
 

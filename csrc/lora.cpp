@@ -5,18 +5,21 @@
 
 namespace ferrotune {
 
-LoraParts::LoraParts(const Linear& l, at::ScalarType dtype) {
-  TensorList as;
+LoraPlaces::LoraPlaces(const Linear& l) {
   int64_t row = 0;
   for (const Lora& part : l.parts) {
     if (part.a.defined()) {
       places.push_back({&part, row, rank, part.a.size(0)});
-      as.push_back(part.a);
       rank += part.a.size(0);
       drops |= part.dropout > 0;
     }
     row += part.rows;
   }
+}
+
+LoraParts::LoraParts(const Linear& l, at::ScalarType dtype) : LoraPlaces(l) {
+  TensorList as;
+  for (const Place& place : places) as.push_back(place.lora->a);
   if (as.empty()) return;
   const bool made = l.a_cast.defined() && l.a_cast.scalar_type() == dtype;
   a = made ? l.a_cast : (as.size() == 1 ? as[0] : at::cat(as, 0)).to(dtype);
@@ -111,52 +114,63 @@ void fill_all(const Tensor& like, const std::vector<KernelFill>& matrices) {
                "fill");
 }
 
-// Below each other and beside each other, as add_lora says: [rank, in] and [rows, rank] of the columns that y has from the first to the last.
-struct Stacked {
-  int64_t row, rows;
-  Tensor a, b;
-};
-
-// None where one launch cannot make them.
-std::optional<Stacked> stacked(const Tensor& x, const std::vector<LoraAddend>& addends) {
-  if (kernels_for(x) == nullptr || x.scalar_type() == at::kFloat) return std::nullopt;
-  const LoraAddend& last = addends.back();
-  const int64_t first_row = addends.front().row, rows = last.row + last.b.size(0) - first_row;
-  int64_t rank = 0;
-  for (const LoraAddend& addend : addends) {
-    for (const Tensor* t : {&addend.a, &addend.b}) {
-      if (!t->is_contiguous() || (t->scalar_type() != at::kFloat && t->scalar_type() != x.scalar_type())) return std::nullopt;
-    }
-    rank += addend.a.size(0);
+// lora_z's operands; none where the kernel cannot.
+std::optional<KernelLoraAdd> z_operands(const Tensor& x, const std::vector<LoraAddend>& addends) {
+  const Kernels* kernels = kernels_for(x);
+  if (kernels == nullptr || x.scalar_type() == at::kFloat || addends.empty() || addends.size() > kMostParts || x.stride(1) != 1) return std::nullopt;
+  KernelLoraAdd lora{};
+  lora.count = static_cast<int64_t>(addends.size());
+  lora.N = x.size(0);
+  lora.K = x.size(1);
+  lora.x_stride = lora.N == 1 ? lora.K : x.stride(0);
+  lora.x = x.const_data_ptr();
+  lora.dtype = kernel_dtype(x);
+  for (size_t p = 0; p < addends.size(); ++p) {
+    const auto& [row, a, b, scale] = addends[p];
+    const bool f32 = a.scalar_type() == at::kFloat;
+    if (!a.is_contiguous() || !b.is_contiguous() || a.scalar_type() != b.scalar_type() || (!f32 && a.scalar_type() != x.scalar_type())) return std::nullopt;
+    lora.parts[p] = {a.const_data_ptr(), b.const_data_ptr(), row, b.size(0), lora.z_stride, a.size(0), static_cast<float>(scale), f32};
+    lora.z_stride += a.size(0);
   }
-  const Stacked to{first_row, rows, at::empty({rank, x.size(1)}, x.options()), at::empty({rows, rank}, x.options())};
-  std::vector<KernelFill> matrices;
-  int64_t row = 0, column = 0;
-  for (const LoraAddend& addend : addends) {
-    const int64_t own_row = addend.row - first_row, own_rank = addend.a.size(0);
-    if (own_row > row) matrices.push_back(filled(to.b.narrow(0, row, own_row - row), {}, 0, 0));
-    row = own_row + addend.b.size(0);
-    matrices.push_back(filled(to.a.narrow(0, column, own_rank), addend.a, 0, 1));
-    matrices.push_back(filled(to.b.narrow(0, own_row, addend.b.size(0)), addend.b, column, addend.scale));
-    column += own_rank;
-  }
-  if (matrices.size() > KERNEL_MOST_FILLS) return std::nullopt;
-  fill_all(x, matrices);
-  return to;
+  return kernels->lora_z_fits(&lora) ? std::optional(lora) : std::nullopt;
 }
 
 }  // namespace
 
-void add_lora(const Tensor& y, const Tensor& x, const std::vector<LoraAddend>& addends) {
-  if (addends.empty()) return;
-  if (const std::optional<Stacked> all = stacked(x, addends)) {
-    product_into(y.narrow(1, all->row, all->rows), product(x, all->a.t()), all->b.t(), 1, true);
-    return;
+LoraSum::LoraSum(Tensor given, std::vector<LoraAddend> all) : x(std::move(given)), addends(std::move(all)), operands(z_operands(x, addends)) {
+  if (!operands) return;
+  const Launch launch(x);
+  z = at::empty({operands->N, operands->z_stride}, x.options());
+  operands->z = z.mutable_data_ptr();
+  check_launch(kernels_for(x)->lora_z(&*operands, nullptr, 0, launch.stream()), "lora_z");
+}
+
+bool LoraSum::launched(const Tensor& y) {
+  if (!operands || y.stride(1) != 1) return false;
+  const Kernels& kernels = *kernels_for(x);
+  const Launch launch(x);
+  operands->y = y.mutable_data_ptr();
+  operands->y_stride = y.stride(0);
+  if (!kernels.lora_add_fits(&*operands)) return false;
+  check_launch(kernels.lora_add(&*operands, launch.stream()), "lora_add");
+  return true;
+}
+
+void LoraSum::add_to(const Tensor& y, const Tensor& residual) {
+  // The kernel reaches no columns but those that have LoRA.
+  int64_t columns = 0;
+  for (const LoraAddend& addend : addends) columns += addend.b.size(0);
+  const bool all = columns == y.size(1) && residual.defined() && residual.stride(1) == 1;
+  if (operands && all) {
+    operands->residual = residual.const_data_ptr();
+    operands->residual_stride = residual.stride(0);
   }
+  if (!(residual.defined() && !all) && launched(y)) return;
   const auto dtype = x.scalar_type();
   for (const auto& [row, a, b, scale] : addends) {
     product_into(y.narrow(1, row, b.size(0)), product(x, a.to(dtype).t()), b.to(dtype).t(), scale, true);
   }
+  if (residual.defined()) y.add_(residual);
 }
 
 void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
@@ -180,9 +194,11 @@ std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const Lora
   return db;
 }
 
-void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraParts& lora) {
+namespace {
+
+// sB of each part in its columns of what stands behind W, zero around it, and behind Z; `bs` keeps copies for as long as they are read.
+std::vector<KernelFill> column_fills(const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora, TensorList& bs) {
   std::vector<KernelFill> matrices;
-  std::vector<Tensor> bs;
   const int64_t tail = behind_w.size(1);
   matrices.push_back(filled(behind_x.narrow(1, lora.rank, tail - lora.rank), {}, 0, 0));
   int64_t row = 0;
@@ -193,7 +209,31 @@ void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const Lor
     row = first_row + part->rows;
   }
   if (row < behind_w.size(0)) matrices.push_back(filled(behind_w.narrow(0, row, behind_w.size(0) - row), {}, 0, 0));
-  fill_all(behind_w, matrices);
+  return matrices;
+}
+
+}  // namespace
+
+void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora) {
+  TensorList bs;
+  fill_all(behind_w, column_fills(behind_x, behind_w, lora, bs));
+}
+
+bool lora_fold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora) {
+  // More rows pay cuBLAS.
+  constexpr int64_t kMostRows = 512;
+  if (x.size(0) > kMostRows || x.size(0) < 2 || lora.drops || !in_16_byte_rows(behind_x) || !in_16_byte_rows(behind_w)) return false;
+  std::vector<LoraAddend> addends;
+  for (const auto& [part, row, column, rank] : lora.places) addends.push_back({row, part->a, part->b, 1});
+  std::optional<KernelLoraAdd> operands = z_operands(x, addends);
+  if (!operands) return false;
+  TensorList bs;
+  const std::vector<KernelFill> matrices = column_fills(behind_x, behind_w, lora, bs);
+  operands->z = behind_x.mutable_data_ptr();
+  operands->z_stride = behind_x.stride(0);
+  const Launch launch(x);
+  check_launch(kernels_for(x)->lora_z(&*operands, matrices.data(), static_cast<int64_t>(matrices.size()), launch.stream()), "lora_z");
+  return true;
 }
 
 void lora_fill_rows(const Tensor& below_w, const LoraParts& lora) {

@@ -2,11 +2,12 @@
 #pragma once
 
 #include "ferrotune/csrc/linear.h"
+#include "ferrotune/kernels/kernels.h"
 
 namespace ferrotune {
 
 // The parts that have LoRA, and where they stand: part p has columns column..column + R of z and rows row..row + rows of W.
-struct LoraParts {
+struct LoraPlaces {
   struct Place {
     const Lora* lora;
     int64_t row, column, rank;
@@ -14,6 +15,11 @@ struct LoraParts {
   std::vector<Place> places;
   int64_t rank = 0;  // of all parts together
   bool drops = false;
+
+  explicit LoraPlaces(const Linear& l);
+};
+
+struct LoraParts : LoraPlaces {
   Tensor a;  // [rank, in], the A_p below each other, so that X is read once for all parts
 
   LoraParts(const Linear& l, at::ScalarType dtype);
@@ -26,9 +32,21 @@ struct LoraAddend {
   double scale;
 };
 
-// y += what all of them add, in the order of their columns; without autograd. On a GPU in 16 bits these are three launches: one makes the A
-// below each other and the s B beside each other, zero around them, and two products do the rest.
-void add_lora(const Tensor& y, const Tensor& x, const std::vector<LoraAddend>& addends);
+// What all of them add, each to columns of its own; without autograd. On a GPU in 16 bits these are two launches, the first at once, so that it
+// overlaps with the kernel before it if the product follows.
+class LoraSum {
+ public:
+  LoraSum(Tensor x, std::vector<LoraAddend> addends);
+  // y += it, and the residual; once.
+  void add_to(const Tensor& y, const Tensor& residual = {});
+
+ private:
+  bool launched(const Tensor& y);
+
+  Tensor x, z;
+  std::vector<LoraAddend> addends;
+  std::optional<KernelLoraAdd> operands;
+};
 
 // alpha a b as the gradient of a weight of type `type`. On a GPU the f32 sums of 16-bit operands are stored as they are: no
 // rounding, and no kernel for the scale and none for the cast.
@@ -42,8 +60,11 @@ std::vector<Tensor> lora_gradients(const Tensor& dy, const Tensor& z, const Lora
 void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lora, const Tensor& g,
                          const std::vector<Tensor>& db);
 
-// For [X | Z] [W | s B]^T: Z behind X, then zero; s_p B_p in the columns of Z_p behind W, zero around them. [N, tail], [rows, tail].
-void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraParts& lora);
+// For [X | Z] [W | s B]^T: behind Z zero; s_p B_p in the columns of Z_p behind W, zero around them. [N, tail], [rows, tail].
+void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora);
+
+// The same with Z = [X A_p^T], all of it one launch for some hundred rows at most; false where no kernel does it.
+bool lora_fold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora);
 
 // For [dY | G] [W; A]: A below W, then zero. [tail, in].
 void lora_fill_rows(const Tensor& below_w, const LoraParts& lora);

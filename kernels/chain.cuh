@@ -23,7 +23,7 @@ __device__ inline void next_may_start() {
 }
 
 // Rows of decoding: kernels this short gain by a start before their inputs are ready.
-constexpr int64_t kFewRows = 64;
+constexpr int64_t kFewRows = 512;
 
 inline int device_attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 13
+#define FERROTUNE_KERNELS_ABI 14
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -67,13 +67,30 @@ struct KernelLora {
 
 // A matrix [rows, columns] to fill: scale times the elements of from [from_rows, from_columns], placed from column `first` on, and
 // zero around them. from is f32, or of the dtype of the matrix.
-#define KERNEL_MOST_FILLS 8
+#define KERNEL_MOST_FILLS 4
 struct KernelFill {
   const void* from;
   void* to;
   int64_t rows, columns, to_stride, from_rows, from_columns, first;
   float scale;
   int from_f32;
+};
+
+// One part of lora_z and lora_add: columns first .. first + rows of y and z_first .. z_first + R of z, a [R, K] and b [rows, R] in f32 or the dtype of x.
+struct KernelLoraAddPart {
+  const void *a, *b;
+  int64_t first, rows, z_first, R;
+  float scale;
+  int f32;
+};
+
+// x [N, K], z [N, R of all parts], y [N, ..] and residual, like y or null, with row strides. lora_z knows no y.
+struct KernelLoraAdd {
+  struct KernelLoraAddPart parts[3];
+  int64_t count, N, K, x_stride, z_stride, y_stride, residual_stride;
+  const void *x, *residual;
+  void *z, *y;
+  int dtype;
 };
 
 // Where rows in e4m3 go: bytes [N, K], rows `stride` apart, a multiple of 16, and their scales [N]. Nowhere where bytes is null.
@@ -165,6 +182,10 @@ struct KernelDecode {
   ROW(fill)                     \
   ROW(fp8_rows)                 \
   ROW(fp8_lora)                 \
+  ROW(lora_z)                   \
+  ROW(lora_z_fits)              \
+  ROW(lora_add)                 \
+  ROW(lora_add_fits)            \
   ROW(lora_gradients)           \
   ROW(lora_gradients_workspace) \
   ROW(nf4_dequantize)           \
@@ -206,6 +227,15 @@ int fp8_rows(const void* x, struct KernelFp8Rows to, int64_t N, int64_t K, int64
 
 // LoRA's two factors behind the rows of a product's operands in e4m3, as kernels/fp8.cu says.
 int fp8_lora(const struct KernelFp8Lora* lora, void* stream);
+
+// z = scale x a^T, and what `fill` does with matrices whose rows are whole 16 bytes. Whether it takes the operands: 16-bit dtypes, K a
+// multiple of 32, R and strides of 8, R at most 64, pointers to 16 bytes, sm_80 or newer.
+int lora_z(const struct KernelLoraAdd* lora, const struct KernelFill* matrices, int64_t count, void* stream);
+int64_t lora_z_fits(const struct KernelLoraAdd* lora);
+
+// y += z b^T + residual, all parts, whose columns of y are their own. Whether it takes the operands: as lora_z, rows and first multiples of 8.
+int lora_add(const struct KernelLoraAdd* lora, void* stream);
+int64_t lora_add_fits(const struct KernelLoraAdd* lora);
 
 // g = scale dy b and db = scale dy^T z of all parts. 16-bit dtypes. workspace: as many floats as lora_gradients_workspace
 // says, for its own use; 0 where the current GPU cannot run it (older than sm_80, or too little shared memory).

@@ -9,6 +9,7 @@
 // stripe of columns first, and each thread block takes an equal run of them. It adds up dB of its stripe in registers, and
 // writes it where it leaves the stripe; g of a tile is complete for these columns and is written at once. A second kernel
 // adds these partial sums in their order: no atomics, the same bits every time.
+#include "fill.cuh"
 #include "mma.cuh"
 
 namespace ferrotune {
@@ -227,28 +228,10 @@ __global__ void __launch_bounds__(128) sums_kernel(const __grid_constant__ Plan 
   reinterpret_cast<float4*>(part.db)[i] = sum_of(from, kColumns * R, last - first + 1, part.scale);
 }
 
-struct Fills {
-  KernelFill matrices[KERNEL_MOST_FILLS];
-};
-
 // kWidth neighbours a thread.
 template <typename T, int kWidth>
 __global__ void fill_kernel(const __grid_constant__ Fills fills) {
-  const KernelFill& m = fills.matrices[blockIdx.y];
-  const unsigned vectors = static_cast<unsigned>(m.columns / kWidth), count = static_cast<unsigned>(m.rows) * vectors;
-  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
-    const unsigned row = i / vectors, vector = i - row * vectors;
-    const int64_t first = static_cast<int64_t>(vector) * kWidth - m.first;
-    Vector<T, kWidth> out{};
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      if (row >= m.from_rows || first + j < 0 || first + j >= m.from_columns) continue;
-      const int64_t at = row * m.from_columns + first + j;
-      out.v[j] = from_float<T>(
-          m.scale * (m.from_f32 ? static_cast<const float*>(m.from)[at] : to_float(static_cast<const T*>(m.from)[at])));
-    }
-    store<kWidth>(static_cast<T*>(m.to) + row * m.to_stride, vector, out);
-  }
+  fill_matrix<T, kWidth>(fills.matrices[blockIdx.y], blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
 // ---- launchers
@@ -317,10 +300,10 @@ extern "C" int fill(const KernelFill* matrices, int64_t count, int dtype, void* 
     for (int64_t i = 0; i < count; ++i) {
       const KernelFill& m = fills.matrices[i] = matrices[i];
       largest = m.rows * m.columns > largest ? m.rows * m.columns : largest;
-      fits = fits && m.columns % kWidth == 0 && m.to_stride % kWidth == 0 && aligned16(m.to);
+      fits = fits && fills_by<T, kWidth>(m);
     }
     if (largest == 0) return cudaSuccess;
-    if (largest >> 32 != 0) return cudaErrorInvalidValue;
+    if (largest >> 31 != 0) return cudaErrorInvalidValue;
     const int64_t width = fits ? kWidth : 1;
     const dim3 grid(grid_x(ceil_div(largest / width, 256)), static_cast<unsigned>(count));
     const auto kernel = fits ? fill_kernel<T, kWidth> : fill_kernel<T, 1>;

@@ -6,14 +6,17 @@
 // Fuses the arg max, log-sum-exp, three filters and the draw; plain libtorch sorts the vocabulary. Moves: a row twice, and three
 // times more for each of top-k and top-p, after the first time from the cache.
 //
+// Of few rows each is the work of a cluster of thread blocks on Hopper, a piece of the vocabulary each, which read each other's sums.
+//
 // Thresholds are found by the bits of the scores, 11, 11 and 10 at a time (a radix select), over counts or over sums of w. These are
 // integers, w 2^40, so that their sum has no order and the result no chance in it.
-#include "vector.cuh"
+#include "chain.cuh"
+#include "cluster.cuh"
 
 namespace ferrotune {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2048;
+constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2048, kMostBlocks = 8;
 using Mass = unsigned long long;
 
 // Ordered as the floats are.
@@ -85,8 +88,34 @@ struct Shared {
   Mass sums[kWarps];
   Mass bins[kBins];
   Mass rest;
+  Mass of_block;
+  Best best_of_block;
   unsigned key;
   int chosen;
+};
+
+// The thread blocks of a row. What one does between two meetings, others see after the second.
+struct Team {
+  int size, block;
+
+  __device__ void meet() const {
+    size > 1 ? meet_cluster() : __syncthreads();
+  }
+  // The block's sum: of the team, and of the blocks before this one.
+  __device__ Mass before_block(Mass& total, Shared& s) const {
+    if (size == 1) return 0;
+    if (threadIdx.x == 0) s.of_block = total;
+    meet();
+    Mass before = 0;
+    total = 0;
+    for (int b = 0; b < size; ++b) {
+      const Mass other = of_cluster(&s.of_block, b, size);
+      if (b < block) before += other;
+      total += other;
+    }
+    meet();
+    return before;
+  }
 };
 
 // Sum over the threads before this one; the block's sum in `total`.
@@ -106,7 +135,7 @@ __device__ inline Mass before_this(Mass value, Shared& s, Mass& total) {
 
 // The smallest key at which the sum of mass(key) over all keys up to it exceeds `rest`, and what of rest is left there.
 template <typename Each>
-__device__ inline unsigned select(Mass& rest, Shared& s, const Each& each) {
+__device__ inline unsigned select(Mass& rest, Shared& s, const Team& team, const Each& each) {
   unsigned prefix = 0;
   int bits = 32;
   for (const int width : {11, 11, 10}) {
@@ -116,10 +145,13 @@ __device__ inline unsigned select(Mass& rest, Shared& s, const Each& each) {
     each([&](unsigned key, Mass mass) {
       if (bits == 32 || key >> bits == prefix) atomicAdd(&s.bins[key >> shift & ((1u << width) - 1)], mass);
     });
-    __syncthreads();
-    // Two bins a thread.
-    const Mass low = s.bins[2 * threadIdx.x], high = s.bins[2 * threadIdx.x + 1];
-    Mass total;
+    team.meet();
+    // Two bins a thread, of all blocks: each finds the key by itself.
+    Mass low = 0, high = 0, total;
+    for (int b = 0; b < team.size; ++b) {
+      low += of_cluster(&s.bins[2 * threadIdx.x], b, team.size);
+      high += of_cluster(&s.bins[2 * threadIdx.x + 1], b, team.size);
+    }
     const Mass before = before_this(low + high, s, total);
     if (before <= rest && rest < before + low + high) {
       const bool second = rest >= before + low;
@@ -130,7 +162,7 @@ __device__ inline unsigned select(Mass& rest, Shared& s, const Each& each) {
     prefix = prefix << width | s.key;
     rest = s.rest;
     bits = shift;
-    __syncthreads();
+    team.meet();
   }
   return prefix;
 }
@@ -139,14 +171,18 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
                                                           int64_t* __restrict__ tokens, float* __restrict__ logprobs,
                                                           float* __restrict__ drawn, int V) {
   __shared__ Shared s;
-  const int64_t row = blockIdx.x;
+  const Team team{static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
+  const int64_t row = blockIdx.y;
   const float* const from = logits + row * V;
   const float temperature = static_cast<float>(params[5 * row]);
   const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
 
   Best best{-INFINITY, 0x7fffffff, 0, true};
   const bool aligned = V % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
-  each_of(from, 0, V, threadIdx.x, kThreads, aligned, [&](int i, float v) {
+  // Of each block, and of each of its warps when a token is drawn: a run of ids.
+  const int piece = (V + team.size - 1) / team.size, run = ((piece + kWarps - 1) / kWarps + 3) / 4 * 4;
+  const int own_begin = min(team.block * kWarps * run, V), own_end = min(own_begin + kWarps * run, V);
+  each_of(from, own_begin, own_end, threadIdx.x, kThreads, aligned, [&](int i, float v) {
     if (!(v < INFINITY)) {
       best.valid = false;
     } else if (v > best.value) {
@@ -163,9 +199,16 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   __syncthreads();
   best = s.best[threadIdx.x % 32];
   for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
+  if (team.size > 1) {
+    if (threadIdx.x == 0) s.best_of_block = best;
+    team.meet();
+    best = of_cluster(&s.best_of_block, 0, team.size);
+    for (int b = 1; b < team.size; ++b) best = better(best, of_cluster(&s.best_of_block, b, team.size));
+  }
   const bool valid = best.valid && best.value > -INFINITY;
   int chosen = best.id;
   float drawn_from = 0;
+  bool writes = team.block == 0;
   if (valid && temperature > 0) {
     const float highest = best.value / temperature;
     // A division by one would take longer than what is left of the work.
@@ -180,21 +223,22 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
     if (top_k > 0 && top_k < V) {
       // Ascending, V - k tokens stand before the k-th largest.
       Mass rest = static_cast<Mass>(V - static_cast<int>(top_k));
-      lowest = select(rest, s, [&](const auto& add) {
-        each_score(0, V, threadIdx.x, kThreads, [&](float score) { add(key_of(score), Mass{1}); });
+      lowest = select(rest, s, team, [&](const auto& add) {
+        each_score(own_begin, own_end, threadIdx.x, kThreads, [&](float score) { add(key_of(score), Mass{1}); });
       });
     }
     if (top_p < 1) {
       Mass mine = 0, total;
-      each_score(0, V, threadIdx.x, kThreads, [&](float score) {
+      each_score(own_begin, own_end, threadIdx.x, kThreads, [&](float score) {
         if (key_of(score) >= lowest) mine += mass_of(score);
       });
       before_this(mine, s, total);
+      team.before_block(total, s);
       Mass rest = static_cast<Mass>((1 - top_p) * static_cast<double>(total));
       if (rest >= total) rest = total - 1;
       const unsigned from_top_k = lowest;
-      lowest = select(rest, s, [&](const auto& add) {
-        each_score(0, V, threadIdx.x, kThreads, [&](float score) {
+      lowest = select(rest, s, team, [&](const auto& add) {
+        each_score(own_begin, own_end, threadIdx.x, kThreads, [&](float score) {
           const unsigned key = key_of(score);
           if (key >= from_top_k) add(key, mass_of(score));
         });
@@ -206,14 +250,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       return key_of(score) >= lowest && (min_p <= 0 || expf(score - highest) >= min_p) ? mass : 0;
     };
     // Each warp has a run of ids; the run that the draw falls into is looked at again by all.
-    const int run = ((V + kWarps - 1) / kWarps + 3) / 4 * 4, begin = threadIdx.x / 32 * run, end = min(begin + run, V);
+    const int begin = min(own_begin + static_cast<int>(threadIdx.x / 32) * run, V), end = min(begin + run, V);
     // Equals that were dropped are the first ones: few rows have any.
     Mass equals_before = 0;
     if (dropped_equals > 0) {
       Mass mine = 0, total;
       each_score(begin, end, threadIdx.x % 32, 32, [&](float score) { mine += key_of(score) == lowest; });
       before_this(mine, s, total);
-      __syncthreads();
+      equals_before = team.before_block(total, s);
       for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) equals_before += s.sums[w];
     }
     const auto kept_in_order = [&](float score, Mass& equals) {
@@ -236,10 +280,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       }
     }
     before_this(mine, s, total);
+    const Mass of_block = total, before_block = team.before_block(total, s);
     const Mass target = min(static_cast<Mass>(u * static_cast<double>(total)), total - 1);
-    __syncthreads();
+    writes = before_block <= target && target < before_block + of_block;
     int of_run = 0;
-    Mass before_run = 0;
+    Mass before_run = before_block;
     while (of_run < kWarps - 1 && before_run + s.sums[of_run] <= target) before_run += s.sums[of_run++];
     __syncthreads();
     // The equals before that run.
@@ -249,8 +294,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       equals_before = s.sums[of_run];
       __syncthreads();
     }
-    const int run_begin = of_run * run, run_end = min(run_begin + run, V), piece = (run + kThreads - 1) / kThreads;
-    const int piece_begin = run_begin + threadIdx.x * piece, piece_end = min(piece_begin + piece, run_end);
+    const int run_begin = min(own_begin + of_run * run, V), run_end = min(run_begin + run, V), each = (run + kThreads - 1) / kThreads;
+    const int piece_begin = run_begin + threadIdx.x * each, piece_end = min(piece_begin + each, run_end);
     Mass unused, equals = equals_before;
     if (dropped_equals > 0) {
       Mass own = 0;
@@ -272,14 +317,16 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       }
     }
     __syncthreads();
-    chosen = s.chosen;
+    chosen = writes ? s.chosen : best.id;
     drawn_from = score_of(chosen) - highest - logf(static_cast<float>(total) * 0x1p-40f);
   }
-  if (threadIdx.x == 0) {
+  if (writes && threadIdx.x == 0) {
     tokens[row] = valid ? chosen : -1;
     logprobs[row] = valid ? from[chosen] - best.value - logf(best.sum) : 0;
     drawn[row] = drawn_from;
   }
+  // Nobody leaves while others read what it found.
+  if (team.size > 1) team.meet();
 }
 
 }  // namespace
@@ -290,8 +337,20 @@ using namespace ferrotune;
 extern "C" int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, float* drawn,
                       int64_t N, int64_t V, void* stream) {
   if (N == 0) return cudaSuccess;
-  if (V < 1 || V > 1 << 28) return cudaErrorInvalidValue;
-  sample_kernel<<<static_cast<unsigned>(N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, params, tokens, logprobs, drawn,
-                                                                                             static_cast<int>(V));
-  return cudaGetLastError();
+  if (V < 1 || V > 1 << 28 || N > 65535) return cudaErrorInvalidValue;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cudaLaunchConfig_t config{};
+  unsigned blocks = 1;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    // A block fills a processor, and a cluster must find its processors beside each other: half of them stay free.
+    while (blocks < kMostBlocks && 4 * blocks * N <= device_attribute(cudaDevAttrMultiProcessorCount)) blocks *= 2;
+  }
+  cluster.val.clusterDim = {blocks, 1, 1};
+  config.gridDim = dim3(blocks, static_cast<unsigned>(N));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, sample_kernel, logits, params, tokens, logprobs, drawn, static_cast<int>(V));
 }

@@ -405,10 +405,21 @@ fn the_gpu_draws_as_the_host_does() {
         SamplingParams { temperature: 1.0, top_k: 1, ..neutral.clone() },
         SamplingParams { temperature: 2.0, top_p: 1e-6, ..neutral },
     ];
-    for (vocab, ties) in
-        [(1_i64, false), (37, true), (5000, true), (5000, false), (128_256, false), (262_144, false)]
-    {
-        let rows = 96;
+    // A row is the work of 1, 2, 4 or 8 thread blocks.
+    for (vocab, ties, rows) in [
+        (1_i64, false, 96),
+        (1, false, 3),
+        (37, true, 96),
+        (37, true, 16),
+        (5000, true, 96),
+        (5000, true, 64),
+        (5001, true, 8),
+        (5000, false, 32),
+        (128_256, false, 96),
+        (128_256, false, 16),
+        (262_144, false, 40),
+        (262_144, true, 8),
+    ] {
         let mut random = Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * 4.0;
         if ties {
             // Few different values: what is dropped of equals counts.

@@ -87,6 +87,45 @@ fn gradients_of_the_parts() {
     }
 }
 
+/// y += s z B^T for any number of rows, without gradients: LoRA of one and of several parts, of all ranks that the kernel takes and of
+/// others, in f32 and in 16 bits.
+#[test]
+fn added_to_the_product() {
+    let Some(device) = gpu("LoRA added to a product") else { return };
+    let _no_grad = tch::no_grad_guard();
+    for (n, in_features, rows, r) in [
+        (65, 512, vec![256, 64, 64], 16),
+        (256, 1024, vec![2048, 2048], 16),
+        (300, 1472, vec![136, 72], 8),
+        (97, 4096, vec![1000], 32),
+        (513, 320, vec![48, 40], 64),
+        (1100, 256, vec![520, 136, 1032], 24),
+        (130, 33, vec![37, 5], 3),
+    ] {
+        let list = operands(n, in_features, &rows, r);
+        let tensors: Vec<Tensor> = list.iter().map(|(tensor, _)| tensor.shallow_clone()).collect();
+        let reference = plain(&tensors, &rows).unwrap();
+        for (kind, lora_kind) in [
+            (Kind::BFloat16, Kind::Float),
+            (Kind::BFloat16, Kind::BFloat16),
+            (Kind::Half, Kind::Float),
+            (Kind::Float, Kind::Float),
+        ] {
+            let operands: Vec<Tensor> = tensors
+                .iter()
+                .enumerate()
+                .map(|(i, tensor)| tensor.to_device(device).to_kind(if i < 2 { kind } else { lora_kind }))
+                .collect();
+            let label = format!("[{n}, {in_features}] -> {rows:?}, R {r}, {kind:?}, LoRA {lora_kind:?}");
+            let expected = plain(&operands, &rows).unwrap();
+            for _ in 0..2 {
+                let ours = fused(&operands, &rows).unwrap();
+                assert_close(&label, What::Value, &ours, &expected, &reference);
+            }
+        }
+    }
+}
+
 #[test]
 fn gradients_repeat_bit_for_bit() {
     let Some(device) = gpu("repeated LoRA gradients") else { return };

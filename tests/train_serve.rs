@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::golden::root;
-use crate::serve::tiny;
+use crate::server::tiny;
 
 const PROMPT: &str = "The opposite of hot is cold and the opposite of big is";
 const STEPS: u64 = 16;
