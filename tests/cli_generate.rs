@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use ferrotune::io::Weights;
 use ferrotune::models::{Config, Decoder, FastLanguageModel};
@@ -50,8 +50,8 @@ fn model(chat: bool) -> tempfile::TempDir {
     folder
 }
 
-fn run(command: &str, dir: &Path, flags: &[&str], stdin: impl AsRef<[u8]>) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
+fn started(command: &str, dir: &Path, flags: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_ferrotune"))
         .args([command, "--device", "cpu", "--threads", "1", "--model"])
         .arg(dir)
         .args(flags)
@@ -59,7 +59,11 @@ fn run(command: &str, dir: &Path, flags: &[&str], stdin: impl AsRef<[u8]>) -> Ou
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap();
+        .unwrap()
+}
+
+fn run(command: &str, dir: &Path, flags: &[&str], stdin: impl AsRef<[u8]>) -> Output {
+    let mut child = started(command, dir, flags);
     // The program may refuse before it reads.
     let _ = child.stdin.take().unwrap().write_all(stdin.as_ref());
     child.wait_with_output().unwrap()
@@ -223,15 +227,7 @@ fn chat_says_what_it_cannot_read_and_ends_with_its_reader() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("/reset"));
     refused(output, 1, "stdin, line 3: expected text in UTF-8");
     for input in ["the red cat\na dog\n", "/help\n/help\n"] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ferrotune"))
-            .args(["chat", "--device", "cpu", "--threads", "1", "--model"])
-            .arg(dir)
-            .args(flags)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = started("chat", dir, &flags);
         drop(child.stdout.take());
         let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         let output = child.wait_with_output().unwrap();

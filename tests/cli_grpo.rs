@@ -213,6 +213,23 @@ fn another_batch_is_not_gone_on_with() {
     assert!(code == Some(1) && said.contains("2 prompts at once and now would ask 1"), "{said}");
 }
 
+/// What a run gives that gets Ctrl-C while something behind its first step takes its time: the step is saved.
+fn interrupted_behind_a_step(output: &Path, flags: &[&str]) -> Output {
+    let mut child = command(output, flags).spawn().unwrap();
+    let started = Instant::now();
+    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
+        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    let checkpoint = ferrotune::train::checkpoint::latest(output).unwrap().unwrap();
+    assert_eq!(checkpoint.state.global_step, 1);
+    ended
+}
+
 /// A judge that hangs does not hold up the end of a run, and the step that it was to judge is not made.
 #[test]
 fn ctrl_c_ends_a_reward_that_hangs() {
@@ -232,18 +249,8 @@ fn ctrl_c_ends_a_reward_that_hangs() {
         "--reward-funcs",
         judge,
     ];
-    let mut child = command(&output, &flags).spawn().unwrap();
     let started = Instant::now();
-    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
-        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    let ended = child.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
-    let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
-    assert_eq!(checkpoint.state.global_step, 1);
+    interrupted_behind_a_step(&output, &flags);
     assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
 }
 
@@ -261,21 +268,10 @@ fn ctrl_c_leaves_an_evaluation_out() {
     let flags =
         ["--max-steps", "5", "--eval-steps", "1", "--reward-timeout", "600", "--num-generations", "4"];
     let given = ["--reward-funcs", judge, "--eval-dataset", held_out.to_str().unwrap()];
-    let mut child = command(&output, &[&flags[..], &given].concat()).spawn().unwrap();
-    let started = Instant::now();
-    while fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 1 {
-        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    let ended = child.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    let ended = interrupted_behind_a_step(&output, &[&flags[..], &given].concat());
     assert!(!String::from_utf8(ended.stdout).unwrap().contains("evaluation after step"));
     let metrics = lines(&output.join("metrics.jsonl"));
     assert!(metrics.len() == 1 && metrics[0].get("eval_reward").is_none(), "{metrics:?}");
-    let checkpoint = ferrotune::train::checkpoint::latest(&output).unwrap().unwrap();
-    assert_eq!(checkpoint.state.global_step, 1);
 }
 
 /// Before the first step there is nothing to save.
