@@ -16,6 +16,8 @@
 // What did not help: weights of the next product into the second-level cache while blocks wait (3 % slower in bf16: from there they come no
 // faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
 // of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %).
+#include <algorithm>
+
 #include "decode_products.cuh"
 
 namespace ferrotune {
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   extern __shared__ uint4 dynamic[];
   if (shared_address(dynamic) != kReserved) __trap();
   const DecodeCommon& s = stack.common;
-  Products<T, MP, kNf4> product(s);
+  Products<T, MP, kNf4> product(stack);
   Barrier barrier(s.counters);
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   constexpr int kLayerBytes = sizeof(DecodeLayer);
@@ -84,39 +86,34 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   wait_copies<0>();
   __syncthreads();
   product.make_shares(s.at.layers);
+  if (threadIdx.x < 32 * kDecodeWarps) product.stream.begin(threadIdx.x / 32);
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
     const int l = step / kPhases;
     const int layer = s.at.layers + l % 2 * kLayerBytes;
     const auto phase = static_cast<DecodePhase>(step % kPhases);
     const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
-    product.prepare(layer, phase);
+    product.prepare(layer, step);
     if (phase == kQkv) {
       // Its place is that of the layer before, which is done.
       fetch_layer(l + 1);
       prefetch_pages<T, D>(layer);
     }
-    uint4 ring[product.kDepth][4];
-    product.clear(ring);
-    // Attention takes longer than these.
-    const int early = phase == kO ? product.kDepth : product.kEarly;
-    product.start(ring, 0, early);
     if (threadIdx.x == kPoller) {
       if (step > 0) barrier.poll();
       product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
     }
-    // The product's scales, for all threads to see.
+    // The product's scales and A, for all threads to see.
     wait_copies<0>();
     __syncthreads();
-    // Behind x, or that would come behind all these.
-    auto source = product.start(ring, early, product.kBehindX);
     product.stage();
-    if constexpr (product.kBehindX < product.kDepth) source = product.start(ring, max(early, product.kBehindX), product.kDepth);
-    product.run(ring, source, residual);
+    product.run(residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
     attend<T, D>(layer, barrier);
+    // Behind what attention left in the rings' place comes what the copy engine writes there.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier.arrive();
   }
   // The last thread block leaves the counters as it found them. Nobody waits any more.
@@ -133,8 +130,12 @@ constexpr int64_t kCountersBytes = 4096;
 
 inline int64_t rounded_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-// Longer runs for long contexts, or adding them up takes too long.
-inline int run_pages(int64_t longest) { return longest <= 8192 ? kRunPages : kLongRunPages; }
+// Longer runs for long contexts, or adding them up takes too long; shorter ones where there are thread blocks for all.
+inline int run_pages(const KernelDecode& d) {
+  const int64_t short_runs = d.M * d.K * ceil_div(d.longest, kShortRunPages * kPage);
+  if (short_runs <= device_attribute(cudaDevAttrMultiProcessorCount)) return kShortRunPages;
+  return d.longest <= 8192 ? kRunPages : kLongRunPages;
+}
 
 struct Workspaces {
   int64_t copy, h, qkv, attended, product, z, partial, all;
@@ -154,7 +155,7 @@ inline Workspaces workspaces_of(const KernelDecode& d) {
   take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
   take(w.attended, M * d.H * d.D * 2);
   take(w.product, M * d.F * 2);
-  take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d.longest) * kPage) * (d.D + 2) * 4);
+  take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d) * kPage) * (d.D + 2) * 4);
   w.all = at;
   return w;
 }
@@ -181,8 +182,10 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   if (d.C % 256 != 0 || d.F % 256 != 0 || d.H * d.D % 256 != 0 || d.K * d.D % kTileRows != 0) return false;
   const KernelDecodeLayer& first = d.layers[0];
   planned.nf4 = first.o.w == nullptr;
+  const auto begin_of = [&](const KernelRowsPart& part) { return reinterpret_cast<uintptr_t>(planned.nf4 ? part.nf4.packed : part.w); };
+  uintptr_t least = begin_of(first.o), most[kPhases] = {};
   s.layers = size(d.count), s.M = size(d.M), s.C = size(d.C), s.F = size(d.F), s.H = size(d.H), s.K = size(d.K), s.D = size(d.D), s.R = size(d.R);
-  s.width = size(d.width), s.run_pages = run_pages(d.longest), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
+  s.width = size(d.width), s.run_pages = run_pages(d), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
   s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
   s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
   s.tables = d.tables, s.lengths = d.lengths, s.x = d.x, s.y = d.y;
@@ -191,8 +194,15 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.nested_shift = 0;
   while (first.o.nf4.nested_blocksize >> (s.nested_shift + 1) > 0) ++s.nested_shift;
   const int64_t of_phase[kPhases] = {(d.H + 2 * d.K) * d.D, d.C, 2 * d.F, d.C};
+  const auto parts_of = [&](const KernelDecodeLayer& of, int phase) {
+    return phase == kQkv ? of.qkv : phase == kO ? &of.o : phase == kGateUp ? of.gate_up : &of.down;
+  };
+  for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
+    for (int phase = 0; phase < kPhases; ++phase) {
+      for (int i = 0; i < s.parts[phase]; ++i) least = std::min(least, begin_of(parts_of(d.layers[l], phase)[i]));
+    }
+  }
   bool some_lora = false;
-  int most_b = 0;
   int a_tiles_of[kPhases] = {};
   for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
     const KernelDecodeLayer& from = d.layers[l];
@@ -200,7 +210,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     if (from.qkv_count != first.qkv_count || from.gate_up_count != first.gate_up_count || from.input_norm == nullptr || from.mlp_norm == nullptr) return false;
     if ((from.q_norm != nullptr || from.k_norm != nullptr) && (from.q_norm == nullptr || from.k_norm == nullptr)) return false;
     for (int phase = 0; phase < kPhases; ++phase) {
-      const KernelRowsPart* const parts = phase == kQkv ? from.qkv : phase == kO ? &from.o : phase == kGateUp ? from.gate_up : &from.down;
+      const KernelRowsPart* const parts = parts_of(from, phase);
       int64_t rows = 0;
       int tiles = 0;
       for (int i = 0; i < s.parts[phase]; ++i) {
@@ -214,20 +224,21 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
               kTileRows * (s.columns[phase] / kBlock) / nf4.nested_blocksize + 2 > kNestedOfTile) {
             return false;
           }
-          own.w = reinterpret_cast<const char*>(nf4.packed);
-          own.row_bytes = s.columns[phase] / 2;
           own.absmax = nf4.absmax, own.nested = nf4.nested_absmax, own.nested_offset = nf4.nested_offset;
-        } else {
-          if (!aligned16(part.w) || part.w_stride % 8 != 0) return false;
-          own.w = static_cast<const char*>(part.w);
-          own.row_bytes = size(part.w_stride * 2);
         }
+        // Boxes are found by their distance from the first.
+        const int64_t row_bytes = planned.nf4 ? s.columns[phase] / 2 : part.w_stride * 2;
+        const uintptr_t begin = begin_of(part);
+        if (row_bytes % 128 != 0 || (begin - least) % 128 != 0 || begin % 16 != 0 || (begin - least) / 128 > INT32_MAX) return false;
+        if (l + i > 0 && row_bytes / 128 != s.row_steps[phase]) return false;
+        s.row_steps[phase] = size(row_bytes / 128);
+        own.w = size(static_cast<int64_t>((begin - least) / 128));
+        most[phase] = std::max(most[phase], begin + static_cast<uintptr_t>(part.rows * row_bytes));
         own.rows = size(part.rows);
         if (part.a != nullptr) {
           if ((some_lora && (part.lora_f32 != 0) != s.lora_f32) || part.R % 8 != 0 || !aligned16(part.a) || !aligned16(part.b)) return false;
           some_lora = true;
           s.lora_f32 = part.lora_f32 != 0;
-          if (part.R * (part.lora_f32 ? 4 : 2) + 16 > most_b) most_b = size(part.R * (part.lora_f32 ? 4 : 2) + 16);
           own.a = part.a, own.b = part.b, own.scale = part.scale, own.R = size(part.R);
           tiles += size(ceil_div(part.R, kTileRows));
         }
@@ -246,79 +257,79 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   planned.MP = s.M <= 1 ? 1 : !planned.nf4 ? kEight : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
   const bool wide = planned.nf4 && planned.MP <= 2;
   int most_tiles = 0;
-  int64_t absmax[kPhases] = {}, most_absmax = 0, b_bytes[kPhases] = {};
-  s.b_most = most_b;
+  s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
+  int64_t a_bytes = 0;
   for (int phase = 0; phase < kPhases; ++phase) {
     const int tiles = size(ceil_div(phase == kGateUp ? d.F / kTileRows : of_phase[phase] / kTileRows, processors)) << (phase == kGateUp);
-    if (tiles > most_tiles) most_tiles = tiles;
-    b_bytes[phase] = int64_t{tiles} * kTileRows * most_b;
-    int words = s.columns[phase] / kBlock / 4;
-    while (words % 8 != 4) ++words;
-    if (planned.nf4) absmax[phase] = int64_t{tiles} * kTileRows * words * 4;
-    if (absmax[phase] > most_absmax) most_absmax = absmax[phase];
+    most_tiles = std::max(most_tiles, tiles);
     s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
     s.a_pieces[phase] = a_tiles_of[phase] * s.pieces[phase];
     if (s.a_pieces[phase] > processors) return false;
+    // A piece of A has as many units of 64 columns as the longest.
+    if (s.a_pieces[phase] > 0) a_bytes = std::max(a_bytes, ceil_div(s.columns[phase] / kBlock, s.pieces[phase]) * kTileRows * s.a_row);
+    if (!boxes_anywhere(stack.w[phase], reinterpret_cast<const void*>(least), static_cast<int64_t>((most[phase] - least) / 128), int64_t{s.row_steps[phase]} * 128,
+                        kTileRows)) {
+      return false;
+    }
   }
   if (most_tiles > kMostTiles) return false;
-  DecodeShared& at = s.at;
-  int next = kCommonAt + (sizeof(DecodeCommon) + 15) / 16 * 16;
-  const auto take = [&](int& to, int64_t bytes) {
-    to = next;
-    next += size(ceil_div(bytes, 16) * 16);
-  };
-  const int64_t nested = planned.nf4 ? most_tiles * kNestedOfTile * 4 : 0;
-  if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
-  if (planned.nf4 && !wide) take(at.table, 256 * 128);
-  take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
   s.tables_shared = d.M * d.width <= kMostPages;
-  take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
-  take(at.x_arrived, 8);
-  take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
-  take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
-  take(at.statistics, 16 * planned.MP * 4);
-  at.attention = next;
-  take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
-  take(at.nested, nested);
-  // In front of a wide table, which has its place, there may be room for the scales.
-  const bool behind = wide && next + most_absmax > kTableAt;
-  if (wide) {
-    if (next > kTableAt) return false;
-    at.table = kTableAt;
-    at.attention = kTableAt + 256 * 256;
-  }
-  if (behind) next = at.attention;
-  at.absmax = next;
-  const int begin = wide ? at.attention : next;
-  for (int phase = 0; phase < kPhases; ++phase) {
-    const bool norm = phase == kQkv || phase == kGateUp;
-    at.norm[phase] = begin + (behind || !wide ? size(absmax[phase]) : 0);
-    at.x[phase] = at.norm[phase] + (norm ? size(d.C * 2) : 0);
-    const int64_t end = at.x[phase] + int64_t{s.M} * (s.columns[phase] * 2 + 16);
-    s.x_shared[phase] = end <= limit;
-    if (!s.x_shared[phase] && (phase != kDown || planned.MP <= 2)) return false;
-    const int64_t used = s.x_shared[phase] ? end : at.x[phase];
-    if (used > next) next = size(used);
-  }
-  at.b = next;
-  for (int phase = 0; phase < kPhases; ++phase) {
-    s.b_shared[phase] = b_bytes[phase] > 0 && at.b + b_bytes[phase] <= limit;
-    if (s.b_shared[phase] && at.b + b_bytes[phase] > next) next = size(at.b + b_bytes[phase]);
-  }
-  // A piece of A has as many units of 64 columns as the longest.
-  s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
-  at.a = next;
-  for (int phase = 0; phase < kPhases; ++phase) {
-    const int64_t bytes = s.a_pieces[phase] == 0 ? 0 : ceil_div(s.columns[phase] / kBlock, s.pieces[phase]) * kTileRows * s.a_row;
-    s.a_shared[phase] = bytes > 0 && at.a + bytes <= limit;
-    if (s.a_shared[phase] && at.a + bytes > next) next = size(at.a + bytes);
-  }
-  at.stages = at.attention + attention_bytes(d.D, 2) <= limit ? 2 : 1;
-  const int attention_end = at.attention + attention_bytes(d.D, at.stages);
-  if (attention_end > limit) return false;
-  at.all = (next > attention_end ? next : attention_end) - kReserved;
+
+  // Shared memory: rings as deep as there is room for, with all of x if that can be, and A.
+  DecodeShared& at = s.at;
+  const int64_t end = limit + kReserved;
+  const auto lay_out = [&](int depth, bool all_x, bool a) {
+    int64_t next = kCommonAt + (sizeof(DecodeCommon) + 15) / 16 * 16, behind = kTableAt + 256 * 256;
+    // A wide table has its place: what does not fit before it lies behind.
+    const auto take = [&](int& to, int64_t bytes) {
+      int64_t& own = wide && next + bytes > kTableAt ? behind : next;
+      to = size(own);
+      own += ceil_div(bytes, 16) * 16;
+    };
+    if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
+    if (wide) at.table = kTableAt;
+    if (planned.nf4 && !wide) take(at.table, 256 * 128);
+    take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
+    take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
+    take(at.x_arrived, 8);
+    take(at.w_arrived, kDecodeWarps * kMostDepth * 8);
+    take(at.cursors, kDecodeWarps * int64_t{sizeof(WeightCursor)});
+    take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
+    take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
+    take(at.statistics, 16 * planned.MP * 4);
+    if (behind > kTableAt + 256 * 256) return false;
+    at.attention = size(wide ? behind : next);
+    take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
+    take(at.lora, some_lora ? int64_t{most_tiles} * planned.MP * kTileRows * 4 : 0);
+    take(at.nested, planned.nf4 ? most_tiles * kNestedOfTile * 4 : 0);
+    s.a_shared = a && a_bytes > 0;
+    take(at.a, s.a_shared ? a_bytes : 0);
+    int64_t x_bytes = 0;
+    for (int phase = 0; phase < kPhases; ++phase) {
+      s.x_shared[phase] = all_x || phase != kDown;
+      if (s.x_shared[phase]) x_bytes = std::max(x_bytes, int64_t{s.M} * (s.columns[phase] * 2 + 16));
+    }
+    take(at.x, x_bytes);
+    next = ceil_div(next, 1024) * 1024, behind = ceil_div(behind, 1024) * 1024;
+    const int64_t ring = depth * kBoxBytes, before_table = wide ? (kTableAt - next) / ring : kDecodeWarps;
+    s.depth = depth;
+    at.ring[0] = size(next), at.ring[1] = size(behind);
+    at.first_rings = size(std::min<int64_t>(before_table, kDecodeWarps));
+    next += at.first_rings * ring, behind += (kDecodeWarps - at.first_rings) * ring;
+    at.stages = at.attention + attention_bytes(d.D, 2) <= end ? 2 : 1;
+    const int64_t used = std::max<int64_t>(wide ? behind : next, at.attention + attention_bytes(d.D, at.stages));
+    at.all = size(used - kReserved);
+    return used <= end;
+  };
+  const auto fits = [&](bool all_x, bool a) {
+    for (int depth = kMostDepth; depth >= kLeastDepth; --depth) {
+      if (lay_out(depth, all_x, a)) return true;
+    }
+    return false;
+  };
+  if (!fits(true, true) && !fits(true, false) && (planned.MP <= 2 || (!fits(false, true) && !fits(false, false)))) return false;
 
   char* const base = static_cast<char*>(d.workspace);
   const Workspaces w = workspaces_of(d);

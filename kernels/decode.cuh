@@ -1,6 +1,7 @@
 // defines: DecodeStack: what decode.cu is launched with; Barrier of all thread blocks; the places of a thread block's shared memory.
 #pragma once
 
+#include "hopper.cuh"
 #include "paged_attention.cuh"
 #include "rows_stage.cuh"
 
@@ -20,19 +21,19 @@ constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
 // Warps that share the pages of a run of keys.
-constexpr int kPageWarps = 8, kRunPages = 16, kLongRunPages = 64;
+constexpr int kPageWarps = 8, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
 // The first of a product's parts.
 __host__ __device__ constexpr int first_part(int phase) { return phase == kQkv ? 0 : phase + 2 + (phase == kDown); }
 
 struct DecodePart {
-  const char* w;  // packed, or dense
   const void* absmax;
   const float* nested;
   const void *a, *b;
   float nested_offset, scale;
-  int rows, row_bytes, R;
+  int w;  // where W begins, packed or dense, in steps of 128 bytes from what its product's map begins with
+  int rows, R;
 };
 
 struct DecodeLayer {
@@ -45,17 +46,19 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, x_arrived, shares, z, statistics, slots, nested, absmax, a, b, attention, all;
-  int norm[kPhases], x[kPhases];  // behind the scales
-  int stages;  // of pages, of each warp in attention
+  int table, map, layers, sequences, x_arrived, w_arrived, cursors, shares, z, statistics, slots, lora, nested, a, x, attention, all;
+  int ring[2], first_rings;  // of so many warps one after another, and of the others
+  int stages;                // of pages, of each warp in attention
 };
 
 // All but the layers. Attention, a function of its own, has it from shared memory: arguments of a launch, read through a pointer, come from
 // memory behind a cache that every wait empties.
 struct DecodeCommon {
-  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, a_row, b_most;
+  int layers, M, C, F, H, K, D, R, width, run_pages, runs, activation, nested_shift, a_row;
+  int depth;  // boxes of W that a warp has room for
   int parts[kPhases], columns[kPhases], pieces[kPhases], a_pieces[kPhases];  // pieces of a tile of A, and of all: at most one a thread block
-  bool lora_f32, tables_shared, x_shared[kPhases], a_shared[kPhases], b_shared[kPhases];
+  int row_steps[kPhases];  // of W, 128 bytes each
+  bool lora_f32, tables_shared, a_shared, x_shared[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths;
@@ -67,6 +70,7 @@ struct DecodeCommon {
   DecodeShared at;
 };
 struct DecodeStack {
+  CUtensorMap w[kPhases];  // boxes of 16 rows of 128 bytes
   DecodeCommon common;
   DecodeLayer* copy;  // of `layer` in memory
   DecodeLayer layer[kMostLayers];

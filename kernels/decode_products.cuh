@@ -2,115 +2,48 @@
 //
 // Of a product a thread block has a run of tiles of 16 rows, of gate and up tile by tile the same rows of both, and its fifteen warps
 // share the units of these tiles: 64 columns of 16-bit weights, 256 of NF4, whose products are those of rows_strips.cuh. Sums meet once, in
-// shared memory. One warp more computes this block's piece of x A^T and waits for those of the others.
+// shared memory. One warp more computes this block's piece of x A^T, waits for those of the others, and has s B (x A^T) of all tiles ready
+// when their sums are.
 #pragma once
 
-#include "decode.cuh"
+#include "decode_weights.cuh"
 #include "rows_strips.cuh"
 
 namespace ferrotune {
 namespace {
 
-// Where not `any`, what was there.
-__device__ __forceinline__ void load_once(const char* from, bool any, uint4& to) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
-      : "l"(from), "r"(static_cast<int>(any)));
-}
-
 template <typename T, int MP, bool kNf4>
 struct Products {
   using Use = ColumnUse<MP>;
-  static constexpr int kDepth = kNf4 ? 2 : 4, kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride, kZ = kMostRank + 4;
-  // Of the first kDepth units of a warp this many are asked for before the wait for x, and with these so many before x is looked at. Memory is idle
-  // meanwhile, but a warp whose loads wait for their turn does nothing else.
-  static constexpr int kEarly = kNf4 ? 0 : 2, kBehindX = kNf4 ? 1 : kDepth;
+  static constexpr int kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride, kZ = kMostRank + 4, kLoraStride = kTileRows;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
 
   const DecodeCommon& s;
+  WeightStream<kNf4> stream;
   int thread, warp, lane, g, t;
+  bool attends;  // this thread block has a share of attention, for which the ring must be empty
 
   // The product.
   DecodePhase phase;
-  int layer_at;  // where shared memory has the layer
+  int layer_at;      // where shared memory has the layer
+  int last_product;  // by number: weights up to its are asked for
   int columns, units, count;
   int first_tile, first_unit, left;  // of this warp
   unsigned x_parity = 0;
   float first_added;
 
-  __device__ explicit Products(const DecodeCommon& common) : s(common) {}
+  __device__ explicit Products(const DecodeStack& stack)
+      : s(stack.common), stream(stack), attends(static_cast<int>(blockIdx.x) < s.M * s.K * s.runs) {}
 
   // Whatever could be read again is: registers are few, and what does not fit them lies in memory behind a cache that every wait empties.
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ __forceinline__ const DecodePart& part_at(int part) const { return layer().parts[first_part(phase) + part]; }
   __device__ __forceinline__ DecodeShare& share(int of_phase) const { return reinterpret_cast<DecodeShare*>(shared_at(s.at.shares))[of_phase]; }
   __device__ __forceinline__ const DecodeTile& tile_at(int local) const { return share(phase).tiles[local]; }
-  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x[phase] + min(column, s.M - 1) * (columns * 2 + 16); }
+  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x + min(column, s.M - 1) * (columns * 2 + 16); }
   __device__ __forceinline__ const char* x_memory_row(int column) const {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
-
-  // Where the weights of this warp's next unit are. The units under way are an array of their own: beside it these would be in memory, too.
-  struct Source {
-    const char* at;
-    int tile, unit, below;
-  };
-  __device__ __forceinline__ void seek(Source& source) const {
-    const DecodeTile& tile = tile_at(max(min(source.tile, count - 1), 0));
-    const DecodePart& part = part_at(tile.part);
-    source.below = 8 * part.row_bytes;
-    source.at = part.w + int64_t{tile.row + g} * part.row_bytes + source.unit * 128 + t * (kNf4 ? 16 : 32);
-  }
-  // A unit has 128 bytes of each row.
-  template <typename Load>
-  __device__ __forceinline__ static void load(const Source& source, uint4 (&to)[4], Load&& put) {
-    constexpr int kNext = kNf4 ? 64 : 16;
-    put(source.at, to[0]);
-    put(source.at + kNext, to[1]);
-    put(source.at + source.below, to[2]);
-    put(source.at + source.below + kNext, to[3]);
-  }
-  // The next unit, of `ahead` that are still to be fetched.
-  __device__ __forceinline__ void fetch(Source& source, uint4 (&to)[4], int ahead) const {
-    if (ahead <= 0) return;
-    load(source, to, [](const char* at, uint4& own) { own = load_once(reinterpret_cast<const uint4*>(at)); });
-    source.at += 128;
-    if (++source.unit == units) {
-      source.unit = 0;
-      ++source.tile;
-      if (ahead > 1) seek(source);
-    }
-  }
-  // Without a branch between the loads, at which they would be waited for. Registers that may hold what they held before would have to
-  // hold it everywhere.
-  __device__ __forceinline__ static void clear(uint4 (&ring)[kDepth][4]) {
-#pragma unroll
-    for (int i = 0; i < 4 * kDepth; ++i) ring[i / 4][i % 4] = make_uint4(0, 0, 0, 0);
-  }
-  // Units `from` up to `to` of the first kDepth; where the next one is.
-  __device__ __forceinline__ Source start(uint4 (&ring)[kDepth][4], int from, int to) const {
-    Source source{nullptr, first_tile, first_unit, 0};
-    const auto next = [&](uint4 (&own_unit)[4], int number) {
-      seek(source);
-      const bool any = left > number && number >= from && number < to;
-      load(source, own_unit, [&](const char* at, uint4& own) { load_once(at, any, own); });
-      const bool over = ++source.unit == units;
-      source.unit = over ? 0 : source.unit;
-      source.tile += over;
-    };
-    // Written out: the compiler leaves a loop of this a loop until it is too late for registers.
-    next(ring[0], 0);
-    next(ring[1], 1);
-    if constexpr (kDepth == 4) {
-      next(ring[2], 2);
-      next(ring[3], 3);
-    }
-    seek(source);
-    return source;
-  }
-
   // The shares of all four products, once.
   __device__ __forceinline__ void make_shares(int first_layer) {
     layer_at = first_layer;
@@ -154,12 +87,32 @@ struct Products {
     __syncthreads();
   }
 
-  // Whatever does not depend on the product's input: weights and scales on their way. Nobody uses shared memory but for the shares.
-  __device__ __forceinline__ void prepare(int of_layer, DecodePhase which) {
+  // Scales of 16 rows and eight units: this lane has those of units 2 t and 2 t + 1 of rows g and g + 8.
+  static constexpr int kScaledUnits = 8;
+  struct Scales {
+    unsigned of[2][2];
+  };
+  Scales first_scales;
+  __device__ __forceinline__ void fetch_scales(Scales& to, int local, int first) const {
+    const DecodeTile& tile = tile_at(min(local, max(count - 1, 0)));
+    const int blocks = columns / kBlock;
+    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + g} * (blocks / 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        to.of[half][i] = __ldg(absmax + half * 8 * (blocks / 4) + min(first + 2 * t + i, units - 1));
+      }
+    }
+  }
+
+  // Whatever does not depend on the product's input is on its way. Nobody uses shared memory but for the shares, the layers and the rings.
+  __device__ __forceinline__ void prepare(int of_layer, int number) {
     thread = thread_number();
     warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     layer_at = of_layer;
-    phase = which;
+    phase = static_cast<DecodePhase>(number % kPhases);
+    last_product = min(number + (phase != kQkv || !attends), kPhases * s.layers - 1);
     columns = s.columns[phase];
     units = columns / kUnit;
     count = share(phase).count;
@@ -171,47 +124,37 @@ struct Products {
     }
     if (warp == kDecodeWarps - 1) fetch_a();
     for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
+    commit_copies();
     const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
     if (norm != nullptr) {
-      for (int i = thread; warp < kDecodeWarps && i < columns / 8; i += 32 * kDecodeWarps) {
-        copy_16_bytes(shared_address(shared_at(s.at.norm[phase] + 16 * i)), static_cast<const uint4*>(norm) + i, true);
-      }
+#pragma unroll
+      for (int turn = 0; turn < kNormTurns; ++turn) norm_weight[turn] = __ldg(static_cast<const uint4*>(norm) + norm_vector(turn));
     }
-    commit_copies();
+    if (warp < kDecodeWarps) {
+      if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
+      stream.fill(last_product);
+    }
   }
   __device__ __forceinline__ unsigned long long* z_sums(int of_phase) const {
     return s.z + of_phase % 2 * (kMostATiles * kEight * kTileRows);
   }
 
-  // Starts the copies of a tile's scales and of its rows of B.
+  // Starts the copies of a tile's scales' scales; its rows of B come into the second-level cache.
   __device__ __forceinline__ void fetch_tile(int local) const {
     const DecodeTile& tile = tile_at(local);
     const DecodePart& part = part_at(tile.part);
     if constexpr (kNf4) {
-      const int blocks = columns / kBlock, piece = blocks % 16 == 0 ? 16 : 4, stride = absmax_stride();
-      const auto* const absmax = static_cast<const uint8_t*>(part.absmax) + int64_t{tile.row} * blocks;
-      const unsigned to = shared_address(shared_at(s.at.absmax + local * kTileRows * stride));
-      // Two lanes a row.
-      for (int i = lane % 2 * piece; i < blocks; i += 2 * piece) {
-        const int row = lane / 2;
-        piece == 16 ? copy_16_bytes(to + row * stride + i, absmax + row * blocks + i, true) : copy_4_bytes(to + row * stride + i, absmax + row * blocks + i);
-      }
+      const int blocks = columns / kBlock;
       if (lane <= tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) {
         const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
         copy_4_bytes(shared_address(shared_at(s.at.nested + 4 * (local * kNestedOfTile + lane))), part.nested + first + lane);
       }
     }
-    if (part.b != nullptr && s.b_shared[phase]) {
-      const int row_bytes = part.R * (s.lora_f32 ? 4 : 2), row = lane / 2;
-      const char* const b = static_cast<const char*>(part.b) + int64_t{tile.row + row} * row_bytes;
-      const unsigned to = shared_address(shared_at(s.at.b + (local * kTileRows + row) * s.b_most));
-      for (int i = lane % 2 * 16; i < row_bytes; i += 32) copy_16_bytes(to + i, b + i, true);
+    if (part.b != nullptr) {
+      const int row_bytes = part.R * (s.lora_f32 ? 4 : 2);
+      const char* const b = static_cast<const char*>(part.b) + int64_t{tile.row} * row_bytes;
+      for (int i = lane * 128; i < kTileRows * row_bytes; i += 32 * 128) prefetch_line(b + i);
     }
-  }
-  __device__ __forceinline__ int absmax_stride() const {
-    // Words lie so that eight rows are in different banks.
-    const int words = columns / kBlock / 4;
-    return (words + (12 - words % 8) % 8) * 4;
   }
   // x on its way into shared memory, by one thread. All thread blocks are done with the product before.
   __device__ __forceinline__ void fetch_x(const void* from) const {
@@ -239,8 +182,17 @@ struct Products {
     x_parity ^= 1;
   }
   __device__ __forceinline__ uint4* x_vector(int c, int i) const {
-    return reinterpret_cast<uint4*>(shared_at(s.at.x[phase] + c * (columns * 2 + 16) + 16 * i));
+    return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
   }
+  // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns: the norm's first ones are
+  // on their way before x is.
+  static constexpr int kHalf = MP > 1 ? MP / 2 : 1, kNormTurns = 2;
+  uint4 norm_weight[kNormTurns];
+  __device__ __forceinline__ bool halves() const { return MP > 1 && 2 * (columns / 8) <= kDecodeThreads; }
+  __device__ __forceinline__ int norm_place(int turn) const {
+    return turn * kDecodeThreads + (halves() && thread >= columns / 8 ? thread - columns / 8 : thread);
+  }
+  __device__ __forceinline__ int norm_vector(int turn) const { return min(norm_place(turn), columns / 8 - 1); }
   // There it is: as it was, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage() {
     // The next product's sums begin at zero.
@@ -251,10 +203,8 @@ struct Products {
     if (phase == kO || phase == kDown) return;
     const int vectors = columns / 8;
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
-    // Short rows are shared by twice as many threads, each with half of the rows: from `first` on.
-    constexpr int kHalf = MP > 1 ? MP / 2 : 1;
-    const bool halves = MP > 1 && 2 * vectors <= kDecodeThreads, second = halves && thread >= vectors;
-    const int first = second ? kHalf : 0, place = second ? thread - vectors : thread;
+    const bool second = halves() && thread >= vectors;
+    const int first = second ? kHalf : 0, place = norm_place(0);
     const auto sum_rows = [&](int from) {
       float sums[kHalf] = {};
       for (int i = place; i < vectors; i += kDecodeThreads) {
@@ -276,8 +226,8 @@ struct Products {
       }
     };
     sum_rows(first);
-    if (!halves && MP > 1) sum_rows(kHalf);
-    if (halves && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
+    if (!halves() && MP > 1) sum_rows(kHalf);
+    if (halves() && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
     __syncthreads();
     // Every warp for itself: of column lane / 4 in these lanes.
     const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
@@ -285,10 +235,10 @@ struct Products {
     of_column += __shfl_xor_sync(0xffffffff, of_column, 1);
     of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
     of_column = rsqrtf(of_column / columns + s.eps);
-    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves ? min(s.M, first + kHalf) : s.M;
-    for (int turn = 0; turn < turns; ++turn) {
-      const int own = turn * kDecodeThreads + place, i = min(own, vectors - 1);
-      const Eight<T> w(reinterpret_cast<const T*>(shared_at(s.at.norm[phase] + 16 * i)));
+    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves() ? min(s.M, first + kHalf) : s.M;
+    const auto scale = [&](int turn, const uint4& weight) {
+      const int own = norm_place(turn), i = min(own, vectors - 1);
+      const Eight<T> w(reinterpret_cast<const T*>(&weight));
 #pragma unroll 4
       for (int c = first; c < last; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
@@ -297,7 +247,11 @@ struct Products {
         for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
         if (own < vectors) *x_vector(c, i) = v.rounded();
       }
-    }
+    };
+    scale(0, norm_weight[0]);
+    if (turns > 1) scale(1, norm_weight[1]);
+#pragma unroll 1
+    for (int turn = 2; turn < turns; ++turn) scale(turn, __ldg(static_cast<const uint4*>(layer().norms[phase == kGateUp]) + norm_vector(turn)));
     __syncthreads();
   }
 
@@ -306,7 +260,7 @@ struct Products {
   __device__ __forceinline__ bool has_piece() const { return static_cast<int>(blockIdx.x) < s.a_pieces[phase]; }
   // Starts the copies of this thread block's piece of A, [units, kTileRows] rows of a_row bytes.
   __device__ __forceinline__ void fetch_a() const {
-    if (!s.a_shared[phase] || !has_piece()) return;
+    if (!s.a_shared || !has_piece()) return;
     const DecodePiece& piece = share(phase).piece;
     const DecodePart& part = part_at(piece.part);
     const int element = s.lora_f32 ? 4 : 2, shift = s.lora_f32 ? 4 : 3;  // vectors of a row: a power of two
@@ -332,7 +286,7 @@ struct Products {
   __device__ __forceinline__ void multiply_piece() const {
     const DecodePiece& piece = share(phase).piece;
     const DecodePart& part = part_at(piece.part);
-    const bool shared = s.x_shared[phase], a_shared = s.a_shared[phase];
+    const bool shared = s.x_shared[phase], a_shared = s.a_shared;
     const int element = s.lora_f32 ? 4 : 2;
     float sum[4] = {}, odd[4] = {};
     const auto pairs = [&](const char* from, unsigned (&out)[8]) { pairs_of_a<T>(s.lora_f32, from, out); };
@@ -393,6 +347,63 @@ struct Products {
       }
       a_tile += of_part;
     }
+    __syncwarp();
+    s.lora_f32 ? multiply_by_b<float>() : multiply_by_b<T>();
+  }
+
+  // [MP, kTileRows] of a tile.
+  __device__ __forceinline__ float* lora_sums(int local) const { return reinterpret_cast<float*>(shared_at(s.at.lora)) + local * (MP * kLoraStride); }
+  // z B^T of all tiles: a lane has one row, of every second tile or of half of the columns.
+  template <typename Element>
+  __device__ __forceinline__ void multiply_by_b() const {
+    constexpr int kTiles = MP == 1 ? 2 : 1, kColumns = MP == 1 ? 1 : MP / 2;
+    const int row = lane % kTileRows, half = lane / kTileRows, column = MP == 1 ? 0 : half * kColumns;
+    // The rows of several tiles are on their way at a time.
+    constexpr int kAtOnce = MP <= 2 ? 4 : 2, kRanks = 16;
+#pragma unroll 1
+    for (int first = MP == 1 ? half : 0; first < count; first += kTiles * kAtOnce) {
+      float sums[kAtOnce][kColumns] = {};
+#pragma unroll 1
+      for (int j = 0; j < kMostRank; j += kRanks) {
+        Vector<Element, 4> b[kAtOnce][kRanks / 4];
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const DecodeTile& tile = tile_at(min(first + i * kTiles, count - 1));
+          const DecodePart& part = part_at(tile.part);
+          const auto* const from = static_cast<const Element*>(part.b) + int64_t{tile.row + row} * part.R + j;
+#pragma unroll
+          for (int k = 0; k < kRanks / 4; ++k) {
+            const bool own = part.b != nullptr && j + 4 * k < part.R;
+            b[i][k] = own ? *reinterpret_cast<const Vector<Element, 4>*>(from + 4 * k) : Vector<Element, 4>{};
+            any = any || own;
+          }
+        }
+        if (!any) break;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int part = tile_at(min(first + i * kTiles, count - 1)).part;
+#pragma unroll
+          for (int k = 0; k < kRanks / 4; ++k) {
+            if (j + 4 * k >= part_at(part).R) break;
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+              const float4 of_z = *reinterpret_cast<const float4*>(z(part, column + c) + j + 4 * k);
+              sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[0]))) * of_z.x;
+              sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[1]))) * of_z.y;
+              sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[2]))) * of_z.z;
+              sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[3]))) * of_z.w;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kTiles >= count) break;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) lora_sums(first + i * kTiles)[(column + c) * kLoraStride + row] = sums[i][c];
+      }
+    }
   }
 
   __device__ __forceinline__ float* z(int part, int column) const {
@@ -410,40 +421,34 @@ struct Products {
   }
 
   template <bool kShared>
-  __device__ __forceinline__ void multiply_dense(uint4 (&ring)[kDepth][4], Source& source) {
+  __device__ __forceinline__ void multiply_dense() {
     int unit = first_unit;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + first_tile) * kSlot + g;
     const char* const shared = shared_at(x_shared_row(g) + t * 32);
     float sum[4] = {}, odd[4] = {};
-    const auto step = [&](uint4 (&own)[4]) {
+#pragma unroll 1
+    for (; left > 0; --left) {
+      uint4 own[4];
+      stream.take(own, last_product);
       const auto* const at = reinterpret_cast<const uint4*>(shared + unit * 128);
       const XOfUnit x = kShared ? XOfUnit{at[0], at[1]} : x_unit(false, unit);
       const unsigned top[8] = {own[0].x, own[0].y, own[0].z, own[0].w, own[1].x, own[1].y, own[1].z, own[1].w};
       const unsigned bottom[8] = {own[2].x, own[2].y, own[2].z, own[2].w, own[3].x, own[3].y, own[3].z, own[3].w};
       multiply_pairs<T>(sum, odd, top, bottom, x);
-      fetch(source, own, left - kDepth);
-      --left;
-      if (++unit < units && left > 0) return;
+      if (++unit < units && left > 1) continue;
       const float total[4] = {sum[0] + odd[0], sum[1] + odd[1], sum[2] + odd[2], sum[3] + odd[3]};
       put(slot, total);
       sum[0] = sum[1] = sum[2] = sum[3] = odd[0] = odd[1] = odd[2] = odd[3] = 0;
       unit = 0;
-    };
-#pragma unroll 1
-    while (left > 0) {
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring[i]);
-      }
     }
   }
 
   // As strips_kernel does: see there.
   template <bool kShared>
-  __device__ __forceinline__ void multiply_nf4(uint4 (&ring)[kDepth][4], Source& source) {
+  __device__ __forceinline__ void multiply_nf4() {
     const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
     const unsigned table = s.at.table + lane * 4;
-    const int blocks = columns / kBlock, stride = absmax_stride(), shift = s.nested_shift;
+    const int blocks = columns / kBlock, shift = s.nested_shift;
     const bool has = Use::has(g, t) && g % MP < s.M;
     const char* const shared = shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256);
     const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
@@ -459,22 +464,33 @@ struct Products {
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
       }
     };
-    const char* absmax_at;
+    Scales scales = first_scales, next_scales;
+    // The eight units behind these, of this tile or of the next. Eight rows leave no registers for them.
+    constexpr bool kAhead = MP < 8;
+    const auto fetch_next_scales = [&] {
+      const int behind = unit / kScaledUnits * kScaledUnits + kScaledUnits;
+      behind < units ? fetch_scales(next_scales, local, behind) : fetch_scales(next_scales, local + 1, 0);
+    };
+    if (kAhead) fetch_next_scales();
     const float* nested;
     float offset;
     int top_block;
     const auto rows_of_tile = [&] {
-      absmax_at = shared_at(s.at.absmax + (local * kTileRows + g) * stride);
       nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
       const DecodeTile& tile = tile_at(local);
       top_block = tile.nested_before + g * blocks;
       offset = part_at(tile.part).nested_offset;
     };
     rows_of_tile();
-    const auto step = [&](uint4 (&own)[4]) {
+#pragma unroll 1
+    for (; left > 0; --left) {
+      uint4 own[4];
+      stream.take(own, last_product);
       if (!Use::kXOfRun) load(unit * 512);
-      const unsigned absmax[2] = {*reinterpret_cast<const unsigned*>(absmax_at + unit * 4),
-                                  *reinterpret_cast<const unsigned*>(absmax_at + unit * 4 + 8 * stride)};
+      const int from = lane & 28 | unit % kScaledUnits / 2;
+      const bool odd_unit = unit % 2 == 1;
+      const unsigned absmax[2] = {__shfl_sync(0xffffffff, odd_unit ? scales.of[0][1] : scales.of[0][0], from),
+                                  __shfl_sync(0xffffffff, odd_unit ? scales.of[1][1] : scales.of[1][0], from)};
       const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> shift], nested[top_block + 8 * blocks + unit * kGroupBlocks >> shift]};
       const auto scale = [&](int half, int of_group) {
         const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
@@ -487,41 +503,43 @@ struct Products {
         unsigned top[16], bottom[16];
         look_up_words<Use::kWide>(own[run], table, top);
         look_up_words<Use::kWide>(own[2 + run], table, bottom);
-        if (run == 1) fetch(source, own, left - kDepth);
         group_sums.template multiply_run<T>(run, t, top, bottom, x);
         group_sums.scale_run(run, t, acc, scale);
       }
       group_sums.scale_group(t, acc, scale);
-      --left;
-      if (++unit < units && left > 0) return;
-      float total[4];
-      group_sums.add_blocks(acc, total);
-      put(slot, total);
+      ++unit;
+      const bool over = unit == units;
+      if (over || left == 1) {
+        float total[4];
+        group_sums.add_blocks(acc, total);
+        put(slot, total);
 #pragma unroll
-      for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-      unit = 0;
-      ++local;
-      if (left > 0) rows_of_tile();
-    };
-#pragma unroll 1
-    while (left > 0) {
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        if (left > 0) step(ring[i]);
+        for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+      }
+      if (left == 1) continue;
+      if (over) {
+        unit = 0;
+        ++local;
+        rows_of_tile();
+      }
+      if (unit % kScaledUnits == 0) {
+        if (!kAhead) fetch_scales(next_scales, local, unit);
+        scales = next_scales;
+        if (kAhead) fetch_next_scales();
       }
     }
   }
 
   // residual: what finish adds.
-  __device__ __forceinline__ void run(uint4 (&ring)[kDepth][4], Source source, const void* residual) {
+  __device__ __forceinline__ void run(const void* residual) {
     if (warp == kDecodeWarps) {
       multiply_by_a();
     } else if (left > 0) {
       if constexpr (kNf4) {
         // One or two rows always fit shared memory.
-        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>(ring, source) : multiply_nf4<MP <= 2>(ring, source);
+        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>() : multiply_nf4<MP <= 2>();
       } else {
-        s.x_shared[phase] ? multiply_dense<true>(ring, source) : multiply_dense<false>(ring, source);
+        s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
       }
     }
     first_added = warp < turns() ? added(residual, warp) : 0;
@@ -535,29 +553,7 @@ struct Products {
     float value = 0;
 #pragma unroll 2
     for (int k = 0; k < tile.slots; ++k, slot += kSlot) value += *slot;
-    const DecodePart& part = part_at(tile.part);
-    if (part.b != nullptr) {
-      const float4* own_z = reinterpret_cast<const float4*>(z(tile.part, c));
-      const auto add = [&](const auto* b) {
-        using Element = std::remove_cv_t<std::remove_pointer_t<decltype(b)>>;
-#pragma unroll 2
-        for (int j = 0; j < part.R; j += 4, ++own_z) {
-          const auto v = *reinterpret_cast<const Vector<Element, 4>*>(b + j);
-          const float4 of_z = *own_z;
-          value += to_float(from_float<T>(to_float(v.v[0]))) * of_z.x;
-          value += to_float(from_float<T>(to_float(v.v[1]))) * of_z.y;
-          value += to_float(from_float<T>(to_float(v.v[2]))) * of_z.z;
-          value += to_float(from_float<T>(to_float(v.v[3]))) * of_z.w;
-        }
-      };
-      if (s.b_shared[phase]) {
-        const char* const b = shared_at(s.at.b + (local * kTileRows + row) * s.b_most);
-        s.lora_f32 ? add(reinterpret_cast<const float*>(b)) : add(reinterpret_cast<const T*>(b));
-      } else {
-        const int64_t at = int64_t{tile.row + row} * part.R;
-        s.lora_f32 ? add(static_cast<const float*>(part.b) + at) : add(static_cast<const T*>(part.b) + at);
-      }
-    }
+    if (part_at(tile.part).b != nullptr) value += lora_sums(local)[c * kLoraStride + row];
     const void* const bias = layer().bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
     return value;

@@ -16,8 +16,6 @@ namespace ferrotune {
 #define FERROTUNE_HOPPER 1
 #endif
 
-#ifdef FERROTUNE_HOPPER
-
 __device__ __forceinline__ void init_barrier(unsigned at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
@@ -47,6 +45,15 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* matrix,
                "l"(matrix), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
+
+// Of three dimensions, the first of which is the box's.
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* matrix, int second, int third, int first, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+               "l"(matrix), "r"(first), "r"(second), "r"(third), "r"(barrier)
+               : "memory");
+}
+
+#ifdef FERROTUNE_HOPPER
 
 // What is in shared memory for this thread is there for the products.
 __device__ __forceinline__ void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -107,22 +114,37 @@ __device__ __forceinline__ unsigned scale_pair(unsigned pair, unsigned scale, __
 
 #endif
 
-// Boxes of a matrix of 8-bit or 16-bit elements, rows `stride` bytes apart; turned: pieces of a row's 128 bytes as products want them. False
-// where there are none.
-inline bool boxes_of(CUtensorMap& boxes, const void* matrix, int element_bytes, int64_t columns, int64_t rows, int64_t stride, int box_columns,
-                     int box_rows, bool turned) {
+// The driver's cuTensorMapEncodeTiled, or null.
+inline decltype(&cuTensorMapEncodeTiled) box_encoder() {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
   }();
-  if (encode == nullptr) return false;
+  return encode;
+}
+
+// Boxes of a matrix of 8-bit or 16-bit elements, rows `stride` bytes apart; turned: pieces of a row's 128 bytes as products want them. False
+// where there are none.
+inline bool boxes_of(CUtensorMap& boxes, const void* matrix, int element_bytes, int64_t columns, int64_t rows, int64_t stride, int box_columns,
+                     int box_rows, bool turned) {
+  if (box_encoder() == nullptr) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, strides[1] = {static_cast<cuuint64_t>(stride)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  return encode(&boxes, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(matrix), sizes,
-                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, turned ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return box_encoder()(&boxes, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(matrix), sizes,
+                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, turned ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Boxes of `rows` rows of 128 bytes, turned, `stride` bytes apart, of any matrix whose rows are: box (0, i, 0) begins 128 i bytes behind `first`, and
+// all of it lies before `first` + 128 `steps`.
+inline bool boxes_anywhere(CUtensorMap& boxes, const void* first, int64_t steps, int64_t stride, int rows) {
+  if (box_encoder() == nullptr || steps > INT32_MAX) return false;
+  const cuuint64_t sizes[3] = {128, static_cast<cuuint64_t>(steps), static_cast<cuuint64_t>(rows)}, strides[2] = {128, static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[3] = {128, 1, static_cast<cuuint32_t>(rows)}, each[3] = {1, 1, 1};
+  return box_encoder()(&boxes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(first), sizes, strides, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace ferrotune
