@@ -99,13 +99,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
       fetch_layer(l + 1);
       prefetch_pages<T, D>(layer);
     }
+    const void* const from = phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
     if (threadIdx.x == kPoller) {
       if (step > 0) barrier.poll();
-      product.fetch_x(phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product);
+      if (!product.kOne) product.fetch_x(from);
     }
     // The product's scales and A, for all threads to see.
     wait_copies<0>();
     __syncthreads();
+    if (product.kOne) product.copy_row(from);
     product.stage();
     product.run(residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);

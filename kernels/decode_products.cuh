@@ -17,6 +17,9 @@ struct Products {
   using Use = ColumnUse<MP>;
   static constexpr int kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride, kZ = kMostRank + 4, kLoraStride = kTileRows;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
+  // The threads copy one row, more are the copy engine's. In shared memory one row's vectors lie so that the lanes that have a group of 256
+  // columns read different banks.
+  static constexpr bool kOne = MP == 1, kMixed = kOne && kNf4;
 
   const DecodeCommon& s;
   WeightStream<kNf4> stream;
@@ -181,7 +184,9 @@ struct Products {
     }
     x_parity ^= 1;
   }
+  // Vector i of eight elements of row c.
   __device__ __forceinline__ uint4* x_vector(int c, int i) const {
+    if (kMixed) i ^= i >> 3 & 3;
     return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
   }
   // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns: the norm's first ones are
@@ -193,13 +198,34 @@ struct Products {
     return turn * kDecodeThreads + (halves() && thread >= columns / 8 ? thread - columns / 8 : thread);
   }
   __device__ __forceinline__ int norm_vector(int turn) const { return min(norm_place(turn), columns / 8 - 1); }
+  // One row into shared memory, once it is there.
+  __device__ __forceinline__ void copy_row(const void* from) const {
+    const bool norm = phase == kQkv || phase == kGateUp;
+    float sum = 0;
+#pragma unroll 4
+    for (int i = thread; i < columns / 8; i += kDecodeThreads) {
+      const uint4 raw = __ldcg(static_cast<const uint4*>(from) + i);
+      *x_vector(0, i) = raw;
+      if (!norm) continue;
+      const Eight<T> v(reinterpret_cast<const T*>(&raw));
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
+    }
+    if (norm) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (lane == 0) reinterpret_cast<float*>(shared_at(s.at.statistics))[warp] = sum;
+    }
+    __syncthreads();
+  }
+
   // There it is: as it was, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage() {
     // The next product's sums begin at zero.
     for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
       z_sums(phase + 1)[i] = 0;
     }
-    wait_x();
+    if (!kOne) wait_x();
     if (phase == kO || phase == kDown) return;
     const int vectors = columns / 8;
     float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
@@ -225,10 +251,12 @@ struct Products {
         if (lane == 0) statistics[(from + c) * 16 + warp] = sums[c];
       }
     };
-    sum_rows(first);
-    if (!halves() && MP > 1) sum_rows(kHalf);
-    if (halves() && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
-    __syncthreads();
+    if (!kOne) {
+      sum_rows(first);
+      if (!halves()) sum_rows(kHalf);
+      if (halves() && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
+      __syncthreads();
+    }
     // Every warp for itself: of column lane / 4 in these lanes.
     const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
     float of_column = four.x + four.y + (four.z + four.w);
@@ -275,6 +303,7 @@ struct Products {
 
   // Elements 16 t .. of this lane's column of x.
   __device__ __forceinline__ XOfUnit x_unit(bool shared, int unit) const {
+    if (kMixed) return {*x_vector(0, unit * 8 + 2 * t), *x_vector(0, unit * 8 + 2 * t + 1)};
     if (shared) {
       const auto* const at = reinterpret_cast<const uint4*>(shared_at(x_shared_row(g) + unit * 128 + t * 32));
       return {at[0], at[1]};
@@ -318,6 +347,10 @@ struct Products {
   __device__ __forceinline__ void multiply_by_a() const {
     if (has_piece()) multiply_piece();
     if (s.a_pieces[phase] == 0 || count == 0) return;
+    s.lora_f32 ? multiply_by_b<float>() : multiply_by_b<T>();
+  }
+  // z of this thread block's parts, once all pieces are there.
+  __device__ __forceinline__ void wait_for_z() const {
     const int pieces = s.pieces[phase];
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = part_at(p);
@@ -348,7 +381,6 @@ struct Products {
       a_tile += of_part;
     }
     __syncwarp();
-    s.lora_f32 ? multiply_by_b<float>() : multiply_by_b<T>();
   }
 
   // [MP, kTileRows] of a tile.
@@ -357,38 +389,54 @@ struct Products {
   template <typename Element>
   __device__ __forceinline__ void multiply_by_b() const {
     constexpr int kTiles = MP == 1 ? 2 : 1, kColumns = MP == 1 ? 1 : MP / 2;
-    const int row = lane % kTileRows, half = lane / kTileRows, column = MP == 1 ? 0 : half * kColumns;
-    // The rows of several tiles are on their way at a time.
-    constexpr int kAtOnce = MP <= 2 ? 4 : 2, kRanks = 16;
+    // The rows of several tiles are on their way at a time, the first ones before z is there.
+    constexpr int kAtOnce = MP <= 2 ? 4 : 2, kFours = 4;
+    const int row = lane % kTileRows, half = lane / kTileRows, column = MP == 1 ? 0 : half * kColumns, begin = MP == 1 ? half : 0;
+    struct {
+      const Element* b;
+      int part, rank;
+    } of[kAtOnce];
+    Vector<Element, 4> b[kAtOnce][kFours];
+    const auto seek = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const DecodeTile& tile = tile_at(min(first + i * kTiles, count - 1));
+        const DecodePart& part = part_at(tile.part);
+        of[i] = {static_cast<const Element*>(part.b) + int64_t{tile.row + row} * part.R, tile.part, part.b == nullptr ? 0 : part.R};
+      }
+    };
+    const auto load = [&](int j) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int k = 0; k < kFours; ++k) {
+          if (j + 4 * k < of[i].rank) b[i][k] = *reinterpret_cast<const Vector<Element, 4>*>(of[i].b + j + 4 * k);
+        }
+      }
+    };
+    seek(begin);
+    load(0);
+    wait_for_z();
 #pragma unroll 1
-    for (int first = MP == 1 ? half : 0; first < count; first += kTiles * kAtOnce) {
+    for (int first = begin; first < count; first += kTiles * kAtOnce) {
+      if (first != begin) {
+        seek(first);
+        load(0);
+      }
       float sums[kAtOnce][kColumns] = {};
 #pragma unroll 1
-      for (int j = 0; j < kMostRank; j += kRanks) {
-        Vector<Element, 4> b[kAtOnce][kRanks / 4];
-        bool any = false;
+      for (int j = 0;;) {
+        int most = 0;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          const DecodeTile& tile = tile_at(min(first + i * kTiles, count - 1));
-          const DecodePart& part = part_at(tile.part);
-          const auto* const from = static_cast<const Element*>(part.b) + int64_t{tile.row + row} * part.R + j;
+          most = max(most, of[i].rank);
 #pragma unroll
-          for (int k = 0; k < kRanks / 4; ++k) {
-            const bool own = part.b != nullptr && j + 4 * k < part.R;
-            b[i][k] = own ? *reinterpret_cast<const Vector<Element, 4>*>(from + 4 * k) : Vector<Element, 4>{};
-            any = any || own;
-          }
-        }
-        if (!any) break;
+          for (int c = 0; c < kColumns; ++c) {
+            const float4* const own_z = reinterpret_cast<const float4*>(z(of[i].part, column + c) + j);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int part = tile_at(min(first + i * kTiles, count - 1)).part;
-#pragma unroll
-          for (int k = 0; k < kRanks / 4; ++k) {
-            if (j + 4 * k >= part_at(part).R) break;
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              const float4 of_z = *reinterpret_cast<const float4*>(z(part, column + c) + j + 4 * k);
+            for (int k = 0; k < kFours; ++k) {
+              if (j + 4 * k >= of[i].rank) continue;
+              const float4 of_z = own_z[k];
               sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[0]))) * of_z.x;
               sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[1]))) * of_z.y;
               sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[2]))) * of_z.z;
@@ -396,6 +444,8 @@ struct Products {
             }
           }
         }
+        if ((j += 4 * kFours) >= most) break;
+        load(j);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -452,6 +502,7 @@ struct Products {
     const bool has = Use::has(g, t) && g % MP < s.M;
     const char* const shared = shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256);
     const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
+    const int mixed = kMixed ? 2 * Use::run(g) + t / 2 : 0;
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
     int unit = first_unit, local = first_tile;
@@ -460,7 +511,7 @@ struct Products {
       if (!has) return;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 four = kShared ? reinterpret_cast<const uint4*>(shared + at)[i] : reinterpret_cast<const uint4*>(memory + at)[i];
+        const uint4 four = kShared ? reinterpret_cast<const uint4*>(shared + at)[kMixed ? i ^ mixed : i] : reinterpret_cast<const uint4*>(memory + at)[i];
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
       }
     };
@@ -551,7 +602,7 @@ struct Products {
     const DecodeTile& tile = tile_at(local);
     const float* slot = reinterpret_cast<const float*>(shared_at(s.at.slots)) + tile.first_slot * kSlot + c * kSumStride + row;
     float value = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < tile.slots; ++k, slot += kSlot) value += *slot;
     if (part_at(tile.part).b != nullptr) value += lora_sums(local)[c * kLoraStride + row];
     const void* const bias = layer().bias[phase];

@@ -1,9 +1,10 @@
 //! Log-probabilities of the engine beside those of the trainer's forward pass, on the CPU.
 
 use ferrotune::generate::{Request, SamplingParams};
-use ferrotune::models::{Config, Decoder};
+use ferrotune::io::adapter::{AdapterConfig, InitLoraWeights};
+use ferrotune::models::{Config, Decoder, FastLanguageModel};
 use ferrotune::ops::proof::Distance;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::engine::{engine, prompts};
 use crate::golden::{checkpoints, load, root};
@@ -93,5 +94,40 @@ fn log_probabilities_are_the_trainers() {
             shares.into_iter().fold(0.0, f64::max)
         );
         assert_allowed(&format!("all models, {kind:?}"), distance);
+    }
+}
+
+/// LoRA in the dtype of the products: the same bits, as the model's own and as an adapter's.
+#[test]
+fn lora_for_inference_gives_the_same_bits() {
+    let tmp = tempfile::tempdir().unwrap();
+    for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
+        let load = || FastLanguageModel::from_pretrained(&root().join("llama"), kind, Device::Cpu).unwrap();
+        let mut model = load();
+        let config = AdapterConfig { init_lora_weights: InitLoraWeights::Random, r: 8, ..AdapterConfig::default() };
+        model.get_peft_model(config, 7).unwrap();
+        model.save_trained(tmp.path()).unwrap();
+        let prompts = prompts(&model.decoder, 6);
+        let params = SamplingParams { max_new_tokens: 12, logprobs: Some(0), ..Default::default() };
+        let answers = |model: &FastLanguageModel, adapter: Option<&str>| {
+            let mut engine = engine(&model.decoder, 4096, 16);
+            if let Some(name) = adapter {
+                let read = model.read_adapter(tmp.path()).unwrap();
+                let expected = if kind == Kind::Float { Kind::Float } else { kind };
+                assert!(read.tensors().iter().all(|(_, tensor)| tensor.kind() == expected));
+                engine.load_lora(name, read);
+            }
+            let requests = prompts
+                .iter()
+                .map(|prompt| Request { adapter: adapter.map(str::to_string), ..Request::new(prompt, &params) });
+            let answers = engine.run(&model.decoder, requests, |_, _, _| ()).unwrap();
+            format!("{answers:?}")
+        };
+        let expected = answers(&model, None);
+        model.for_inference().unwrap();
+        assert!(model.decoder.trainable().is_empty(), "{kind:?}");
+        assert_eq!(answers(&model, None), expected, "{kind:?}");
+        assert_eq!(answers(&load(), Some("x")), expected, "an adapter, {kind:?}");
+        assert_ne!(answers(&load(), None), expected, "without LoRA, {kind:?}");
     }
 }

@@ -117,6 +117,7 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
     let mut model = FastLanguageModel::untrained(config, options, arguments.seed)?;
     if args.r > 0 {
         model.get_peft_model(arguments.adapter_config(&name), arguments.seed)?;
+        model.for_inference()?;
     }
     let decoder = &model.decoder;
     device::synchronize(device)?;

@@ -51,7 +51,8 @@ pub struct ChatArgs {
 
 /// Runs the conversation until the user leaves.
 pub fn run(args: ChatArgs) -> Result<()> {
-    let model = args.model.load(None)?;
+    let mut model = args.model.load(None)?;
+    model.for_inference()?;
     if model.tokenizer()?.chat_template().is_none() {
         bail!(
             "{}: the checkpoint has no chat template, so it cannot chat; continue plain texts with ferrotune generate",

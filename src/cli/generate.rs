@@ -91,7 +91,8 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         bail!(Error::Usage("--output is the file of --prompt-file: name another one".into()));
     }
     let rows = rows(&args)?;
-    let model = args.model.load(None)?;
+    let mut model = args.model.load(None)?;
+    model.for_inference()?;
     let mut params = args.sampling.params(&model, MAX_NEW_TOKENS)?;
     if args.ignore_eos {
         params.stop_token_ids.clear();

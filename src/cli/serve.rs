@@ -113,7 +113,8 @@ impl HttpArgs {
 /// Runs until the process is told to stop.
 pub fn run(args: ServeArgs) -> Result<()> {
     let adapters = args.lora_modules.iter().map(|module| lora_module(module)).collect::<Result<Vec<_>>>()?;
-    let model = args.model.load(None)?;
+    let mut model = args.model.load(None)?;
+    model.for_inference()?;
     let mut engine = Engine::new(&model.decoder, args.engine.options(&model.decoder)?)?;
     let name = args.http.name(&args.model.model);
     for (adapter, folder) in adapters {

@@ -26,7 +26,7 @@ impl Adapter {
         &self.lora
     }
 
-    /// The matrices by peft's names, f32; they share the adapter's memory.
+    /// The matrices by peft's names, in the model's dtype where that has 16 bits and else f32; they share the adapter's memory.
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.state
     }
@@ -61,6 +61,7 @@ impl Adapter {
 /// Reads adapters for a model, without the model itself: any thread may have it.
 #[derive(Debug, Clone)]
 pub struct AdapterReader {
+    kind: Kind,
     /// The parts of each linear layer, in the decoder's order.
     linears: Vec<Vec<Module>>,
 }
@@ -74,6 +75,17 @@ struct Module {
 }
 
 impl FastLanguageModel {
+    /// For answers alone: the LoRA matrices take the dtype that products read them in, half of the memory where that has 16 bits, and train no
+    /// more. No number changes: each is rounded once, here and not in every product.
+    pub fn for_inference(&mut self) -> Result<()> {
+        let kind = kind_beside(self.decoder.kind);
+        let lora = self.decoder.linears_mut().flat_map(|linear| &mut linear.parts).filter_map(|part| part.lora.as_mut());
+        for matrix in lora.flat_map(|lora| [&mut lora.a, &mut lora.b]) {
+            *matrix = matrix.f_detach()?.f_to_kind(kind)?;
+        }
+        Ok(())
+    }
+
     /// Reads an adapter folder written by peft or by [`FastLanguageModel::save_trained`]; the model stays as it is.
     ///
     /// # Errors
@@ -94,7 +106,7 @@ impl FastLanguageModel {
             };
             linear.parts.iter().map(module).collect()
         });
-        AdapterReader { linears: linears.collect() }
+        AdapterReader { kind: kind_beside(decoder.kind), linears: linears.collect() }
     }
 }
 
@@ -115,7 +127,7 @@ impl AdapterReader {
         let chosen = choose_lora(&config, names)?;
         check_targets(&chosen, modules().map(|module| module.name.as_str()))?;
         let mut state = Vec::new();
-        let zeros = |shape: [i64; 2]| Tensor::f_zeros(shape, (Kind::Float, device));
+        let zeros = |shape: [i64; 2]| Tensor::f_zeros(shape, (self.kind, device));
         let mut lora = |module: &Module| -> Result<Option<Lora>> {
             let Some(&LoraModule { r, scale, .. }) = chosen.get(&module.name) else { return Ok(None) };
             let (a, b) = (zeros([r, module.in_features])?, zeros([module.rows, r])?);
@@ -130,6 +142,11 @@ impl AdapterReader {
         fill_adapter(folder, state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())))?;
         Ok(Adapter { config, lora, state })
     }
+}
+
+/// The dtype of LoRA matrices that do not train, of a model in `kind`.
+fn kind_beside(kind: Kind) -> Kind {
+    if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float }
 }
 
 /// Reads the weights of an adapter folder into `state`, tensors under peft's names.

@@ -378,7 +378,7 @@ impl Decoder {
         self.layers.iter().flat_map(DecoderLayer::linears)
     }
 
-    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.layers.iter_mut().flat_map(DecoderLayer::linears_mut)
     }
 }
