@@ -4,18 +4,19 @@
 // bytes an element of NF4 or 2 in 16 bits, the keys and values once; rows of x come from the second-level cache.
 //
 // There are as many thread blocks as processors, and all are there to the end. Between two products, and before and behind attention,
-// they wait for each other: five times a layer. Before a block waits, the next product's scales, its rows of A and B and the norm's weight are on
-// their way, and the table of pairs of NF4 stays in shared memory, so that a product costs neither its start nor its maps. Norms are
-// computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
+// they wait for each other: five times a layer. Weights do not wait: each warp has a ring of boxes that the copy engine fills with the first
+// ones of the next product as soon as the last ones of this are in registers (decode_weights.cuh). Scales, A and the norm's weight are on their
+// way before the wait, too, and the table of pairs of NF4 stays in shared memory, so that a product costs neither its start nor its maps. Norms
+// are computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
 // Queries and keys are turned where attention reads them.
 //
-// An H200, 32 layers of 8B with LoRA r 16, context 300, a layer: 70 us for one row on NF4 (28 at 4 TB/s), of which half are the loops of the
-// products, bound by the path to shared memory and by instructions (rows_strips.cuh), an eighth attention and the rest waits and what stands
-// before and behind a product; 132 us in bf16 (109), whose loops read 4.2 TB/s. The first weights of a product are on their way before the
-// wait, but what is asked for too early only stands in the way of what is waited for: scales, A, x, the counter itself.
+// An H200, 32 layers of 8B with LoRA r 16, context 300, a layer: 60 us for one row on NF4 (28 at 4 TB/s), of which more than half are the loops
+// of the products, bound by the path to shared memory (rows_strips.cuh), a tenth attention and the rest waits and what stands before and behind
+// a product; 121 us in bf16 (109).
 // What did not help: weights of the next product into the second-level cache while blocks wait (3 % slower in bf16: from there they come no
 // faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
-// of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %).
+// of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %); rows that flow from block to block in words of two
+// elements and the layer's number, without a fence (docs/serving.md).
 #include <algorithm>
 
 #include "decode_products.cuh"

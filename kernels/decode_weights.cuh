@@ -11,7 +11,7 @@ namespace {
 
 // Of a ring, where there is room. More stands in the way of what products wait for: with five boxes one row of 8B in bf16 took 4.34 ms, with two
 // or four 4.20.
-constexpr int kMostDepth = 3, kLeastDepth = 2, kBoxBytes = kTileRows * 128;
+constexpr int kMostDepth = 4, kLeastDepth = 2, kBoxBytes = kTileRows * 128;
 
 // What a warp asks for next: `left` units of a product (of all layers' products, by number), as many as `of_tile` of this tile.
 struct alignas(16) WeightCursor {

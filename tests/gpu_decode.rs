@@ -322,17 +322,20 @@ fn layers_are_one_launch() {
     let Some(device) = gpu("all layers in one launch") else { return };
     let taken = ["D 64, groups of 4", "norms of heads", "a window"];
     for (name, config) in shapes().into_iter().filter(|(name, _)| taken.contains(name)) {
-        for load_in_4bit in [false, true] {
+        for (load_in_4bit, for_inference) in [(false, false), (false, true), (true, false), (true, true)] {
             tch::manual_seed(7);
             let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
             let mut model = FastLanguageModel::untrained(config.clone(), options, 7).unwrap();
             let arguments = ferrotune::train::TrainingArguments::default();
             model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
-            let decoder = &model.decoder;
             let _no_grad = tch::no_grad_guard();
-            for mut parameter in decoder.trainable() {
+            for mut parameter in model.decoder.trainable() {
                 let _ = parameter.tensor.normal_(0.0, 0.05);
             }
+            if for_inference {
+                model.for_inference().unwrap();
+            }
+            let decoder = &model.decoder;
             let pages = decoder.kv_pages(8 * 64).unwrap();
             for m in [1, 2, 3, 5, 8] {
                 let mut ropes = ferrotune::nn::RopeTables::default();
@@ -375,7 +378,8 @@ fn layers_are_one_launch() {
                 })
                 .unwrap();
                 let launches = kernels.iter().filter(|kernel| kernel.name.contains("decode_kernel")).count();
-                assert_eq!(launches, 1, "{name}, 4-bit {load_in_4bit}, {m} rows");
+                let label = format!("{name}, 4-bit {load_in_4bit}, for inference {for_inference}, {m} rows");
+                assert_eq!(launches, 1, "{label}");
                 let ours = decoder.logits(&hidden.unwrap()).unwrap();
                 let expected: Vec<Tensor> = sequences
                     .iter()
@@ -384,8 +388,8 @@ fn layers_are_one_launch() {
                     })
                     .collect();
                 let apart = rel(&ours, &Tensor::cat(&expected, 0))[0];
-                println!("{name}, 4-bit {load_in_4bit}, {m} rows: {apart:.2e}");
-                assert!(apart < 3e-2, "{name}, 4-bit {load_in_4bit}, {m} rows: {apart:.2e}");
+                println!("{label}: {apart:.2e}");
+                assert!(apart < 3e-2, "{label}: {apart:.2e}");
             }
         }
     }

@@ -1,0 +1,301 @@
+// defines: ProductInputs: a thread block's share of the four products of a layer, and what they need: weights, scales, its piece of A and x.
+//
+// Of a product a thread block has a run of tiles of 16 rows, of gate and up tile by tile the same rows of both, and its fifteen warps
+// share the units of these tiles: 64 columns of 16-bit weights, 256 of NF4. All that does not depend on x is asked for before the wait for it.
+#pragma once
+
+#include "decode_weights.cuh"
+#include "rows_strips.cuh"
+
+namespace ferrotune {
+namespace {
+
+template <typename T, int MP, bool kNf4>
+struct ProductInputs {
+  using Use = ColumnUse<MP>;
+  static constexpr int kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
+  static constexpr int kPairBytes = Use::kWide ? 256 : 128;
+  // The threads copy one row, more are the copy engine's. In shared memory one row's vectors lie so that the lanes that have a group of 256
+  // columns read different banks.
+  static constexpr bool kOne = MP == 1, kMixed = kOne && kNf4;
+
+  const DecodeCommon& s;
+  WeightStream<kNf4> stream;
+  int thread, warp, lane, g, t;
+  bool attends;  // this thread block has a share of attention, for which the ring must be empty
+
+  // The product.
+  DecodePhase phase;
+  int layer_at;      // where shared memory has the layer
+  int last_product;  // by number: weights up to its are asked for
+  int columns, units, count;
+  int first_tile, first_unit, left;  // of this warp
+  unsigned x_parity = 0;
+
+  __device__ explicit ProductInputs(const DecodeStack& stack)
+      : s(stack.common), stream(stack), attends(static_cast<int>(blockIdx.x) < s.M * s.K * s.runs) {}
+
+  // Whatever could be read again is: registers are few, and what does not fit them lies in memory behind a cache that every wait empties.
+  __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
+  __device__ __forceinline__ const DecodePart& part_at(int part) const { return layer().parts[first_part(phase) + part]; }
+  __device__ __forceinline__ DecodeShare& share(int of_phase) const { return reinterpret_cast<DecodeShare*>(shared_at(s.at.shares))[of_phase]; }
+  __device__ __forceinline__ const DecodeTile& tile_at(int local) const { return share(phase).tiles[local]; }
+  __device__ __forceinline__ int x_shared_row(int column) const { return s.at.x + min(column, s.M - 1) * (columns * 2 + 16); }
+  __device__ __forceinline__ const char* x_memory_row(int column) const {
+    return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
+  }
+  // The shares of all four products, once.
+  __device__ __forceinline__ void make_shares(int first_layer) {
+    layer_at = first_layer;
+    const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), own_thread = thread_number();
+    for (int of = 0; of < kPhases; ++of) {
+      phase = static_cast<DecodePhase>(of);
+      const bool pairs = phase == kGateUp;
+      const int rows = phase == kQkv ? (s.H + 2 * s.K) * s.D : pairs ? s.F : s.C, all_tiles = rows / kTileRows;
+      const int first = block * all_tiles / grid, last = (block + 1) * all_tiles / grid, tiles = last - first << pairs;
+      const int of_tile = s.columns[of] / kUnit, all = tiles * of_tile, blocks = s.columns[of] / kBlock;
+      DecodeShare& own = share(of);
+      if (own_thread == 0) own.count = tiles;
+      // Where there is none, something that an address may be made from.
+      if (own_thread == 0 && tiles == 0) own.tiles[0] = DecodeTile{};
+      if (own_thread == 0 && block < s.a_pieces[of]) {
+        // A tile of 16 rows has as many pieces as there are blocks for.
+        const int a_tile = block / s.pieces[of], piece = block % s.pieces[of], units_of_row = s.columns[of] / kBlock;
+        int part = 0, row = a_tile * kTileRows;
+        for (;; ++part) {
+          const DecodePart& at = part_at(part);
+          const int rows_of_part = at.a == nullptr ? 0 : (at.R + kTileRows - 1) / kTileRows * kTileRows;
+          if (row < rows_of_part) break;
+          row -= rows_of_part;
+        }
+        const int unit = piece * units_of_row / s.pieces[of];
+        own.piece = {part, row, a_tile, unit, (piece + 1) * units_of_row / s.pieces[of] - unit};
+      }
+      if (own_thread < kDecodeWarps) {
+        const int begin = own_thread * all / kDecodeWarps;
+        own.units[own_thread] = {begin / of_tile, begin % of_tile, (own_thread + 1) * all / kDecodeWarps - begin};
+      }
+      if (own_thread < tiles) {
+        const int local = own_thread;
+        int row = (first + (local >> pairs)) * kTileRows + (pairs && local % 2 == 1 ? s.F : 0), part = 0;
+        const int out = row;
+        while (row >= part_at(part).rows) row -= part_at(part++).rows;
+        const int begin = ((local * of_tile + 1) * kDecodeWarps - 1) / all, end = ((local + 1) * of_tile * kDecodeWarps - 1) / all;
+        own.tiles[local] = {part, row, out, row * blocks & ((1 << s.nested_shift) - 1), begin + local, end - begin + 1};
+      }
+    }
+    __syncthreads();
+  }
+
+  // Scales of 16 rows and eight units: this lane has those of units 2 t and 2 t + 1 of rows g and g + 8.
+  static constexpr int kScaledUnits = 8;
+  struct Scales {
+    unsigned of[2][2];
+  };
+  Scales first_scales;
+  __device__ __forceinline__ void fetch_scales(Scales& to, int local, int first) const {
+    const DecodeTile& tile = tile_at(min(local, max(count - 1, 0)));
+    const int blocks = columns / kBlock;
+    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + g} * (blocks / 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        to.of[half][i] = __ldg(absmax + half * 8 * (blocks / 4) + min(first + 2 * t + i, units - 1));
+      }
+    }
+  }
+
+  // Whatever does not depend on the product's input is on its way. Nobody uses shared memory but for the shares, the layers and the rings.
+  __device__ __forceinline__ void prepare(int of_layer, int number) {
+    thread = thread_number();
+    warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    layer_at = of_layer;
+    phase = static_cast<DecodePhase>(number % kPhases);
+    last_product = min(number + (phase != kQkv || !attends), kPhases * s.layers - 1);
+    columns = s.columns[phase];
+    units = columns / kUnit;
+    count = share(phase).count;
+    const DecodeUnits own = warp < kDecodeWarps ? share(phase).units[warp] : DecodeUnits{};
+    first_tile = own.tile, first_unit = own.unit, left = own.count;
+    if (count * units < kDecodeWarps) {
+      float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
+      for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
+    }
+    if (warp == kDecodeWarps - 1) fetch_a();
+    for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
+    commit_copies();
+    const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
+    if (norm != nullptr) {
+#pragma unroll
+      for (int turn = 0; turn < kNormTurns; ++turn) norm_weight[turn] = __ldg(static_cast<const uint4*>(norm) + norm_vector(turn));
+    }
+    if (warp < kDecodeWarps) {
+      if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
+      stream.fill(last_product);
+    }
+  }
+  __device__ __forceinline__ unsigned long long* z_sums(int of_phase) const {
+    return s.z + of_phase % 2 * (kMostATiles * kEight * kTileRows);
+  }
+
+  // Starts the copies of a tile's scales' scales; its rows of B come into the second-level cache.
+  __device__ __forceinline__ void fetch_tile(int local) const {
+    const DecodeTile& tile = tile_at(local);
+    const DecodePart& part = part_at(tile.part);
+    if constexpr (kNf4) {
+      const int blocks = columns / kBlock;
+      if (lane <= tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift) {
+        const int64_t first = int64_t{tile.row} * blocks >> s.nested_shift;
+        copy_4_bytes(shared_address(shared_at(s.at.nested + 4 * (local * kNestedOfTile + lane))), part.nested + first + lane);
+      }
+    }
+    if (part.b != nullptr) {
+      const int row_bytes = part.R * (s.lora_f32 ? 4 : 2);
+      const char* const b = static_cast<const char*>(part.b) + int64_t{tile.row} * row_bytes;
+      for (int i = lane * 128; i < kTileRows * row_bytes; i += 32 * 128) prefetch_line(b + i);
+    }
+  }
+  __device__ __forceinline__ bool has_piece() const { return static_cast<int>(blockIdx.x) < s.a_pieces[phase]; }
+  // Starts the copies of this thread block's piece of A, [units, kTileRows] rows of a_row bytes.
+  __device__ __forceinline__ void fetch_a() const {
+    if (!s.a_shared || !has_piece()) return;
+    const DecodePiece& piece = share(phase).piece;
+    const DecodePart& part = part_at(piece.part);
+    const int element = s.lora_f32 ? 4 : 2, shift = s.lora_f32 ? 4 : 3;  // vectors of a row: a power of two
+    const char* const from = static_cast<const char*>(part.a) + int64_t{piece.unit} * kBlock * element;
+    const unsigned to = shared_address(shared_at(s.at.a));
+    for (int i = lane; i < piece.units * kTileRows << shift; i += 32) {
+      const int vector = i & (1 << shift) - 1, row = i >> shift & kTileRows - 1, unit = i >> shift + 4;
+      copy_16_bytes(to + (unit * kTileRows + row) * s.a_row + vector * 16,
+                    from + (int64_t{min(piece.row + row, part.R - 1)} * columns + unit * kBlock) * element + vector * 16, true);
+    }
+  }
+
+  // x on its way into shared memory, by one thread. All thread blocks are done with the product before.
+  __device__ __forceinline__ void fetch_x(const void* from) const {
+    if (!s.x_shared[phase]) return;
+    const unsigned arrived = shared_address(shared_at(s.at.x_arrived)), bytes = columns * 2;
+    // What others wrote to memory, and read of this block's, comes before copies that are not theirs.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.M * bytes) : "memory");
+    for (int c = 0; c < s.M; ++c) {
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x_vector(c, 0))),
+                   "l"(static_cast<const char*>(from) + int64_t{c} * bytes), "r"(bytes), "r"(arrived)
+                   : "memory");
+    }
+  }
+  __device__ __forceinline__ void wait_x() {
+    if (!s.x_shared[phase]) return;
+    const unsigned arrived = shared_address(shared_at(s.at.x_arrived));
+    unsigned done = 0;
+    while (done == 0) {
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(arrived), "r"(x_parity)
+                   : "memory");
+    }
+    x_parity ^= 1;
+  }
+  // Vector i of eight elements of row c.
+  __device__ __forceinline__ uint4* x_vector(int c, int i) const {
+    if (kMixed) i ^= i >> 3 & 3;
+    return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
+  }
+  // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns: the norm's first ones are
+  // on their way before x is.
+  static constexpr int kHalf = MP > 1 ? MP / 2 : 1, kNormTurns = 2;
+  uint4 norm_weight[kNormTurns];
+  __device__ __forceinline__ bool halves() const { return MP > 1 && 2 * (columns / 8) <= kDecodeThreads; }
+  __device__ __forceinline__ int norm_place(int turn) const {
+    return turn * kDecodeThreads + (halves() && thread >= columns / 8 ? thread - columns / 8 : thread);
+  }
+  __device__ __forceinline__ int norm_vector(int turn) const { return min(norm_place(turn), columns / 8 - 1); }
+  // One row into shared memory, once it is there.
+  __device__ __forceinline__ void copy_row(const void* from) const {
+    const bool norm = phase == kQkv || phase == kGateUp;
+    float sum = 0;
+#pragma unroll 4
+    for (int i = thread; i < columns / 8; i += kDecodeThreads) {
+      const uint4 raw = __ldcg(static_cast<const uint4*>(from) + i);
+      *x_vector(0, i) = raw;
+      if (!norm) continue;
+      const Eight<T> v(reinterpret_cast<const T*>(&raw));
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
+    }
+    if (norm) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (lane == 0) reinterpret_cast<float*>(shared_at(s.at.statistics))[warp] = sum;
+    }
+    __syncthreads();
+  }
+
+  // There it is: as it was, or divided by its rows' root mean squares.
+  __device__ __forceinline__ void stage() {
+    // The next product's sums begin at zero.
+    for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
+      z_sums(phase + 1)[i] = 0;
+    }
+    if (!kOne) wait_x();
+    if (phase == kO || phase == kDown) return;
+    const int vectors = columns / 8;
+    float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
+    const bool second = halves() && thread >= vectors;
+    const int first = second ? kHalf : 0, place = norm_place(0);
+    const auto sum_rows = [&](int from) {
+      float sums[kHalf] = {};
+      for (int i = place; i < vectors; i += kDecodeThreads) {
+        uint4 raw[kHalf];
+#pragma unroll
+        for (int c = 0; c < kHalf; ++c) raw[c] = *x_vector(min(from + c, s.M - 1), i);
+#pragma unroll
+        for (int c = 0; c < kHalf; ++c) {
+          const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
+#pragma unroll
+          for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kHalf; ++c) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
+        if (lane == 0) statistics[(from + c) * 16 + warp] = sums[c];
+      }
+    };
+    if (!kOne) {
+      sum_rows(first);
+      if (!halves()) sum_rows(kHalf);
+      if (halves() && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
+      __syncthreads();
+    }
+    // Every warp for itself: of column lane / 4 in these lanes.
+    const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
+    float of_column = four.x + four.y + (four.z + four.w);
+    of_column += __shfl_xor_sync(0xffffffff, of_column, 1);
+    of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
+    of_column = rsqrtf(of_column / columns + s.eps);
+    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves() ? min(s.M, first + kHalf) : s.M;
+    const auto scale = [&](int turn, const uint4& weight) {
+      const int own = norm_place(turn), i = min(own, vectors - 1);
+      const Eight<T> w(reinterpret_cast<const T*>(&weight));
+#pragma unroll 4
+      for (int c = first; c < last; ++c) {
+        const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
+        Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
+        if (own < vectors) *x_vector(c, i) = v.rounded();
+      }
+    };
+    scale(0, norm_weight[0]);
+    if (turns > 1) scale(1, norm_weight[1]);
+#pragma unroll 1
+    for (int turn = 2; turn < turns; ++turn) scale(turn, __ldg(static_cast<const uint4*>(layer().norms[phase == kGateUp]) + norm_vector(turn)));
+    __syncthreads();
+  }
+};
+
+}  // namespace
+}  // namespace ferrotune
