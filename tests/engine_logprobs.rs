@@ -104,7 +104,8 @@ fn lora_for_inference_gives_the_same_bits() {
     for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
         let load = || FastLanguageModel::from_pretrained(&root().join("llama"), kind, Device::Cpu).unwrap();
         let mut model = load();
-        let config = AdapterConfig { init_lora_weights: InitLoraWeights::Random, r: 8, ..AdapterConfig::default() };
+        let config =
+            AdapterConfig { init_lora_weights: InitLoraWeights::Random, r: 8, ..AdapterConfig::default() };
         model.get_peft_model(config, 7).unwrap();
         model.save_trained(tmp.path()).unwrap();
         let prompts = prompts(&model.decoder, 6);
@@ -117,9 +118,10 @@ fn lora_for_inference_gives_the_same_bits() {
                 assert!(read.tensors().iter().all(|(_, tensor)| tensor.kind() == expected));
                 engine.load_lora(name, read);
             }
-            let requests = prompts
-                .iter()
-                .map(|prompt| Request { adapter: adapter.map(str::to_string), ..Request::new(prompt, &params) });
+            let requests = prompts.iter().map(|prompt| Request {
+                adapter: adapter.map(str::to_string),
+                ..Request::new(prompt, &params)
+            });
             let answers = engine.run(&model.decoder, requests, |_, _, _| ()).unwrap();
             format!("{answers:?}")
         };

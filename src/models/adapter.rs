@@ -79,7 +79,11 @@ impl FastLanguageModel {
     /// more. No number changes: each is rounded once, here and not in every product.
     pub fn for_inference(&mut self) -> Result<()> {
         let kind = kind_beside(self.decoder.kind);
-        let lora = self.decoder.linears_mut().flat_map(|linear| &mut linear.parts).filter_map(|part| part.lora.as_mut());
+        let lora = self
+            .decoder
+            .linears_mut()
+            .flat_map(|linear| &mut linear.parts)
+            .filter_map(|part| part.lora.as_mut());
         for matrix in lora.flat_map(|lora| [&mut lora.a, &mut lora.b]) {
             *matrix = matrix.f_detach()?.f_to_kind(kind)?;
         }
