@@ -66,9 +66,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   if (threadIdx.x < sizeof(DecodeCommon) / 8) {
     reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
   }
-  if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(shared_at(s.at.x_arrived))) : "memory");
-  }
+  if (threadIdx.x == 0) init_barrier(shared_address(shared_at(s.at.x_arrived)), 1);
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
   inputs_ready();
   for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);

@@ -178,7 +178,7 @@ struct ProductInputs {
     const unsigned arrived = shared_address(shared_at(s.at.x_arrived)), bytes = columns * 2;
     // What others wrote to memory, and read of this block's, comes before copies that are not theirs.
     asm volatile("fence.proxy.async;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.M * bytes) : "memory");
+    arrive_with_boxes(arrived, s.M * bytes);
     for (int c = 0; c < s.M; ++c) {
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x_vector(c, 0))),
                    "l"(static_cast<const char*>(from) + int64_t{c} * bytes), "r"(bytes), "r"(arrived)
@@ -187,14 +187,7 @@ struct ProductInputs {
   }
   __device__ __forceinline__ void wait_x() {
     if (!s.x_shared[phase]) return;
-    const unsigned arrived = shared_address(shared_at(s.at.x_arrived));
-    unsigned done = 0;
-    while (done == 0) {
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(done)
-                   : "r"(arrived), "r"(x_parity)
-                   : "memory");
-    }
+    wait_phase(shared_address(shared_at(s.at.x_arrived)), x_parity);
     x_parity ^= 1;
   }
   // Vector i of eight elements of row c.
