@@ -86,9 +86,10 @@ fn answers(model: &FastLanguageModel, events: &[Value]) -> Vec<(Vec<i64>, Vec<f6
         let Some(tokens) = choice["logprobs"]["tokens"].as_array() else { continue };
         let (found, logprobs, named) = &mut samples[choice["index"].as_u64().unwrap() as usize];
         for (token, logprob) in tokens.iter().zip(choice["logprobs"]["token_logprobs"].as_array().unwrap()) {
-            let meant = &ids[token.as_str().unwrap()];
-            *named &= meant.len() == 1;
-            if *named {
+            // Part of a character stands as its bytes, which are no token's text.
+            let meant = ids.get(token.as_str().unwrap()).filter(|meant| meant.len() == 1);
+            *named &= meant.is_some();
+            if let (true, Some(meant)) = (*named, meant) {
                 found.push(meant[0]);
                 logprobs.push(logprob.as_f64().unwrap());
             }
