@@ -13,7 +13,7 @@ namespace {
 template <typename T, int MP, bool kNf4>
 struct ProductInputs {
   using Use = ColumnUse<MP>;
-  static constexpr int kUnit = kNf4 ? 256 : 64, kSlot = MP * kSumStride;
+  static constexpr int kUnit = WeightStream<kNf4>::kUnit, kSlot = MP * kSumStride;
   static constexpr int kPairBytes = Use::kWide ? 256 : 128;
   // The threads copy one row, more are the copy engine's. In shared memory one row's vectors lie so that the lanes that have a group of 256
   // columns read different banks.
@@ -44,6 +44,7 @@ struct ProductInputs {
   __device__ __forceinline__ const char* x_memory_row(int column) const {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
+
   // The shares of all four products, once.
   __device__ __forceinline__ void make_shares(int first_layer) {
     layer_at = first_layer;

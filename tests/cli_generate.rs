@@ -166,6 +166,7 @@ fn generate_refuses_what_makes_no_sense() {
     refused(run("generate", dir, &["--prompt-file", "/no/such/file.txt"], ""), 1, "/no/such/file.txt");
     refused(run("generate", plain.path(), &["--chat", "--prompt", "a"], ""), 1, "no chat template");
     refused(run("generate", &dir.join("nowhere"), &["--prompt", "a"], ""), 1, "nowhere");
+    refused(run("generate", dir, &["--adapter", "/no/such", "--prompt", "a"], ""), 1, "--adapter: /no/such");
     refused(run("chat", plain.path(), &[], "a\n"), 1, "no chat template");
     let bad = dir.join("bad.jsonl");
     fs::write(&bad, "{\"prompt\": \"a\"}\n{\"question\": \"a\"}\n").unwrap();

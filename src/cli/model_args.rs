@@ -153,7 +153,9 @@ impl ModelArgs {
 
     fn add_adapter(&self, model: &mut FastLanguageModel) -> Result<()> {
         match &self.adapter {
-            Some(adapter) => model.load_adapter(&sources::model_dir(adapter, None)?).context("--adapter"),
+            Some(adapter) => sources::model_dir(adapter, None)
+                .and_then(|folder| model.load_adapter(&folder))
+                .context("--adapter"),
             None => Ok(()),
         }
     }
