@@ -47,9 +47,17 @@ Tensor norm_linear(const Norm& norm, const Linear& l, const Tensor& x, Tensor* r
                    int64_t room = 0) {
   const int64_t tail = norm.weight.defined() ? linear_tail(x, l) : 0;
   Fp8Rows fp8 = norm.weight.defined() ? linear_fp8_rows(x, l, x.size(1)) : Fp8Rows{};
-  normed = norm.forward(x, rstd, tail, fp8);
-  const Tensor y = tail > 0 ? linear_with_tail(normed, l, z, room) : linear_forward(normed, l, z, std::move(fp8));
-  if (tail > 0) normed = normed.narrow(1, 0, x.size(1));
+  Tensor y;
+  if (tail > 0) {
+    const Tensor wide = at::empty({x.size(0), x.size(1) + tail}, x.options());
+    y = linear_with_tail(wide, l, z, room, [&](const LoraFold& fold) {
+      return rms_norm_fold(wide, x, norm.weight, norm.eps, norm.offset, rstd, fold);
+    });
+    normed = wide.narrow(1, 0, x.size(1));
+  } else {
+    normed = norm.forward(x, rstd, 0, fp8);
+    y = linear_forward(normed, l, z, std::move(fp8));
+  }
   if (!l.needs_input()) normed = Tensor();
   return y;
 }

@@ -260,15 +260,18 @@ int64_t linear_tail(const Tensor& x, const Linear& l) {
   return room ? tail : 0;
 }
 
-Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room) {
+Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room, const MakeInput& make) {
   const auto dtype = x.scalar_type();
   const int64_t in = l.in(), tail = x.size(1) - in;
   const LoraPlaces lora(l);
   const Tensor z = x.narrow(1, in, lora.rank);
   const Tensor w = l.part_weights ? l.part_weights->joined(dtype, tail)
                                   : l.weight.as_strided({l.rows(), in + tail}, {l.weight.stride(0), 1});
-  if (!lora_fold(x.narrow(1, 0, in), x.narrow(1, in, tail), w.narrow(1, in, tail), lora)) {
-    product_into(z, x.narrow(1, 0, in), LoraParts(l, dtype).a.t(), 1, false);
+  const Tensor own = x.narrow(1, 0, in);
+  const LoraFold fold(own, x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
+  const bool made_folded = make && make(fold);
+  if (!made_folded && !lora_fold(own, fold)) {
+    product_into(z, own, LoraParts(l, dtype).a.t(), 1, false);
     lora_fill_columns(x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
   }
   if (z_out != nullptr) *z_out = z;

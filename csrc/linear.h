@@ -1,6 +1,7 @@
 // A frozen or trainable projection with LoRA on some of its row parts (src/ops.rs: Linear).
 #pragma once
 
+#include <functional>
 #include <variant>
 
 #include "ferrotune/csrc/fp8.h"
@@ -85,8 +86,13 @@ Fp8Rows linear_fp8_rows(const Tensor& like, const Linear& linear, int64_t column
 // are made for each product (NF4) or lie in rows with room (nn/linear.rs).
 int64_t linear_tail(const Tensor& x, const Linear& linear);
 
-// The same as linear_forward for x in rows [N, in + tail]; the tail is written. Behind the rows of y is room for `room` columns.
-Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0);
+// Makes x, the first columns of such rows; whether the launch did the fold's work, too (csrc/lora.h).
+struct LoraFold;
+using MakeInput = std::function<bool(const LoraFold&)>;
+
+// The same as linear_forward for x in rows [N, in + tail]; the tail is written, and before it x by `make`, if someone has not yet made it. Behind
+// the rows of y is room for `room` columns.
+Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0, const MakeInput& make = {});
 
 // The same and residual, where it is defined, without autograd; undefined where not on a GPU in 16 bits.
 Tensor inference_linear(const Tensor& x, const Linear& linear, const Tensor& residual = {});

@@ -123,7 +123,7 @@ std::optional<KernelLoraAdd> z_operands(const Tensor& x, const std::vector<LoraA
   lora.N = x.size(0);
   lora.K = x.size(1);
   lora.x_stride = lora.N == 1 ? lora.K : x.stride(0);
-  lora.x = x.const_data_ptr();
+  lora.x = x.mutable_data_ptr();
   lora.dtype = kernel_dtype(x);
   for (size_t p = 0; p < addends.size(); ++p) {
     const auto& [row, a, b, scale] = addends[p];
@@ -219,20 +219,23 @@ void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const Lor
   fill_all(behind_w, column_fills(behind_x, behind_w, lora, bs));
 }
 
-bool lora_fold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora) {
+LoraFold::LoraFold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora) {
   // More rows pay cuBLAS.
   constexpr int64_t kMostRows = 512;
-  if (x.size(0) > kMostRows || x.size(0) < 2 || lora.drops || !in_16_byte_rows(behind_x) || !in_16_byte_rows(behind_w)) return false;
+  if (x.size(0) > kMostRows || x.size(0) < 2 || lora.drops || !in_16_byte_rows(behind_x) || !in_16_byte_rows(behind_w)) return;
   std::vector<LoraAddend> addends;
   for (const auto& [part, row, column, rank] : lora.places) addends.push_back({row, part->a, part->b, 1});
-  std::optional<KernelLoraAdd> operands = z_operands(x, addends);
-  if (!operands) return false;
-  TensorList bs;
-  const std::vector<KernelFill> matrices = column_fills(behind_x, behind_w, lora, bs);
-  operands->z = behind_x.mutable_data_ptr();
-  operands->z_stride = behind_x.stride(0);
+  z = z_operands(x, addends);
+  if (!z) return;
+  fills = column_fills(behind_x, behind_w, lora, bs);
+  z->z = behind_x.mutable_data_ptr();
+  z->z_stride = behind_x.stride(0);
+}
+
+bool lora_fold(const Tensor& x, const LoraFold& fold) {
+  if (!fold.z) return false;
   const Launch launch(x);
-  check_launch(kernels_for(x)->lora_z(&*operands, matrices.data(), static_cast<int64_t>(matrices.size()), launch.stream()), "lora_z");
+  check_launch(kernels_for(x)->lora_z(&*fold.z, fold.fills.data(), fold.count(), launch.stream()), "lora_z");
   return true;
 }
 

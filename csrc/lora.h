@@ -63,8 +63,18 @@ void lora_gradients_into(const Tensor& dy, const Tensor& z, const LoraParts& lor
 // For [X | Z] [W | s B]^T: behind Z zero; s_p B_p in the columns of Z_p behind W, zero around them. [N, tail], [rows, tail].
 void lora_fill_columns(const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora);
 
-// The same with Z = [X A_p^T], all of it one launch for some hundred rows at most; false where no kernel does it.
-bool lora_fold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora);
+// The same with Z = [X A_p^T], all of it one launch for some hundred rows at most: of its own, or the one of rms_norm_fold, which makes X.
+struct LoraFold {
+  std::optional<KernelLoraAdd> z;  // none where no kernel does it
+  std::vector<KernelFill> fills;
+  TensorList bs;  // keeps copies for as long as they are read
+
+  LoraFold(const Tensor& x, const Tensor& behind_x, const Tensor& behind_w, const LoraPlaces& lora);
+  int64_t count() const { return static_cast<int64_t>(fills.size()); }
+};
+
+// By a launch of its own; false where no kernel does it.
+bool lora_fold(const Tensor& x, const LoraFold& fold);
 
 // For [dY | G] [W; A]: A below W, then zero. [tail, in].
 void lora_fill_rows(const Tensor& below_w, const LoraParts& lora);

@@ -40,6 +40,7 @@ struct BlockPolicy;
 
 class Segments;
 struct Fp8Rows;
+struct LoraFold;
 
 using TensorList = std::vector<Tensor>;
 std::unique_ptr<TensorList> tensor_list();
@@ -63,6 +64,8 @@ Tensor swiglu(const Tensor& gate_up, Activation activation);
 // is defined (csrc/fp8.h), receives what is written in e4m3, too: the kernel of bf16 does that.
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
                                             int64_t tail = 0, const Fp8Rows* fp8 = nullptr);
+// By a kernel into the first C columns of y [N, ..], the fold's X, and rstd unless it is null; whether the launch did the fold's work, too.
+bool rms_norm_fold(const Tensor& y, const Tensor& x, const Tensor& weight, double eps, double offset, Tensor* rstd, const LoraFold& fold);
 // dx, plus `residual` where it is defined, and dweight where it trains. The kernel leaves `room` columns behind the rows of
 // dx [N, C], in memory that no other tensor holds.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,

@@ -7,6 +7,7 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/fp8.h"
 #include "ferrotune/csrc/kernels.h"
+#include "ferrotune/csrc/lora.h"
 #include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/rows.h"
 
@@ -17,6 +18,13 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 namespace {
+
+void rms_check(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
+              ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
+              " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
+}
 
 at::ScalarType rms_accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -34,20 +42,20 @@ Tensor rms_kernel_weight(const Tensor& weight, const Tensor& x) {
   return (known ? weight : weight.to(at::kFloat)).contiguous();
 }
 
-std::tuple<Tensor, Tensor> rms_forward_kernel(const Kernels& kernels, const Tensor& x, const Tensor& weight, double eps,
-                                              double offset, int64_t tail, const Fp8Rows* fp8) {
+// Into y, and returns rstd.
+Tensor rms_forward_kernel(const Kernels& kernels, const Tensor& y, int64_t y_stride, const Tensor& x, const Tensor& weight, double eps,
+                          double offset, const Fp8Rows* fp8 = nullptr) {
   const Launch launch(x);
   const TokenRows rows(rms_heads(x));
   const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
   const Tensor w = rms_kernel_weight(weight, x);
-  Tensor y = tail > 0 ? at::empty({n, c + tail}, x.options()) : at::empty(x.sizes(), x.options());
-  Tensor rstd = at::empty({n, h, 1}, x.options().dtype(at::kFloat));
+  const Tensor rstd = at::empty({n, h, 1}, x.options().dtype(at::kFloat));
   check_launch(kernels.rms_norm_forward(rows.x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(),
-                                        rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, h * c + tail,
+                                        rstd.mutable_data_ptr<float>(), n, h, c, rows.stride, y_stride,
                                         static_cast<float>(eps), static_cast<float>(offset), Fp8Rows::to(fp8),
                                         kernel_dtype(x), kernel_dtype(w), launch.stream()),
                "rms_norm_forward");
-  return {y, rstd};
+  return rstd;
 }
 
 Tensor rms_backward_kernel(const Kernels& kernels, const Tensor& dy, const Tensor& x, const Tensor& weight,
@@ -130,11 +138,12 @@ std::tuple<Tensor, Tensor> rms_backward_cpu(const CpuKernels& kernels, const Ten
 
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, double offset,
                                             int64_t tail, const Fp8Rows* fp8) {
-  TORCH_CHECK(weight.dim() == 1 && x.dim() >= 2 && x.size(-1) == weight.size(0), "rms_norm: x is ", x.sizes(),
-              ", weight is ", weight.sizes(), ", expected [.., C] and [C]");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.device() == weight.device(), "rms_norm: x is ", x.scalar_type(),
-              " on ", x.device(), ", weight is on ", weight.device(), ", expected a float dtype and one device");
-  if (const Kernels* kernels = kernels_for(x)) return rms_forward_kernel(*kernels, x, weight, eps, offset, tail, fp8);
+  rms_check(x, weight);
+  if (const Kernels* kernels = kernels_for(x)) {
+    const int64_t heads = x.dim() == 3 ? x.size(1) : 1, y_stride = heads * x.size(-1) + tail;
+    const Tensor y = tail > 0 ? at::empty({x.size(0), y_stride}, x.options()) : at::empty(x.sizes(), x.options());
+    return {y, rms_forward_kernel(*kernels, y, y_stride, x, weight, eps, offset, fp8)};
+  }
   if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
     return rms_forward_cpu(*kernels, x, weight, eps, offset);
   }
@@ -144,6 +153,28 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
   const Tensor rstd = xa.square().mean(-1, true).add_(eps).rsqrt_();
   const Tensor scale = offset == 0 ? weight.to(acc) : weight.to(acc).add(offset);
   return {at::mul(xa, rstd).mul_(scale).to(x.scalar_type()), rstd};
+}
+
+bool rms_norm_fold(const Tensor& y, const Tensor& x, const Tensor& weight, double eps, double offset, Tensor* rstd, const LoraFold& fold) {
+  rms_check(x, weight);
+  const Kernels& kernels = *kernels_for(x);
+  const TokenRows rows(rms_heads(x));
+  const Tensor w = rms_kernel_weight(weight, x);
+  // That launch may read the weight before a copy made here is written.
+  const bool folds = fold.z && w.is_same(weight) && kernels.rms_norm_z_fits(&*fold.z, rows.x.const_data_ptr(), w.const_data_ptr(), rows.stride);
+  Tensor r;
+  if (folds) {
+    const Launch launch(x);
+    r = at::empty({x.size(0), 1, 1}, x.options().dtype(at::kFloat));
+    check_launch(kernels.rms_norm_z(&*fold.z, fold.fills.data(), fold.count(), rows.x.const_data_ptr(), w.const_data_ptr(),
+                                    r.mutable_data_ptr<float>(), rows.stride, static_cast<float>(eps), static_cast<float>(offset),
+                                    kernel_dtype(w), launch.stream()),
+                 "rms_norm_z");
+  } else {
+    r = rms_forward_kernel(kernels, y, y.stride(0), x, weight, eps, offset);
+  }
+  if (rstd != nullptr) *rstd = r;
+  return folds;
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,

@@ -1,4 +1,4 @@
-// defines: meet_cluster, of_cluster: thread blocks that read each other's shared memory, sm_90 and newer.
+// defines: meet_cluster and its two halves, leave_cluster, of_cluster: thread blocks that read each other's shared memory, sm_90 and newer.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -7,10 +7,27 @@
 
 namespace ferrotune {
 
-// All threads of all blocks. What they wrote before can be read after it.
-__device__ inline void meet_cluster() {
+// All threads of all blocks. What they wrote before arriving can be read after waiting: arriving takes as long as these writes, those to device
+// memory included, and what follows it does not count.
+__device__ inline void arrive_at_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void meet_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+
+// The same where nothing is to be read after it: a block that has used all that it read of others holds on for them.
+__device__ inline void leave_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 14
+#define FERROTUNE_KERNELS_ABI 15
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -84,11 +84,13 @@ struct KernelLoraAddPart {
   int f32;
 };
 
-// x [N, K], z [N, R of all parts], y [N, ..] and residual, like y or null, with row strides. lora_z knows no y.
+// x [N, K], z [N, R of all parts], y [N, ..] and residual, like y or null, with row strides. What makes z knows no y; lora_z and lora_add
+// do not write x.
 struct KernelLoraAdd {
   struct KernelLoraAddPart parts[3];
   int64_t count, N, K, x_stride, z_stride, y_stride, residual_stride;
-  const void *x, *residual;
+  void* x;
+  const void* residual;
   void *z, *y;
   int dtype;
 };
@@ -184,6 +186,8 @@ struct KernelDecode {
   ROW(fp8_lora)                 \
   ROW(lora_z)                   \
   ROW(lora_z_fits)              \
+  ROW(rms_norm_z)               \
+  ROW(rms_norm_z_fits)          \
   ROW(lora_add)                 \
   ROW(lora_add_fits)            \
   ROW(lora_gradients)           \
@@ -228,10 +232,16 @@ int fp8_rows(const void* x, struct KernelFp8Rows to, int64_t N, int64_t K, int64
 // LoRA's two factors behind the rows of a product's operands in e4m3, as kernels/fp8.cu says.
 int fp8_lora(const struct KernelFp8Lora* lora, void* stream);
 
-// z = scale x a^T, and what `fill` does with matrices whose rows are whole 16 bytes. Whether it takes the operands: 16-bit dtypes, K a
-// multiple of 32, R and strides of 8, R at most 64, pointers to 16 bytes, sm_80 or newer.
+// z = scale x a^T, and what `fill` does with matrices of rows of whole 16 bytes, placed at such, of what no kernel writes. Whether it takes the
+// operands: 16-bit dtypes, K a multiple of 32, R and strides of 8, R at most 64, pointers to 16 bytes, sm_80 or newer.
 int lora_z(const struct KernelLoraAdd* lora, const struct KernelFill* matrices, int64_t count, void* stream);
 int64_t lora_z_fits(const struct KernelLoraAdd* lora);
+
+// rms_norm_forward of x with H of 1, whose y is lora->x, and lora_z, in one. Whether it takes the operands: as lora_z, parts of one type with
+// R at most 64 together, K from 1056 to 4096, x and weight as lora->x, sm_90 or newer.
+int rms_norm_z(const struct KernelLoraAdd* lora, const struct KernelFill* matrices, int64_t count, const void* x, const void* weight, float* rstd,
+               int64_t x_stride, float eps, float offset, int weight_dtype, void* stream);
+int64_t rms_norm_z_fits(const struct KernelLoraAdd* lora, const void* x, const void* weight, int64_t x_stride);
 
 // y += z b^T + residual, all parts, whose columns of y are their own. Whether it takes the operands: as lora_z, rows and first multiples of 8.
 int lora_add(const struct KernelLoraAdd* lora, void* stream);

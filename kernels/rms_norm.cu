@@ -15,15 +15,15 @@
 // dw is summed in fixed runs of rows, then over the runs (by the caller): no atomics, the same bits every time.
 #include "chain.cuh"
 #include "e4m3.cuh"
+#include "rms.cuh"
 
 namespace ferrotune {
 namespace {
 
-// 16-byte vectors of a row that a thread holds in registers; longer rows are read again, from the cache. The backward
-// holds two tensors, so half as many of each. Measured on an H200 at [8192, 4096] bf16, copy 4.02 TB/s: forward 3.31
+// Rows that are longer than the vectors of their threads are read again, from the cache. The backward
+// holds two tensors, so half as many of each as kForwardVectors. Measured on an H200 at [8192, 4096] bf16, copy 4.02 TB/s: forward 3.31
 // with 2 vectors a thread, 3.66 with 4; backward 3.59 with 2 + 2 and at most 64 registers, 2.17 with 4 + 4 (spills).
-constexpr int kForwardVectors = 4, kBackwardVectors = 2;
-constexpr int kMaxRowThreads = 512;
+constexpr int kBackwardVectors = 2;
 
 // ---- device
 
@@ -57,12 +57,6 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
   next_may_start();
   inputs_ready();
   const int vectors = static_cast<int>(C / kWidth);
-  const auto square = [](const Vector<T, kWidth>& a) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += to_float(a.v[i]) * to_float(a.v[i]);
-    return sum;
-  };
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
@@ -78,11 +72,11 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
       }
 #pragma unroll
       for (int j = 0; j < kForwardVectors; ++j) {
-        if (threadIdx.x + j * blockDim.x < vectors) sum += square(cached[j]);
+        if (threadIdx.x + j * blockDim.x < vectors) sum += squares(cached[j]);
       }
 #pragma unroll 1
       for (int c = threadIdx.x + kForwardVectors * blockDim.x; c < vectors; c += blockDim.x) {
-        sum += square(load<kWidth>(x_row, c));
+        sum += squares(load<kWidth>(x_row, c));
       }
     }
     const float r = rsqrtf(row_sum(sum) / static_cast<float>(C) + eps);
@@ -92,9 +86,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
     const auto write = [&](int c, const Vector<T, kWidth>& a) {
       float w[kWidth];
       load_float<kWidth>(weight, c, w);
-      Vector<T, kWidth> out;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) out.v[i] = from_float<T>(to_float(a.v[i]) * r * (w[i] + offset));
+      const Vector<T, kWidth> out = normed(a, w, r, offset);
       store<kWidth>(y_row, c, out);
       return out;
     };
@@ -232,8 +224,7 @@ __global__ void rms_norm_weight_backward_kernel(const T* __restrict__ dy, const 
 
 // Short rows (a head_dim) share a block.
 dim3 row_block(int64_t vectors, int per_thread) {
-  int threads = 8;
-  while (threads < kMaxRowThreads && threads * per_thread < vectors) threads *= 2;
+  const int threads = row_threads(vectors, per_thread);
   return dim3(threads, threads < 256 ? 256 / threads : 1);
 }
 

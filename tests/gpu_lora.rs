@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use ferrotune::models::FastLanguageModel;
 use ferrotune::nn::LoadOptions;
 use ferrotune::ops::proof::{Proof, Role};
-use ferrotune::ops::{self, Linear, Lora, Part, Pass, Policy, Weight};
+use ferrotune::ops::{self, Activation, Linear, Lora, MlpBlock, Part, Pass, Policy, RmsNorm, Weight};
 use tch::{Device, Kind, Tensor};
 
 use crate::golden::root;
@@ -30,22 +30,26 @@ fn operands(n: i64, in_features: i64, rows: &[i64], r: i64) -> Vec<(Tensor, Role
     list
 }
 
-fn fused(t: &[Tensor], rows: &[i64]) -> anyhow::Result<Tensor> {
+/// With A and B of each part.
+fn layer(weight: Tensor, loras: &[Tensor], rows: &[i64]) -> Linear {
     let lora = |part: usize| Lora {
-        a: t[2 + 2 * part].shallow_clone(),
-        b: t[3 + 2 * part].shallow_clone(),
+        a: loras[2 * part].shallow_clone(),
+        b: loras[2 * part + 1].shallow_clone(),
         scale: SCALE,
         dropout: 0.0,
     };
     let parts = rows.iter().enumerate();
-    let linear = Linear {
-        weight: Weight::Joined(t[1].shallow_clone()),
+    Linear {
+        weight: Weight::Joined(weight),
         bias: None,
         parts: parts
             .map(|(part, &rows)| Part { name: "part".into(), rows, lora: Some(lora(part)) })
             .collect(),
-    };
-    ops::linear(&t[0], &linear, Pass::INFERENCE)
+    }
+}
+
+fn fused(t: &[Tensor], rows: &[i64]) -> anyhow::Result<Tensor> {
+    ops::linear(&t[0], &layer(t[1].shallow_clone(), &t[2..], rows), Pass::INFERENCE)
 }
 
 fn plain(t: &[Tensor], rows: &[i64]) -> anyhow::Result<Tensor> {
@@ -122,6 +126,135 @@ fn added_to_the_product() {
                 let ours = fused(&operands, &rows).unwrap();
                 assert_close(&label, What::Value, &ours, &expected, &reference);
             }
+        }
+    }
+}
+
+/// The matrix in rows with room behind them, where LoRA of two parts is folded into the product.
+fn with_room(weight: &Tensor) -> Tensor {
+    let (rows, columns) = weight.size2().unwrap();
+    let wide = Tensor::zeros([rows, columns + 128], (weight.kind(), weight.device()));
+    let mut inside = wide.narrow(1, 0, columns);
+    inside.copy_(weight);
+    inside
+}
+
+/// An MLP block of x, the norm's weight, W, A and B of gate and up, W, A and B of down.
+fn mlp(t: &[Tensor], offset: f64) -> anyhow::Result<Tensor> {
+    let (f, c) = (t[7].size()[1], t[7].size()[0]);
+    let gate_up = layer(with_room(&t[2]), &t[3..7], &[f, f]);
+    let down = layer(with_room(&t[7]), &t[8..], &[c]);
+    let norm = RmsNorm { name: "norm".into(), weight: t[1].shallow_clone(), eps: 1e-5, offset };
+    let block = MlpBlock {
+        layer: 0,
+        norm: &norm,
+        gate_up: &gate_up,
+        down: &down,
+        post_norm: None,
+        activation: Activation::Silu,
+    };
+    ops::mlp_block(&t[0], &block, Pass::INFERENCE)
+}
+
+fn plain_mlp(t: &[Tensor], offset: f64) -> anyhow::Result<Tensor> {
+    let f = t[7].size()[1];
+    let sums = if t[0].kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let x = t[0].to_kind(sums);
+    let rstd = (x.square().mean_dim([-1i64].as_slice(), true, sums) + 1e-5).rsqrt();
+    let normed = (x * rstd * (t[1].to_kind(sums) + offset)).to_kind(t[0].kind());
+    let of = |x: Tensor, rest: &[Tensor]| -> Vec<Tensor> {
+        [x].into_iter().chain(rest.iter().map(Tensor::shallow_clone)).collect()
+    };
+    let gated = plain(&of(normed, &t[2..7]), &[f, f])?;
+    let product = gated.narrow(1, 0, f).silu() * gated.narrow(1, f, f);
+    Ok(&t[0] + plain(&of(product, &t[7..]), &[t[7].size()[0]])?)
+}
+
+/// Blocks of some hundred rows, in which the norm's launch computes z, too: widths of one and two units a warp and one that it does not
+/// take, all ranks that it takes and others, rows that no tile divides.
+#[test]
+fn z_by_the_norm() {
+    let Some(device) = gpu("z by the norm") else { return };
+    tch::manual_seed(5);
+    for (n, c, f, r, offset) in [
+        (65, 2048, 1472, 8, 0.0),
+        (256, 4096, 512, 16, 0.0),
+        (300, 4096, 96, 24, 1.0),
+        (512, 3584, 256, 32, 0.0),
+        (97, 1056, 4096, 32, 0.0),
+        (130, 2080, 320, 64, 0.0),
+        (256, 5120, 64, 16, 0.0),
+        (2, 3072, 40, 16, 0.0),
+    ] {
+        let random = |shape: &[i64], std: f64| Tensor::randn(shape, (Kind::Double, Device::Cpu)) * std;
+        let std = |columns: i64| (columns as f64).powf(-0.5);
+        let lora = |shape: &[i64]| (random(shape, std(shape[1])), Role::TrainedF32);
+        let list = vec![
+            (random(&[n, c], 1.0), Role::Trained),
+            (random(&[c], 1.0), Role::Trained),
+            (random(&[2 * f, c], std(c)), Role::Frozen),
+            lora(&[r, c]),
+            lora(&[f, r]),
+            lora(&[r, c]),
+            lora(&[f, r]),
+            (random(&[c, f], std(f)), Role::Frozen),
+            lora(&[r, f]),
+            lora(&[c, r]),
+        ];
+        let proof = Proof { operands: &list, ours: &|t| mlp(t, offset), plain: &|t| plain_mlp(t, offset) };
+        for kind in [Kind::Half, Kind::BFloat16] {
+            let label = format!("[{n}, {c}], F {f}, R {r}, {kind:?}");
+            for (operand, distance) in proof.distances(kind, device).unwrap() {
+                let what = operand.map_or("value".into(), |i| format!("gradient of operand {i}"));
+                assert_allowed(&format!("{label}, {what}"), distance);
+            }
+            // LoRA in 16 bits is LoRA in f32 of the same values.
+            let _no_grad = tch::no_grad_guard();
+            let rounded: Vec<Tensor> =
+                list.iter().map(|(tensor, _)| tensor.to_device(device).to_kind(kind)).collect();
+            let wide = |(i, tensor): (usize, &Tensor)| match list[i].1 {
+                Role::TrainedF32 => tensor.to_kind(Kind::Float),
+                _ => tensor.shallow_clone(),
+            };
+            let wide: Vec<Tensor> = rounded.iter().enumerate().map(wide).collect();
+            let (narrow, wide) = (mlp(&rounded, offset), mlp(&wide, offset));
+            assert!(narrow.unwrap().equal(&wide.unwrap()), "{label}");
+        }
+    }
+}
+
+/// Products with ones in the diagonal hand on what the norm writes: the bits of the kernel that does nothing else.
+#[test]
+fn what_is_normed_with_z_is_the_same_to_the_bit() {
+    let Some(device) = gpu("normed with z") else { return };
+    let _no_grad = tch::no_grad_guard();
+    tch::manual_seed(6);
+    for (n, c, offset) in [(65, 1056, 0.0), (256, 2048, 0.0), (300, 3584, 1.0), (512, 4096, 0.0)] {
+        for (kind, weight_kind) in
+            [(Kind::BFloat16, Kind::BFloat16), (Kind::BFloat16, Kind::Float), (Kind::Half, Kind::Half)]
+        {
+            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device)).to_kind(kind);
+            let (r, ones) = (16, Tensor::eye(c, (kind, device)));
+            let none = Tensor::zeros([c, r], (kind, device));
+            let x = random(&[n, c]) * 3.0;
+            let weight = Tensor::randn([c], (Kind::Float, device)).to_kind(weight_kind);
+            let norm = RmsNorm { name: "norm".into(), weight: weight.shallow_clone(), eps: 1e-5, offset };
+            let operands = [
+                x.shallow_clone(),
+                weight,
+                Tensor::cat(&[&ones, &ones], 0),
+                random(&[r, c]),
+                none.shallow_clone(),
+                random(&[r, c]),
+                none.shallow_clone(),
+                ones,
+                random(&[r, c]),
+                none,
+            ];
+            let normed = ops::rms_norm(&x, &norm).unwrap();
+            let expected = &x + ops::swiglu(&Tensor::cat(&[&normed, &normed], 1), Activation::Silu).unwrap();
+            let ours = mlp(&operands, offset).unwrap();
+            assert!(ours.equal(&expected), "[{n}, {c}], {kind:?}, weight {weight_kind:?}");
         }
     }
 }
