@@ -125,12 +125,11 @@ struct ProductInputs {
     }
     if (warp == kDecodeWarps - 1) fetch_a();
     for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
-    commit_copies();
-    const void* const norm = phase == kQkv ? layer().norms[0] : phase == kGateUp ? layer().norms[1] : nullptr;
-    if (norm != nullptr) {
-#pragma unroll
-      for (int turn = 0; turn < kNormTurns; ++turn) norm_weight[turn] = __ldg(static_cast<const uint4*>(norm) + norm_vector(turn));
+    if (phase == kQkv || phase == kGateUp) {
+      const auto* const norm = static_cast<const uint4*>(layer().norms[phase == kGateUp]);
+      for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(norm_weight(i)), norm + i, true);
     }
+    commit_copies();
     if (warp < kDecodeWarps) {
       if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
       stream.fill(last_product);
@@ -196,15 +195,14 @@ struct ProductInputs {
     if (kMixed) i ^= i >> 3 & 3;
     return reinterpret_cast<uint4*>(shared_at(s.at.x + c * (columns * 2 + 16) + 16 * i));
   }
-  // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns: the norm's first ones are
-  // on their way before x is.
-  static constexpr int kHalf = MP > 1 ? MP / 2 : 1, kNormTurns = 2;
-  uint4 norm_weight[kNormTurns];
+  // Vector i of the norm's weight, behind x.
+  __device__ __forceinline__ uint4* norm_weight(int i) const { return reinterpret_cast<uint4*>(shared_at(s.at.x + s.M * (columns * 2 + 16) + 16 * i)); }
+  // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns.
+  static constexpr int kHalf = MP > 1 ? MP / 2 : 1;
   __device__ __forceinline__ bool halves() const { return MP > 1 && 2 * (columns / 8) <= kDecodeThreads; }
   __device__ __forceinline__ int norm_place(int turn) const {
     return turn * kDecodeThreads + (halves() && thread >= columns / 8 ? thread - columns / 8 : thread);
   }
-  __device__ __forceinline__ int norm_vector(int turn) const { return min(norm_place(turn), columns / 8 - 1); }
   // One row into shared memory, once it is there.
   __device__ __forceinline__ void copy_row(const void* from) const {
     const bool norm = phase == kQkv || phase == kGateUp;
@@ -271,9 +269,10 @@ struct ProductInputs {
     of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
     of_column = rsqrtf(of_column / columns + s.eps);
     const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves() ? min(s.M, first + kHalf) : s.M;
-    const auto scale = [&](int turn, const uint4& weight) {
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
       const int own = norm_place(turn), i = min(own, vectors - 1);
-      const Eight<T> w(reinterpret_cast<const T*>(&weight));
+      const Eight<T> w(reinterpret_cast<const T*>(norm_weight(i)));
 #pragma unroll 4
       for (int c = first; c < last; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
@@ -282,11 +281,7 @@ struct ProductInputs {
         for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
         if (own < vectors) *x_vector(c, i) = v.rounded();
       }
-    };
-    scale(0, norm_weight[0]);
-    if (turns > 1) scale(1, norm_weight[1]);
-#pragma unroll 1
-    for (int turn = 2; turn < turns; ++turn) scale(turn, __ldg(static_cast<const uint4*>(layer().norms[phase == kGateUp]) + norm_vector(turn)));
+    }
     __syncthreads();
   }
 };

@@ -35,6 +35,13 @@ __device__ __forceinline__ void wait_phase(unsigned at, unsigned phase) {
   } while (done == 0);
 }
 
+// In one lane of a warp.
+__device__ __forceinline__ bool is_elected() {
+  unsigned elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected)::"memory");
+  return elected != 0;
+}
+
 // As above, after so many bytes more that the copy engine brings.
 __device__ __forceinline__ void arrive_with_boxes(unsigned at, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
@@ -69,6 +76,9 @@ __device__ __forceinline__ void wait_products() {
 __device__ __forceinline__ uint64_t matrix_at(unsigned address) {
   return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
+
+// Of an address that all lanes have: the compiler then knows so, and computes with it once a warp.
+__device__ __forceinline__ uint64_t uniform_matrix(unsigned address) { return matrix_at(__reduce_or_sync(0xffffffff, address)); }
 
 #define FERROTUNE_C8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define FERROTUNE_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -137,14 +147,16 @@ inline bool boxes_of(CUtensorMap& boxes, const void* matrix, int element_bytes, 
                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Boxes of `rows` rows of 128 bytes, turned, `stride` bytes apart, of any matrix whose rows are: box (0, i, 0) begins 128 i bytes behind `first`, and
-// all of it lies before `first` + 128 `steps`.
-inline bool boxes_anywhere(CUtensorMap& boxes, const void* first, int64_t steps, int64_t stride, int rows) {
+// Boxes of `rows` rows of `step` bytes, turned where that is 128, `stride` bytes apart, of any matrix whose rows are: box (0, i, 0) begins `step` i
+// bytes behind `first`, and all of it lies before `first` + `step` `steps`.
+inline bool boxes_anywhere(CUtensorMap& boxes, const void* first, int step, int64_t steps, int64_t stride, int rows) {
   if (box_encoder() == nullptr || steps > INT32_MAX) return false;
-  const cuuint64_t sizes[3] = {128, static_cast<cuuint64_t>(steps), static_cast<cuuint64_t>(rows)}, strides[2] = {128, static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[3] = {128, 1, static_cast<cuuint32_t>(rows)}, each[3] = {1, 1, 1};
+  const cuuint64_t width = static_cast<cuuint64_t>(step), sizes[3] = {width, static_cast<cuuint64_t>(steps), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[2] = {width, static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(step), 1, static_cast<cuuint32_t>(rows)}, each[3] = {1, 1, 1};
   return box_encoder()(&boxes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(first), sizes, strides, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                       step == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace ferrotune

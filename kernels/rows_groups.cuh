@@ -319,7 +319,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
     wait_phase(kFullAt + 8 * stage.stage, stage.phase);
     const unsigned w_at = w + stage.stage * Stage::kWBytes;
     const uint4 own[2] = {load_shared_4(w_at), load_shared_4(w_at + 8 * (kRun / 2))};
-    const uint64_t x = matrix_at(kStagesAt + stage.stage * Stage::kXBytes);
+    const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       unsigned(&pairs)[4][2] = a[quarter % 2];
@@ -359,8 +359,8 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
   int before = -1;
 #pragma unroll 1
   for (int left = task.to - task.from; left > 0; --left) {
-    const uint64_t w = matrix_at(task.group.w_at + stage.stage * Stage::kWBytes + warpgroup * (64 * 128));
-    const uint64_t x = matrix_at(kStagesAt + stage.stage * Stage::kXBytes);
+    const uint64_t w = uniform_matrix(task.group.w_at + stage.stage * Stage::kWBytes + warpgroup * (64 * 128));
+    const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
     wait_phase(kFullAt + 8 * stage.stage, stage.phase);
     begin_products();
 #pragma unroll
