@@ -17,9 +17,9 @@
 // faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
 // of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %); rows that flow from block to block in words of two
 // elements and the layer's number, without a fence (docs/serving.md).
-#include "decode_groups.h"
+#include <algorithm>
+
 #include "decode_products.cuh"
-#include "decode_stack.cuh"
 
 namespace ferrotune {
 namespace {
@@ -27,11 +27,11 @@ namespace {
 // A function of its own: its sums need the registers that products have their weights in.
 template <typename T, int D>
 __device__ __noinline__ void attend(int layer, Barrier barrier) {
-  DecodeAttention<T, D, 1>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(barrier);
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(barrier);
 }
 template <typename T, int D>
 __device__ __noinline__ void prefetch_pages(int layer) {
-  DecodeAttention<T, D, 1>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).prefetch();
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).prefetch();
 }
 
 template <typename T, int D, int MP, bool kNf4>
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   inputs_ready();
   for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
   if (s.tables_shared) {
-    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[s.M + i] = static_cast<int>(s.tables[i]);
+    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kEight + i] = static_cast<int>(s.tables[i]);
   }
   barrier.wait();
   const auto fetch_layer = [&](int l) {
@@ -127,6 +127,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
 
 // ---- launchers
 
+constexpr int64_t kCountersBytes = 4096;
+
+inline int64_t rounded_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
 // Longer runs for long contexts, or adding them up takes too long; shorter ones where there are thread blocks for all.
 inline int run_pages(const KernelDecode& d) {
   const int64_t short_runs = d.M * d.K * ceil_div(d.longest, kShortRunPages * kPage);
@@ -134,7 +138,32 @@ inline int run_pages(const KernelDecode& d) {
   return d.longest <= 8192 ? kRunPages : kLongRunPages;
 }
 
-inline Workspaces workspaces_of(const KernelDecode& d) { return workspaces_of(d, kEight, run_pages(d), 0, 0); }
+struct Workspaces {
+  int64_t copy, h, qkv, attended, product, z, partial, all;
+};
+inline Workspaces workspaces_of(const KernelDecode& d) {
+  Workspaces w{};
+  int64_t at = kCountersBytes;
+  const auto take = [&](int64_t& to, int64_t bytes) {
+    to = at;
+    at += rounded_up(bytes);
+  };
+  const int64_t M = 8;
+  // Zero between launches, like the counters, and so where it is for every model.
+  take(w.z, int64_t{2} * kMostATiles * kEight * kTileRows * 8);
+  take(w.copy, int64_t{kMostLayers} * sizeof(DecodeLayer));
+  take(w.h, M * d.C * 2);
+  take(w.qkv, M * (d.H + 2 * d.K) * d.D * 2);
+  take(w.attended, M * d.H * d.D * 2);
+  take(w.product, M * d.F * 2);
+  take(w.partial, M * d.H * ceil_div(d.longest, run_pages(d) * kPage) * (d.D + 2) * 4);
+  w.all = at;
+  return w;
+}
+
+inline int attention_bytes(int64_t D, int stages) {
+  return D == 64 ? decode_attention_bytes<64>(stages) : decode_attention_bytes<128>(stages);
+}
 
 struct Planned {
   DecodeStack stack;
@@ -147,9 +176,83 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   DecodeStack& stack = planned.stack;
   stack = DecodeStack{};
   DecodeCommon& s = stack.common;
-  Described of;
-  if (!describe(d, kEight, run_pages(d), {kTileRows, 128, 128}, of, s, stack.layer, stack.w)) return false;
-  planned.nf4 = of.nf4;
+  const auto size = [](int64_t v) { return static_cast<int>(v); };
+  if (d.count < 1 || d.M < 1 || d.M > kEight || d.dtype != KERNEL_BF16) return false;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  if ((d.D != 64 && d.D != 128) || d.H % d.K != 0 || d.H / d.K > kEight || d.R % 16 != 0 || d.R > d.D) return false;
+  if (d.C % 256 != 0 || d.F % 256 != 0 || d.H * d.D % 256 != 0 || d.K * d.D % kTileRows != 0) return false;
+  const KernelDecodeLayer& first = d.layers[0];
+  planned.nf4 = first.o.w == nullptr;
+  const auto begin_of = [&](const KernelRowsPart& part) { return reinterpret_cast<uintptr_t>(planned.nf4 ? part.nf4.packed : part.w); };
+  uintptr_t least = begin_of(first.o), most[kPhases] = {};
+  s.layers = size(d.count), s.M = size(d.M), s.C = size(d.C), s.F = size(d.F), s.H = size(d.H), s.K = size(d.K), s.D = size(d.D), s.R = size(d.R);
+  s.width = size(d.width), s.run_pages = run_pages(d), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
+  s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
+  s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
+  s.tables = d.tables, s.lengths = d.lengths, s.x = d.x, s.y = d.y;
+  s.parts[kQkv] = size(first.qkv_count), s.parts[kO] = s.parts[kDown] = 1, s.parts[kGateUp] = size(first.gate_up_count);
+  s.columns[kQkv] = s.columns[kGateUp] = size(d.C), s.columns[kO] = size(d.H * d.D), s.columns[kDown] = size(d.F);
+  s.nested_shift = 0;
+  while (first.o.nf4.nested_blocksize >> (s.nested_shift + 1) > 0) ++s.nested_shift;
+  const int64_t of_phase[kPhases] = {(d.H + 2 * d.K) * d.D, d.C, 2 * d.F, d.C};
+  const auto parts_of = [&](const KernelDecodeLayer& of, int phase) {
+    return phase == kQkv ? of.qkv : phase == kO ? &of.o : phase == kGateUp ? of.gate_up : &of.down;
+  };
+  for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
+    for (int phase = 0; phase < kPhases; ++phase) {
+      for (int i = 0; i < s.parts[phase]; ++i) least = std::min(least, begin_of(parts_of(d.layers[l], phase)[i]));
+    }
+  }
+  bool some_lora = false;
+  int a_tiles_of[kPhases] = {};
+  for (int64_t l = 0; l < d.count && l < kMostLayers; ++l) {
+    const KernelDecodeLayer& from = d.layers[l];
+    DecodeLayer& to = stack.layer[l];
+    if (from.qkv_count != first.qkv_count || from.gate_up_count != first.gate_up_count || from.input_norm == nullptr || from.mlp_norm == nullptr) return false;
+    if ((from.q_norm != nullptr || from.k_norm != nullptr) && (from.q_norm == nullptr || from.k_norm == nullptr)) return false;
+    for (int phase = 0; phase < kPhases; ++phase) {
+      const KernelRowsPart* const parts = parts_of(from, phase);
+      int64_t rows = 0;
+      int tiles = 0;
+      for (int i = 0; i < s.parts[phase]; ++i) {
+        const KernelRowsPart& part = parts[i];
+        const KernelNf4& nf4 = part.nf4;
+        DecodePart& own = to.parts[first_part(phase) + i];
+        if ((part.w == nullptr) != planned.nf4 || part.rows % kTileRows != 0 || part.R > kMostRank) return false;
+        if (planned.nf4) {
+          if (nf4.blocksize != kBlock || nf4.nested_absmax == nullptr || nf4.quant_map != s.quant_map || nf4.nested_quant_map != s.nested_map ||
+              nf4.nested_blocksize != int64_t{1} << s.nested_shift || !aligned16(nf4.packed) || !aligned16(nf4.absmax) ||
+              kTileRows * (s.columns[phase] / kBlock) / nf4.nested_blocksize + 2 > kNestedOfTile) {
+            return false;
+          }
+          own.absmax = nf4.absmax, own.nested = nf4.nested_absmax, own.nested_offset = nf4.nested_offset;
+        }
+        // Boxes are found by their distance from the first.
+        const int64_t row_bytes = planned.nf4 ? s.columns[phase] / 2 : part.w_stride * 2;
+        const uintptr_t begin = begin_of(part);
+        if (row_bytes % 128 != 0 || (begin - least) % 128 != 0 || begin % 16 != 0 || (begin - least) / 128 > INT32_MAX) return false;
+        if (l + i > 0 && row_bytes / 128 != s.row_steps[phase]) return false;
+        s.row_steps[phase] = size(row_bytes / 128);
+        own.w = size(static_cast<int64_t>((begin - least) / 128));
+        most[phase] = std::max(most[phase], begin + static_cast<uintptr_t>(part.rows * row_bytes));
+        own.rows = size(part.rows);
+        if (part.a != nullptr) {
+          if ((some_lora && (part.lora_f32 != 0) != s.lora_f32) || part.R % 8 != 0 || !aligned16(part.a) || !aligned16(part.b)) return false;
+          some_lora = true;
+          s.lora_f32 = part.lora_f32 != 0;
+          own.a = part.a, own.b = part.b, own.scale = part.scale, own.R = size(part.R);
+          tiles += size(ceil_div(part.R, kTileRows));
+        }
+        rows += part.rows;
+      }
+      if (rows != of_phase[phase]) return false;
+      if (l > 0 && tiles != a_tiles_of[phase]) return false;
+      a_tiles_of[phase] = tiles;
+    }
+    to.norms[0] = from.input_norm, to.norms[1] = from.mlp_norm, to.q_norm = from.q_norm, to.k_norm = from.k_norm;
+    to.bias[kQkv] = from.qkv_bias, to.bias[kO] = from.o_bias, to.bias[kGateUp] = from.gate_up_bias, to.bias[kDown] = from.down_bias;
+    to.pool_k = from.pool_k, to.pool_v = from.pool_v, to.cos = from.cos, to.sin = from.sin, to.window = size(from.window);
+  }
 
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount), limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   planned.MP = s.M <= 1 ? 1 : !planned.nf4 ? kEight : s.M <= 2 ? 2 : s.M <= 4 ? 4 : 8;
@@ -158,16 +261,19 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.a_row = kBlock * (s.lora_f32 ? 4 : 2) + 16;
   int64_t a_bytes = 0;
   for (int phase = 0; phase < kPhases; ++phase) {
-    const bool pairs = phase == kGateUp;
-    most_tiles = std::max(most_tiles, static_cast<int>(ceil_div((of.rows[phase] >> pairs) / kTileRows, processors)) << pairs);
-    if (of.nf4 && (kTileRows * (s.columns[phase] / kBlock) >> s.nested_shift) + 2 > kNestedOfTile) return false;
-    s.pieces[phase] = of.a_tiles[phase] == 0 ? 1 : processors / of.a_tiles[phase];
+    const int tiles = size(ceil_div(phase == kGateUp ? d.F / kTileRows : of_phase[phase] / kTileRows, processors)) << (phase == kGateUp);
+    most_tiles = std::max(most_tiles, tiles);
+    s.pieces[phase] = a_tiles_of[phase] == 0 ? 1 : processors / a_tiles_of[phase];
     if (s.pieces[phase] < 1) s.pieces[phase] = 1;
     if (s.pieces[phase] > s.columns[phase] / kBlock) s.pieces[phase] = s.columns[phase] / kBlock;
-    s.a_pieces[phase] = of.a_tiles[phase] * s.pieces[phase];
+    s.a_pieces[phase] = a_tiles_of[phase] * s.pieces[phase];
     if (s.a_pieces[phase] > processors) return false;
     // A piece of A has as many units of 64 columns as the longest.
     if (s.a_pieces[phase] > 0) a_bytes = std::max(a_bytes, ceil_div(s.columns[phase] / kBlock, s.pieces[phase]) * kTileRows * s.a_row);
+    if (!boxes_anywhere(stack.w[phase], reinterpret_cast<const void*>(least), static_cast<int64_t>((most[phase] - least) / 128), int64_t{s.row_steps[phase]} * 128,
+                        kTileRows)) {
+      return false;
+    }
   }
   if (most_tiles > kMostTiles) return false;
   s.tables_shared = d.M * d.width <= kMostPages;
@@ -180,23 +286,23 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     // A wide table has its place: what does not fit before it lies behind.
     const auto take = [&](int& to, int64_t bytes) {
       int64_t& own = wide && next + bytes > kTableAt ? behind : next;
-      to = static_cast<int>(own);
+      to = size(own);
       own += ceil_div(bytes, 16) * 16;
     };
     if (planned.nf4) take(at.map, 256 * kMapCopies * 4);
     if (wide) at.table = kTableAt;
     if (planned.nf4 && !wide) take(at.table, 256 * 128);
     take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
-    take(at.sequences, (d.M + (s.tables_shared ? d.M * d.width : 0)) * 4);
+    take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
     take(at.x_arrived, 8);
     take(at.w_arrived, kDecodeWarps * kStreamBytes);
     take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
     take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
     take(at.statistics, 16 * planned.MP * 4);
     if (behind > kTableAt + 256 * 256) return false;
-    at.attention = static_cast<int>(wide ? behind : next);
+    at.attention = size(wide ? behind : next);
     take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);
-    take(at.lora, of.some_lora ? int64_t{most_tiles} * planned.MP * kTileRows * 4 : 0);
+    take(at.lora, some_lora ? int64_t{most_tiles} * planned.MP * kTileRows * 4 : 0);
     take(at.nested, planned.nf4 ? most_tiles * kNestedOfTile * 4 : 0);
     s.a_shared = a && a_bytes > 0;
     take(at.a, s.a_shared ? a_bytes : 0);
@@ -210,12 +316,12 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     next = ceil_div(next, 1024) * 1024, behind = ceil_div(behind, 1024) * 1024;
     const int64_t ring = depth * kBoxBytes, before_table = wide ? (kTableAt - next) / ring : kDecodeWarps;
     s.depth = depth;
-    at.ring[0] = static_cast<int>(next), at.ring[1] = static_cast<int>(behind);
-    at.first_rings = static_cast<int>(std::min<int64_t>(before_table, kDecodeWarps));
+    at.ring[0] = size(next), at.ring[1] = size(behind);
+    at.first_rings = size(std::min<int64_t>(before_table, kDecodeWarps));
     next += at.first_rings * ring, behind += (kDecodeWarps - at.first_rings) * ring;
     at.stages = at.attention + attention_bytes(d.D, 2) <= end ? 2 : 1;
     const int64_t used = std::max<int64_t>(wide ? behind : next, at.attention + attention_bytes(d.D, at.stages));
-    at.all = static_cast<int>(used - kReserved);
+    at.all = size(used - kReserved);
     return used <= end;
   };
   const auto fits = [&](bool all_x, bool a) {
@@ -226,15 +332,33 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   };
   if (!fits(true, true) && !fits(true, false) && (planned.MP <= 2 || (!fits(false, true) && !fits(false, false)))) return false;
 
+  char* const base = static_cast<char*>(d.workspace);
   const Workspaces w = workspaces_of(d);
-  place(s, w, d.workspace);
-  stack.copy = reinterpret_cast<DecodeLayer*>(static_cast<char*>(d.workspace) + w.copy);
-  return d.M * d.K * 4 + kArrivedAt <= kMetAt;
+  s.counters = reinterpret_cast<int*>(base);
+  s.arrived = s.counters + 16;
+  stack.copy = reinterpret_cast<DecodeLayer*>(base + w.copy);
+  s.h = base + w.h, s.qkv = base + w.qkv, s.attended = base + w.attended, s.product = base + w.product;
+  s.z = reinterpret_cast<unsigned long long*>(base + w.z), s.partial = reinterpret_cast<float*>(base + w.partial);
+  return d.M * d.K * 4 + 64 <= kCountersBytes;
 }
 
 template <typename T, int D>
 int launch_decode(const Planned& planned, void* stream) {
-  const auto launch = [&](auto* kernel) { return launch_on_all(kernel, planned.stack, planned.stack.common.at.all, stream); };
+  const auto launch = [&](auto* kernel) -> int {
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.stack.common.at.all);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount)));
+    config.blockDim = dim3(kDecodeThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(planned.stack.common.at.all);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, planned.stack);
+  };
   if (!planned.nf4) return planned.MP == 1 ? launch(decode_kernel<T, D, 1, false>) : launch(decode_kernel<T, D, 8, false>);
   switch (planned.MP) {
     case 1:
@@ -247,22 +371,15 @@ int launch_decode(const Planned& planned, void* stream) {
   return launch(decode_kernel<T, D, 8, true>);
 }
 
-inline int decode_eight(const KernelDecode& d, void* stream) {
-  Planned planned;
-  if (!plan_decode(d, planned)) return cudaErrorInvalidValue;
-  return d.D == 64 ? launch_decode<__nv_bfloat16, 64>(planned, stream) : launch_decode<__nv_bfloat16, 128>(planned, stream);
-}
-
 }  // namespace
 }  // namespace ferrotune
 
 using namespace ferrotune;
 
 extern "C" int64_t decode_workspace(const KernelDecode* d) {
+  Planned planned;
   KernelDecode some = *d;
   if (some.count > kMostLayers) some.count = kMostLayers;
-  if (d->M > kEight) return decode_groups_workspace(some);
-  Planned planned;
   return plan_decode(some, planned) ? workspaces_of(*d).all : 0;
 }
 
@@ -275,7 +392,9 @@ extern "C" int decode(const KernelDecode* d, void* stream) {
     some.layers += first;
     some.count = (i + 1) * d->count / launches - first;
     if (i > 0) some.x = d->y;
-    const int error = d->M > kEight ? decode_groups(some, stream) : decode_eight(some, stream);
+    Planned planned;
+    if (!plan_decode(some, planned)) return cudaErrorInvalidValue;
+    const int error = d->D == 64 ? launch_decode<__nv_bfloat16, 64>(planned, stream) : launch_decode<__nv_bfloat16, 128>(planned, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -195,45 +195,25 @@ __device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm
   return own.rounded();
 }
 
-// The attention of one sequence, key/value head and run of keys at a time. Eight warps read pages, the first of them before the new row is there,
-// which goes into its tile from where it is made. Of a thread block the other eight turn the queries, or where there is room and enough to do they are
-// a second team with a head of its own.
+// The attention of one sequence, key/value head and run of keys at a time. Half of a thread block's warps read pages, the first of them
+// before the new row is there, which goes into its tile from where it is made; the other half turns the queries.
 template <int D>
 constexpr int kDecodeTileBytes = kTileElements<D> * 2;
 // Tiles; m and l of each warp's heads; whether a run came last; angles.
 template <int D>
-__host__ __device__ constexpr int decode_attention_bytes(int stages) {
+inline int decode_attention_bytes(int stages) {
   return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16 + D * 4;
 }
 
-template <typename T, int D, int kTeams>
+template <typename T, int D>
 struct DecodeAttention {
-  static constexpr int kTeamThreads = kDecodeThreads / kTeams, kFirstTurner = kTeams == 1 ? 32 * kPageWarps : 0, kTurners = kTeamThreads - kFirstTurner;
   const DecodeCommon& s;
-  const int layer_at, team = kTeams == 1 ? 0 : thread_number() / kTeamThreads, at;
-  const int thread = kTeams == 1 ? thread_number() : thread_number() % kTeamThreads, warp = thread / 32, lane = thread % 32, group, heads, items;
+  const int layer_at, at = anew(s.at.attention);
+  const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
 
   __device__ DecodeAttention(const DecodeCommon& common, int of_layer)
-      : s(common),
-        layer_at(of_layer),
-        at(anew(common.at.attention) + team * decode_attention_bytes<D>(common.at.stages)),
-        group(common.H / common.K),
-        heads(common.M * common.K),
-        items(heads * common.runs),
-        item(blockIdx.x + team * gridDim.x) {}
-
-  template <int kBarrier>
-  __device__ __forceinline__ static void meet_team() {
-    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kTeamThreads) : "memory");
-  }
-  __device__ __forceinline__ void meet() const {
-    if constexpr (kTeams == 1) {
-      __syncthreads();
-    } else {
-      team == 0 ? meet_team<1>() : meet_team<2>();
-    }
-  }
+      : s(common), layer_at(of_layer), group(common.H / common.K), heads(common.M * common.K), items(heads * common.runs), item(blockIdx.x) {}
 
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ char* tile(int index) const { return shared_at(at + index * kDecodeTileBytes<D>); }
@@ -245,7 +225,7 @@ struct DecodeAttention {
   __device__ float* angles() const { return reinterpret_cast<float*>(last() + 4); }
   // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
   __device__ int64_t place(int of, int row) const {
-    const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + s.M;
+    const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + kEight;
     const int64_t number = s.tables_shared ? tables[sequence * s.width + of] : s.tables[int64_t{sequence} * s.width + of];
     return (number * kPage + row) * (int64_t{s.K} * D) + head * D;
   }
@@ -279,14 +259,14 @@ struct DecodeAttention {
     stage = 0;
   }
 
-  // The pages of this team's first item come into the second-level cache, while there is nothing else to do.
+  // The pages of this thread block's first item come into the second-level cache, while there is nothing else to do.
   __device__ __forceinline__ void prefetch() {
     if (item >= items) return;
     seek();
     if (begin >= end) return;
-    for (; page <= last_page; page += kTeamThreads / 32) {
-      constexpr int kLines = D * 2 / 128;
-      const int64_t from = place(page, lane % kPage);
+    constexpr int kLines = D * 2 / 128;
+    for (int at = page; at <= last_page; at += kDecodeThreads / 32) {
+      const int64_t from = place(at, lane % kPage);
       const void* const pool = lane < kPage ? layer().pool_k : layer().pool_v;
 #pragma unroll
       for (int line = 0; line < kLines; ++line) prefetch_line(static_cast<const T*>(pool) + from + 64 * line);
@@ -299,10 +279,9 @@ struct DecodeAttention {
     if (begin >= end) return;
     if (warp < kPageWarps) {
       for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
-    }
-    if (thread >= kFirstTurner) {
+    } else {
       const int half = s.R / 2;
-      for (int i = thread - kFirstTurner; i < half; i += kTurners) {
+      for (int i = thread - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
         angles()[i] = layer().cos[sequence * half + i];
         angles()[half + i] = layer().sin[sequence * half + i];
       }
@@ -311,52 +290,46 @@ struct DecodeAttention {
 
   // All of this thread block's share.
   __device__ __forceinline__ void run_all(const Barrier& barrier) {
-    if (item < items) start();
-    barrier.wait();
+    if (item >= items) barrier.wait();
 #pragma unroll 1
-    for (bool first = true; item < items; item += kTeams * static_cast<int>(gridDim.x), first = false) {
-      if (!first) start();
+    for (bool first = true; item < items; item += static_cast<int>(gridDim.x), first = false) {
+      start();
+      if (first) barrier.wait();
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
       if (begin >= end) {
         // A row that belongs to no sequence.
         if (length == 0 && run == 0) {
-          for (int i = thread; i < group * D; i += kTeamThreads) out[i] = from_float<T>(0);
+          for (int i = thread; i < group * D; i += kDecodeThreads) out[i] = from_float<T>(0);
         }
         continue;
       }
       // The angles.
-      if (!first) meet();
+      if (!first) __syncthreads();
       const bool newest = warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
       uint4 key = make_uint4(0, 0, 0, 0), value = key;
-      // Heads of the group, or the new key.
-      const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
-      constexpr int kVectors = kEight * D / 8;
-      const auto turn = [&](bool of_key, int first) {
+      if (warp >= kPageWarps || newest) {
+        // Heads of the group, or the new key.
+        const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
+        constexpr int kVectors = kEight * D / 8;
 #pragma unroll 1
-        for (int i = first; i < (of_key ? 32 : kVectors); i += kTurners) {
-          const int of_group = of_key ? 0 : i / (D / 8), piece = of_key ? min(i, D / 8 - 1) : i % (D / 8);
-          const T* const from = row + (of_key ? s.H + head : head * group + min(of_group, group - 1)) * D;
-          if (of_key) value = reinterpret_cast<const uint4*>(from + s.K * D)[piece];
-          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(of_key ? layer().k_norm : layer().q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
-          if (of_key) {
+        for (int i = newest ? lane : thread - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
+          const int of_group = newest ? 0 : i / (D / 8), piece = newest ? min(i, D / 8 - 1) : i % (D / 8);
+          const T* const from = row + (newest ? s.H + head : head * group + min(of_group, group - 1)) * D;
+          if (newest) value = reinterpret_cast<const uint4*>(from + s.K * D)[piece];
+          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(newest ? layer().k_norm : layer().q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
+          if (newest) {
             key = made;
           } else {
             *reinterpret_cast<uint4*>(query_tile().at(of_group, piece)) = of_group < group ? made : make_uint4(0, 0, 0, 0);
           }
         }
-      };
-      if (kTeams == 1) {
-        if (warp >= kPageWarps || newest) turn(newest, newest ? lane : thread - kFirstTurner);
-      } else {
-#pragma unroll 1
-        for (int of_key = newest; of_key >= 0; --of_key) turn(of_key == 1, of_key == 1 ? lane : thread);
+        if (newest && lane < D / 8) {
+          const int64_t at = place(last_page, (length - 1) % kPage);
+          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_k) + at)[lane] = key;
+          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + at)[lane] = value;
+        }
       }
-      if (newest && lane < D / 8) {
-        const int64_t at = place(last_page, (length - 1) % kPage);
-        reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_k) + at)[lane] = key;
-        reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + at)[lane] = value;
-      }
-      meet();
+      __syncthreads();
       PagedSums<D, 1> sums;
       if (warp < kPageWarps) {
 #pragma unroll 1
@@ -374,12 +347,12 @@ struct DecodeAttention {
         }
       }
       wait_copies<0>();
-      meet();
+      __syncthreads();
       float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
       if (warp < kPageWarps) put_parts<D, 1>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);
-      meet();
+      __syncthreads();
       join(out, parts);
-      meet();
+      __syncthreads();
     }
   }
 
@@ -388,7 +361,7 @@ struct DecodeAttention {
     const int run_keys = s.run_pages * kPage, runs = (length - 1) / run_keys - low / run_keys + 1;
     float* const partial = s.partial + int64_t{sequence * s.K + head} * group * s.runs * kLeft<D>;
 #pragma unroll 1
-    for (int i = thread; i < group * D; i += kTeamThreads) {
+    for (int i = thread; i < group * D; i += kDecodeThreads) {
       const int row = i / D, d = i % D;
       const float3 all = joined<D, kPageWarps>(parts, statistics(), group, row, d);
       if (runs == 1) {
@@ -403,7 +376,7 @@ struct DecodeAttention {
       }
     }
     if (runs == 1) return;
-    meet();
+    __syncthreads();
     if (thread == 0) {
       int* const arrived = s.arrived + sequence * s.K + head;
       int before;
@@ -411,9 +384,9 @@ struct DecodeAttention {
       *last() = before == runs - 1;
       if (*last()) *arrived = 0;
     }
-    meet();
+    __syncthreads();
     if (!*last()) return;
-    for (int i = thread; i < group * D; i += kTeamThreads) {
+    for (int i = thread; i < group * D; i += kDecodeThreads) {
       const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);
       out[i] = from_float<T>(all.x / all.z);
     }

@@ -131,8 +131,8 @@ struct ProductInputs {
     }
     commit_copies();
     if (warp < kDecodeWarps) {
-      if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
       stream.fill(last_product);
+      if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
     }
   }
   __device__ __forceinline__ unsigned long long* z_sums(int of_phase) const {

@@ -147,16 +147,14 @@ inline bool boxes_of(CUtensorMap& boxes, const void* matrix, int element_bytes, 
                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Boxes of `rows` rows of `step` bytes, turned where that is 128, `stride` bytes apart, of any matrix whose rows are: box (0, i, 0) begins `step` i
-// bytes behind `first`, and all of it lies before `first` + `step` `steps`.
-inline bool boxes_anywhere(CUtensorMap& boxes, const void* first, int step, int64_t steps, int64_t stride, int rows) {
+// Boxes of `rows` rows of 128 bytes, turned, `stride` bytes apart, of any matrix whose rows are: box (0, i, 0) begins 128 i bytes behind `first`, and
+// all of it lies before `first` + 128 `steps`.
+inline bool boxes_anywhere(CUtensorMap& boxes, const void* first, int64_t steps, int64_t stride, int rows) {
   if (box_encoder() == nullptr || steps > INT32_MAX) return false;
-  const cuuint64_t width = static_cast<cuuint64_t>(step), sizes[3] = {width, static_cast<cuuint64_t>(steps), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[2] = {width, static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(step), 1, static_cast<cuuint32_t>(rows)}, each[3] = {1, 1, 1};
+  const cuuint64_t sizes[3] = {128, static_cast<cuuint64_t>(steps), static_cast<cuuint64_t>(rows)}, strides[2] = {128, static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[3] = {128, 1, static_cast<cuuint32_t>(rows)}, each[3] = {1, 1, 1};
   return box_encoder()(&boxes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(first), sizes, strides, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                       step == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace ferrotune
