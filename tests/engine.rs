@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::golden::{Flat, checkpoints, load, logits, root};
 
 pub fn engine(decoder: &Decoder, tokens: usize, max_num_seqs: usize) -> Engine {
-    Engine::new(decoder, EngineOptions { kv_budget: KvBudget::Tokens(tokens), max_num_seqs }).unwrap()
+    Engine::new(decoder, EngineOptions::new(KvBudget::Tokens(tokens), max_num_seqs)).unwrap()
 }
 
 /// Prompts of many lengths, some with a common start.
@@ -54,12 +54,20 @@ fn a_request_does_not_see_its_neighbours() {
         let request = |p: usize| Request::new(&prompts[p], &params(p));
         let alone: Vec<Generation> =
             (0..prompts.len()).map(|p| generate(&decoder, &prompts[p], &params(p)).unwrap()).collect();
-        // Room for all; a narrow batch; so few pages that sequences lose theirs.
-        for (tokens, max_num_seqs) in [(4096, 64), (4096, 3), (112, 8)] {
-            let mut engine = engine(&decoder, tokens, max_num_seqs);
+        // Room for all; a narrow batch; so few pages that sequences lose theirs; short passes.
+        for (tokens, max_num_seqs, most) in
+            [(4096, 64, 2048), (4096, 3, 2048), (112, 8, 2048), (4096, 8, 1), (4096, 16, 5)]
+        {
+            let budget = EngineOptions::new(KvBudget::Tokens(tokens), max_num_seqs);
+            let options = EngineOptions { max_num_batched_tokens: most, ..budget };
+            let mut engine = Engine::new(&decoder, options).unwrap();
             let all = engine.run(&decoder, (0..prompts.len()).map(request), |_, _, _| ()).unwrap();
             for (p, expected) in alone.iter().enumerate() {
-                assert_same(&all[p][0], expected, &format!("{name}, {tokens} tokens, request {p}"));
+                assert_same(
+                    &all[p][0],
+                    expected,
+                    &format!("{name}, {tokens} tokens, {most} a pass, request {p}"),
+                );
             }
             let stats = engine.stats();
             assert_eq!((stats.running, stats.waiting, stats.pages_held), (0, 0, 0), "{name}");
@@ -182,7 +190,7 @@ fn what_does_not_fit_is_refused_and_what_waits_is_served() {
         .submit(&decoder, Request { adapter: Some("none".into()), ..Request::new(&[1], &params(0)) })
         .unwrap_err();
     assert!(format!("{error:#}").contains("no adapter named none"), "{error:#}");
-    let too_little = EngineOptions { kv_budget: KvBudget::Bytes(100), max_num_seqs: 1 };
+    let too_little = EngineOptions::new(KvBudget::Bytes(100), 1);
     assert!(Engine::new(&decoder, too_little).is_err());
     assert!(engine.is_idle());
 

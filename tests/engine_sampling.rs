@@ -144,7 +144,7 @@ impl Model {
 
     /// 16 times 512 samples of one prompt.
     fn draw(&self, params: &SamplingParams) -> Vec<Generation> {
-        let options = EngineOptions { kv_budget: KvBudget::Tokens(512 * 16), max_num_seqs: 512 };
+        let options = EngineOptions::new(KvBudget::Tokens(512 * 16), 512);
         let mut engine = Engine::new(&self.decoder, options).unwrap();
         let request = |seed| {
             let own = SamplingParams { seed, max_new_tokens: LENGTH, logprobs: Some(0), ..params.clone() };

@@ -292,7 +292,7 @@ fn an_iterator_can_stop_early_and_go_on() {
     let decoder = load(&root().join("qwen2"), Kind::Float);
     let params = SamplingParams { max_new_tokens: 12, ..Default::default() };
     let whole = generate(&decoder, &[3, 4, 5], &params).unwrap().token_ids;
-    let options = EngineOptions { kv_budget: KvBudget::Tokens(64), max_num_seqs: 2 };
+    let options = EngineOptions::new(KvBudget::Tokens(64), 2);
     let mut engine = Engine::new(&decoder, options).unwrap();
     let first: Vec<i64> = engine
         .stream(&decoder, &[3, 4, 5], &params)

@@ -33,7 +33,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(decoder: &'a Decoder, sequences: usize, tokens: usize) -> Run<'a> {
         let kv_budget = KvBudget::Tokens(sequences * tokens);
-        let engine = Engine::new(decoder, EngineOptions { kv_budget, max_num_seqs: sequences }).unwrap();
+        let engine = Engine::new(decoder, EngineOptions::new(kv_budget, sequences)).unwrap();
         Run { engine, decoder, seen: HashMap::new() }
     }
 

@@ -227,7 +227,7 @@ fn log_probabilities_are_the_trainers() {
                 .map(|n| (0..n).map(|i| (i * i + n) % 512).collect())
                 .into();
             let params = SamplingParams { max_new_tokens: 40, logprobs: Some(0), ..Default::default() };
-            let options = EngineOptions { kv_budget: KvBudget::Tokens(4096), max_num_seqs: 16 };
+            let options = EngineOptions::new(KvBudget::Tokens(4096), 16);
             let mut engine = Engine::new(&decoder, options).unwrap();
             let requests = prompts.iter().map(|prompt| Request::new(prompt, &params));
             let answers = engine.run(&decoder, requests, |_, _, _| ()).unwrap();
@@ -480,7 +480,7 @@ fn the_engine_on_the_gpu_gives_the_cpus_answers() {
     let config = shape(r#""model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2"#);
     let answers = |device| {
         let decoder = Decoder::random(config.clone(), LoadOptions::new(Kind::Float, device), 3).unwrap();
-        let options = EngineOptions { kv_budget: KvBudget::Tokens(2048), max_num_seqs: 12 };
+        let options = EngineOptions::new(KvBudget::Tokens(2048), 12);
         let mut engine = Engine::new(&decoder, options).unwrap();
         let requests = (0..12_u64).map(|at| {
             let prompt: Vec<i64> = (0..5 + 3 * at as i64).map(|i| (i * i + at as i64) % 512).collect();
@@ -516,7 +516,7 @@ fn graphs_serve_any_batch() {
     let arguments = ferrotune::train::TrainingArguments::default();
     model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
     let decoder = &model.decoder;
-    let options = EngineOptions { kv_budget: KvBudget::Tokens(96 * 128), max_num_seqs: 96 };
+    let options = EngineOptions::new(KvBudget::Tokens(96 * 128), 96);
     let mut engine = Engine::new(decoder, options).unwrap();
     let mut answers: HashMap<RequestId, (Vec<i64>, Vec<f32>, bool)> = HashMap::new();
     let take = |engine: &mut Engine, answers: &mut HashMap<_, (Vec<i64>, Vec<f32>, bool)>| {

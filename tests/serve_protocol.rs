@@ -96,7 +96,7 @@ fn fields_that_cannot_be_meant_are_named() {
     let grammar = Grammars::new(model.tokenizer().unwrap()).unwrap().json_schema(&json!({"type": "object"}));
     let request =
         Request { grammar: Some(grammar.unwrap()), ..Request::new(&[5], &SamplingParams::default()) };
-    let options = EngineOptions { kv_budget: KvBudget::Tokens(512), max_num_seqs: 1 };
+    let options = EngineOptions::new(KvBudget::Tokens(512), 1);
     let refused = Engine::new(&model.decoder, options).unwrap().submit(&model, request);
     assert!(refused.unwrap_err().to_string().starts_with("stop_token_ids is empty"));
 }

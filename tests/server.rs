@@ -50,7 +50,7 @@ impl Running {
     }
 
     pub fn on(model: FastLanguageModel, kv_budget: KvBudget, options: ServeOptions) -> Running {
-        let engine = Engine::new(&model.decoder, EngineOptions { kv_budget, max_num_seqs: 4 }).unwrap();
+        let engine = Engine::new(&model.decoder, EngineOptions::new(kv_budget, 4)).unwrap();
         let served = ServedModel::new("tiny", &model, &engine).unwrap();
         let (commands, received) = mpsc::channel();
         let (shared, stop) = (Arc::new(Shared::default()), Arc::new(AtomicBool::new(false)));

@@ -14,7 +14,9 @@ use super::model_args::{MachineArgs, kind_of, name_of};
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::device;
 use crate::error::Error;
-use crate::generate::{Engine, EngineOptions, EventKind, KvBudget, Request, SamplingParams};
+use crate::generate::{
+    Engine, EngineOptions, EventKind, KvBudget, MOST_PROMPT_ROWS, Request, SamplingParams,
+};
 use crate::io::adapter::InitLoraWeights;
 use crate::models::FastLanguageModel;
 use crate::nn::PAGE_SIZE;
@@ -32,6 +34,9 @@ pub struct BenchGenerateArgs {
     /// Requests in all; more than --batch wait for a place [default: --batch]
     #[arg(long, value_name = "N")]
     pub requests: Option<usize>,
+    /// Tokens of one pass, those of prompts and those that are decoded beside them
+    #[arg(long, value_name = "N", default_value_t = MOST_PROMPT_ROWS as u32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_batched_tokens: u32,
     /// Tokens of each prompt
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub prompt: usize,
@@ -127,7 +132,9 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
 
     let tokens = (args.prompt + args.new).next_multiple_of(PAGE_SIZE);
     let kv_budget = KvBudget::Tokens(args.batch * tokens);
-    let mut engine = Engine::new(decoder, EngineOptions { kv_budget, max_num_seqs: args.batch })?;
+    let max_num_batched_tokens = args.max_num_batched_tokens as usize;
+    let options = EngineOptions { max_num_batched_tokens, ..EngineOptions::new(kv_budget, args.batch) };
+    let mut engine = Engine::new(decoder, options)?;
     let mut random = ChaCha8Rng::seed_from_u64(3407);
     let params = SamplingParams {
         temperature: args.temperature,

@@ -12,12 +12,12 @@ use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 
-use super::engine_args::EngineArgs;
+use super::engine_args::kv_bytes;
 use super::generate::is_broken_pipe;
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
 use crate::device;
-use crate::generate::{Engine, SamplingParams};
+use crate::generate::{Engine, EngineOptions, KvBudget, SamplingParams};
 use crate::io::write_atomically;
 use crate::models::FastLanguageModel;
 use crate::train::Size;
@@ -66,7 +66,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     let mut chat = Chat {
         engine: Engine::new(
             &model.decoder,
-            EngineArgs { max_num_seqs: 1, kv_cache_memory: args.kv_cache_memory }.options(&model.decoder)?,
+            EngineOptions::new(KvBudget::Bytes(kv_bytes(args.kv_cache_memory, model.decoder.device)?), 1),
         )?,
         model: &model,
         params,

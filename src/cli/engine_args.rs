@@ -5,7 +5,7 @@ use clap::Args;
 use tch::Device;
 
 use crate::device;
-use crate::generate::{EngineOptions, KvBudget};
+use crate::generate::{EngineOptions, KvBudget, MOST_PROMPT_ROWS};
 use crate::models::Decoder;
 use crate::train::Size;
 
@@ -23,13 +23,21 @@ pub struct EngineArgs {
     /// Memory for keys and values, such as 4GiB [default: a quarter of the host's free memory, 85 % of a GPU's]
     #[arg(long, value_name = "SIZE")]
     pub kv_cache_memory: Option<Size>,
+    /// Tokens of one pass, those of prompts and those that are decoded beside them: more read many prompts faster, fewer hold up running answers
+    /// less. They need memory beside that of keys and values
+    #[arg(long, value_name = "N", default_value_t = MOST_PROMPT_ROWS as u32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_batched_tokens: u32,
 }
 
 impl EngineArgs {
     /// For a model that is loaded.
     pub fn options(&self, decoder: &Decoder) -> Result<EngineOptions> {
         let bytes = kv_bytes(self.kv_cache_memory, decoder.device)?;
-        Ok(EngineOptions { kv_budget: KvBudget::Bytes(bytes), max_num_seqs: self.max_num_seqs as usize })
+        Ok(EngineOptions {
+            kv_budget: KvBudget::Bytes(bytes),
+            max_num_seqs: self.max_num_seqs as usize,
+            max_num_batched_tokens: self.max_num_batched_tokens as usize,
+        })
     }
 }
 

@@ -10,6 +10,7 @@ use super::graphs::DecodeGraphs;
 use super::pages::PagePool;
 use super::request::RequestId;
 use super::sequence::Sequence;
+use super::step::MOST_PROMPT_ROWS;
 use super::{ModelRef, Request, SamplingParams};
 use crate::models::{Adapter, Decoder};
 use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
@@ -43,6 +44,16 @@ pub struct EngineOptions {
     pub kv_budget: KvBudget,
     /// Sequences that are decoded at once; others wait.
     pub max_num_seqs: usize,
+    /// Rows of one forward pass, at least 1: new tokens of sequences that decode, and as much of prompts as fits beside them. On the CPU in f32
+    /// at most 64, which the kernels give the same bits in any company.
+    pub max_num_batched_tokens: usize,
+}
+
+impl EngineOptions {
+    /// With passes of [`MOST_PROMPT_ROWS`].
+    pub fn new(kv_budget: KvBudget, max_num_seqs: usize) -> EngineOptions {
+        EngineOptions { kv_budget, max_num_seqs, max_num_batched_tokens: MOST_PROMPT_ROWS }
+    }
 }
 
 /// What an engine holds and has done.
@@ -159,7 +170,7 @@ impl Engine {
         let context = decoder.config.max_position_embeddings.max(1) as usize;
         let tokens = prompt_tokens.saturating_add(params.max_new_tokens).clamp(1, context);
         let each = tokens.div_ceil(PAGE_SIZE) * PAGE_SIZE;
-        Engine::new(decoder, EngineOptions { kv_budget: KvBudget::Tokens(n * each), max_num_seqs: n })
+        Engine::new(decoder, EngineOptions::new(KvBudget::Tokens(n * each), n))
     }
 
     /// Queues a request. Its events come from [`step`](Engine::step).

@@ -98,7 +98,7 @@ impl FastLanguageModel {
     /// assert_eq!(answers.len(), 2);
     ///
     /// // Token by token, from an engine that stays; adapters go beside it with `engine.load_lora(name, model.read_adapter(folder)?)`.
-    /// let options = EngineOptions { kv_budget: KvBudget::Tokens(512), max_num_seqs: 1 };
+    /// let options = EngineOptions::new(KvBudget::Tokens(512), 1);
     /// let mut engine = Engine::new(&model.decoder, options)?;
     /// let prompt = model.prompt_ids("The sky is")?;
     /// let mut text = String::new();

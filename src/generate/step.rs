@@ -27,18 +27,19 @@ pub(super) struct Feed {
 /// A sequence that a pass brought to its end: its place in the batch, and its row of the logits.
 pub(super) type End = (usize, usize);
 
-/// Rows of one forward pass on a GPU: enough for the products to be limited by arithmetic.
+/// Rows of one forward pass where nothing else is asked for: enough for the products to be limited by arithmetic.
 pub const MOST_PROMPT_ROWS: usize = 2048;
 
 /// Adapters of a step that have a recorded pass each; of more there would be too many graphs.
 const MOST_APART: usize = 8;
 
-/// Rows of one forward pass. On the CPU in f32 what the kernels take that give a row the same bits in any company.
-fn most_rows(decoder: &Decoder) -> usize {
-    if decoder.device == Device::Cpu && decoder.kind == Kind::Float { 64 } else { MOST_PROMPT_ROWS }
-}
-
 impl Engine {
+    fn most_rows(&self, decoder: &Decoder) -> usize {
+        let exact = decoder.device == Device::Cpu && decoder.kind == Kind::Float;
+        let most = self.options.max_num_batched_tokens.max(1);
+        if exact { most.min(64) } else { most }
+    }
+
     /// Admits, reads, chooses a token for every sequence that has been read. Nothing to do gives no events; what goes wrong
     /// with a request is an event of it.
     pub fn step<'a>(&mut self, model: impl Into<ModelRef<'a>>) -> Result<Vec<Event>> {
@@ -130,7 +131,7 @@ impl Engine {
     /// What each running sequence is fed: one row where only the next token is missing, and pieces of the others as far as
     /// they fill a pass.
     fn feeds(&self, decoder: &Decoder) -> Vec<Feed> {
-        let most = most_rows(decoder);
+        let most = self.most_rows(decoder);
         let decoding = self.running.iter().filter(|sequence| sequence.pending() == 1).count();
         let mut left = most - decoding % most;
         let mut feeds = Vec::new();
@@ -194,7 +195,7 @@ impl Engine {
     fn batches(&self, decoder: &Decoder, mut feeds: Vec<Feed>) -> Vec<Vec<Feed>> {
         let adapter = |feed: &Feed| self.running[feed.at].adapter;
         feeds.sort_by_key(adapter);
-        let most = most_rows(decoder);
+        let most = self.most_rows(decoder);
         let single = feeds.iter().all(|feed| feed.rows == 1);
         let apart = self.graphs.are_recorded()
             && single

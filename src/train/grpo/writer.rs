@@ -80,6 +80,6 @@ impl Writer {
         let all: usize = requests.iter().map(|request| request.n).sum();
         let max_num_seqs = all.min(self.at_once.max(group));
         let wanted = (max_num_seqs.div_ceil(group) * most * PAGE_SIZE * bytes_per_token) as u64;
-        EngineOptions { kv_budget: KvBudget::Bytes(wanted.min(self.kv_bytes)), max_num_seqs }
+        EngineOptions::new(KvBudget::Bytes(wanted.min(self.kv_bytes)), max_num_seqs)
     }
 }
