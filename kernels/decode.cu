@@ -10,9 +10,9 @@
 // are computed by every block for itself from rows that it needs whole anyway; gate and up lie in the same block, which applies the activation.
 // Queries and keys are turned where attention reads them.
 //
-// An H200, 32 layers of 8B with LoRA r 16, context 300, a layer: 60 us for one row on NF4 (28 at 4 TB/s), of which more than half are the loops
+// An H200, 32 layers of 8B with LoRA r 16, context 300, a layer: 58 us for one row on NF4 (28 at 4 TB/s), of which more than half are the loops
 // of the products, bound by the path to shared memory (rows_strips.cuh), a tenth attention and the rest waits and what stands before and behind
-// a product; 121 us in bf16 (109).
+// a product; 120 us in bf16 (109).
 // What did not help: weights of the next product into the second-level cache while blocks wait (3 % slower in bf16: from there they come no
 // faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
 // of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %); rows that flow from block to block in words of two
