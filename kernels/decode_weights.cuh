@@ -44,8 +44,8 @@ struct WeightStream {
     const int lane = thread_number() % 32, g = lane / 4, t = lane % 4;
     const int own = warp < s.at.first_rings ? s.at.ring[0] + warp * s.depth * kBoxBytes : s.at.ring[1] + (warp - s.at.first_rings) * s.depth * kBoxBytes;
     barriers = static_cast<unsigned>(s.at.w_arrived + warp * kStreamBytes);
-    // Piece p of 16 bytes of row r lies at p ^ r % 8.
     free = s.depth;
+    // Piece p of 16 bytes of row r lies at p ^ r % 8.
     low = static_cast<unsigned>(own + g * 128 + (((kNf4 ? t : 2 * t) ^ g) << 4));
     if (lane == 0) {
       for (int i = 0; i < s.depth; ++i) init_barrier(barriers + 8 * i, 1);
