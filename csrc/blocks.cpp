@@ -169,6 +169,17 @@ struct AttentionBlock {
     rotate_into(k.qk.narrow(1, heads, kv_heads), k_normed, cos, sin, false);
   }
 
+  // Of rows of k.projected that are not turned yet.
+  Tensor attended_pages(const Tensor& x, Kept& k) const {
+    if (!attention_turns(k.projected, pages, cos)) {
+      turn(x, k, false);
+      return attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads), value_rows(k.projected), pages, spec);
+    }
+    Tensor q = query_rows(k.projected), key = key_rows(k.projected);
+    if (q_norm.weight.defined()) q = q_norm.forward(q, nullptr), key = k_norm.forward(key, nullptr);
+    return attention_paged(q, key, value_rows(k.projected), pages, spec, cos, sin);
+  }
+
   // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it. What is in Kept
   // already is not computed.
   Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
@@ -177,12 +188,12 @@ struct AttentionBlock {
     Kept& k = keeps ? *kept : unused;
     if (!k.projected.defined()) {
       k.projected = norm_linear(norm, qkv, x, keeps ? &k.rstd : nullptr, k.normed, keeps ? &k.qkv_z : nullptr);
-      turn(x, k, keeps);
+      if (!pages.batch) turn(x, k, keeps);
     }
-    const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
     if (pages.batch) {
-      k.attended = attention_paged(q, key, value_rows(k.projected), pages, spec);
+      k.attended = attended_pages(x, k);
     } else if (!k.attended.defined()) {
+      const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
       const Attended attended = attention_forward(q, key, value_rows(k.projected), *segments, spec);
       k.attended = attended.out;
       k.lse = attended.lse;
@@ -204,9 +215,7 @@ struct AttentionBlock {
     if (!pages.batch || !is_few_rows(x)) return forward(x, nullptr, true);
     Kept k;
     k.projected = few_rows_linear(norm.forward(x, nullptr), qkv);
-    turn(x, k, false);
-    const Tensor attended = attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads),
-                                            value_rows(k.projected), pages, spec);
+    const Tensor attended = attended_pages(x, k);
     return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(attended, o), nullptr) : few_rows_linear(attended, o, x);
   }
 

@@ -6,6 +6,7 @@
 #include "ferrotune/csrc/cpu.h"
 #include "ferrotune/csrc/device.h"
 #include "ferrotune/csrc/kernels.h"
+#include "ferrotune/csrc/ops.h"
 #include "ferrotune/csrc/rows.h"
 
 namespace ferrotune {
@@ -246,9 +247,9 @@ Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor&
   return out;
 }
 
-// One new row of each sequence of `singles`; undefined where the kernel cannot. q [n, H, D], k and v [n, K, D].
+// One new row of each sequence of `singles`; undefined where the kernel cannot. q [n, H, D], k and v [n, K, D], not turned yet where cos is defined.
 Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& pages,
-                      const PagedBatch::Singles& singles, const AttentionSpec& spec) {
+                      const PagedBatch::Singles& singles, const AttentionSpec& spec, const Tensor& cos = {}, const Tensor& sin = {}) {
   const Kernels* const kernels = kernels_for(given_q);
   if (kernels == nullptr || given_q.scalar_type() == at::kFloat) return {};
   const TokenRows q(given_q), k(given_k), v(given_v);
@@ -256,7 +257,8 @@ Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor
   const Tensor out = at::empty({n, heads * dim}, given_q.options());
   const KernelPaged paged{q.x.const_data_ptr(), k.x.const_data_ptr(), v.x.const_data_ptr(), pages.k.mutable_data_ptr(),
                           pages.v.mutable_data_ptr(), out.mutable_data_ptr(), singles.tables.const_data_ptr<int64_t>(),
-                          singles.lengths.const_data_ptr<int64_t>(), n, heads, kv_heads, dim, q.stride, k.stride, v.stride,
+                          singles.lengths.const_data_ptr<int64_t>(), cos.defined() ? cos.const_data_ptr<float>() : nullptr,
+                          cos.defined() ? sin.const_data_ptr<float>() : nullptr, cos.defined() ? 2 * cos.size(1) : 0, n, heads, kv_heads, dim, q.stride, k.stride, v.stride,
                           singles.tables.size(1), pages.batch->page_size(), spec.window, singles.longest,
                           static_cast<float>(spec.scale), static_cast<float>(spec.softcap), kernel_dtype(given_q)};
   const Launch launch(given_q);
@@ -297,20 +299,28 @@ Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesV
   return out;
 }
 
-Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
+Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, const Tensor& cos,
+              const Tensor& sin) {
   const PagedBatch& batch = *pages.batch;
   if (batch.all_single()) {
-    Tensor out = by_cuda_kernel(q, k, v, pages, batch.singles(q.device()), spec);
+    Tensor out = by_cuda_kernel(q, k, v, pages, batch.singles(q.device()), spec, cos, sin);
     TORCH_CHECK(out.defined() || !batch.sequences().empty(), "no kernel reads the pages of ", q.size(1), " heads of ", q.size(2),
                 " ", q.scalar_type(), " on this GPU");
     if (out.defined()) return out;
   }
+  if (cos.defined()) return by_groups(rotate(q, cos, sin, false), rotate(k, cos, sin, false), v, pages, spec);
   return by_groups(q, k, v, pages, spec);
 }
 
 }  // namespace
 
-Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
+bool attention_turns(const Tensor& rows, const PagesView& pages, const Tensor& cos) {
+  return kernels_for(rows) != nullptr && rows.scalar_type() != at::kFloat && pages.batch->all_single() && cos.scalar_type() == at::kFloat &&
+         cos.is_contiguous() && cos.size(1) % 8 == 0;
+}
+
+Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, const Tensor& cos,
+                       const Tensor& sin) {
   const PagedBatch& batch = *pages.batch;
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && k.sizes() == v.sizes() && q.size(0) == batch.rows() &&
                   k.size(0) == batch.rows() && k.size(2) == q.size(2) && q.size(1) % k.size(1) == 0,
@@ -319,7 +329,7 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_pages(pages, q, k.size(1), k.size(2));
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
   if (cpu_kernels_for(q) != nullptr) return by_cpu_kernel(q, k, v, pages, spec);
-  return q.is_cuda() ? on_gpu(q, k, v, pages, spec) : by_groups(q, k, v, pages, spec);
+  return q.is_cuda() ? on_gpu(q, k, v, pages, spec, cos, sin) : by_groups(q, k, v, pages, spec);
 }
 
 }  // namespace ferrotune

@@ -135,15 +135,16 @@ inline decltype(&cuTensorMapEncodeTiled) box_encoder() {
   return encode;
 }
 
-// Boxes of a matrix of 8-bit or 16-bit elements, rows `stride` bytes apart; turned: pieces of a row's 128 bytes as products want them. False
-// where there are none.
+// Boxes of a matrix of elements of 1, 2 or 4 bytes, rows `stride` bytes apart. False where there are none. Rows of a box have the 128 bytes of
+// SWIZZLE_128B, pieces of 16 as products want them, or the 64 of SWIZZLE_64B: piece p of row r at p ^ (r / 2 % 4).
 inline bool boxes_of(CUtensorMap& boxes, const void* matrix, int element_bytes, int64_t columns, int64_t rows, int64_t stride, int box_columns,
-                     int box_rows, bool turned) {
+                     int box_rows, CUtensorMapSwizzle swizzle) {
   if (box_encoder() == nullptr) return false;
+  const auto type = element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, strides[1] = {static_cast<cuuint64_t>(stride)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  return box_encoder()(&boxes, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(matrix), sizes,
-                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, turned ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+  return box_encoder()(&boxes, type, 2, const_cast<void*>(matrix), sizes,
+                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

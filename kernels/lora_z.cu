@@ -322,21 +322,10 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 6 ? 2 : 1)
 // ---- launchers
 
 // `rows` blocks, or clusters where these are.
-template <typename... Parameters, typename... Arguments>
-int launch_clusters(void (*kernel)(Parameters...), int64_t rows, void* stream, const Arguments&... arguments) {
-  const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kBlocks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(hopper ? kBlocks : 1, static_cast<unsigned>(rows));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = hopper ? 2 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+template <typename Kernel, typename... Arguments>
+int launch_rows(Kernel* kernel, int64_t rows, void* stream, const Arguments&... arguments) {
+  const int size = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kBlocks : 1;
+  return launch_clusters(kernel, dim3(size, static_cast<unsigned>(rows)), dim3(kThreads), 0, stream, size, arguments...);
 }
 
 int64_t with_fills(int64_t tiles, const Fills& fills) { return tiles + (fills.count > 0 ? kFillTiles : 0); }
@@ -354,7 +343,7 @@ template <typename T, int kTile>
 int launch_z_tiles(const KernelLoraAdd& lora, const Fills& fills, void* stream) {
   const int64_t tiles = ceil_div(lora.N, kTile);
   return with_tiles(lora, [&](auto runs) -> int {
-    return launch_clusters(z_kernel<T, kTile, decltype(runs)::value>, with_fills(tiles, fills), stream, lora, fills, tiles);
+    return launch_rows(z_kernel<T, kTile, decltype(runs)::value>, with_fills(tiles, fills), stream, lora, fills, tiles);
   });
 }
 
@@ -385,7 +374,7 @@ int launch_norm_z(const KernelLoraAdd& lora, const Fills& fills, const Normed& n
   return with_tiles(lora, [&](auto runs) -> int {
     constexpr int kTiles = decltype(runs)::value;
     const auto launch = [&](auto* kernel) -> int {
-      return launch_clusters(kernel, with_fills(tiles, fills), stream, lora, fills, norm, tiles);
+      return launch_rows(kernel, with_fills(tiles, fills), stream, lora, fills, norm, tiles);
     };
     return lora.K <= kUnitColumns ? launch(norm_z_kernel<T, kTiles, 1>) : launch(norm_z_kernel<T, kTiles, 2>);
   });

@@ -1,5 +1,5 @@
 // Attention of one new row of each sequence over keys and values in pages (arXiv:2309.06180), which are read where they lie.
-// Fuses the write of the new key and value, both products, softcap, the online softmax (arXiv:1805.02867) and the sum over the
+// Fuses the rotation of query and new key (rope.cu), the write of the new key and value, both products, softcap, the online softmax (arXiv:1805.02867) and the sum over the
 // parts of a sequence. Moves: the keys and values once, 4 D bytes a token and key/value head in 16 bits.
 //
 // The heads of a group are columns of m16n8k16 products, eight at a time, and keys their rows, so each key is read once for all of them. A thread block takes one
@@ -21,6 +21,27 @@ template <int D>
 constexpr int kPagedTileBytes = (1 + 2 * kPagedStages * kPagedWarps) * kTileElements<D> * 2;
 template <int D>
 constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 16;
+
+// Eight elements of a head, turned by the row's angles as rope.cu does.
+template <typename T>
+__device__ __forceinline__ uint4 turned(const KernelPaged& p, int sequence, const T* head, int piece) {
+  const auto* const pieces = reinterpret_cast<const uint4*>(head);
+  const int half = static_cast<int>(p.rotary) / 16;  // pieces
+  if (p.cos == nullptr || piece >= 2 * half) return pieces[piece];
+  const bool low = piece < half;
+  const Vector<T, 8> own = load<8>(head, piece), other = load<8>(head, low ? piece + half : piece - half);
+  const int64_t row = int64_t{sequence} * half * 8;
+  float c[8], s[8];
+  load_float<8>(p.cos + row, low ? piece : piece - half, c);
+  load_float<8>(p.sin + row, low ? piece : piece - half, s);
+  Vector<T, 8> out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float a = to_float(own.v[i]), b = to_float(other.v[i]);
+    out.v[i] = from_float<T>(low ? a * c[i] - b * s[i] : a * c[i] + b * s[i]);
+  }
+  return reinterpret_cast<const uint4&>(out);
+}
 
 template <typename T, int D, int kEights>
 __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __grid_constant__ KernelPaged p, float* all_partial, int32_t* all_arrived) {
@@ -77,14 +98,14 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
 #pragma unroll
   for (int i = threadIdx.x; i < kPage * kVectors; i += kPagedThreads) {
     const int row = i / kVectors, piece = i % kVectors;
-    *reinterpret_cast<uint4*>(q_tile.at(row, piece)) = row < group ? *reinterpret_cast<const uint4*>(q + row * D + piece * 8) : make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(q_tile.at(row, piece)) = row < group ? turned(p, sequence, q + row * D, piece) : make_uint4(0, 0, 0, 0);
   }
   // The warp that has the last page of all.
   const int new_row = (length - 1) % kPage;
   const bool newest = end == length && (last_page - begin / kPage) % kPagedWarps == warp && lane < kVectors;
   uint4 key, value;
   if (newest) {
-    key = reinterpret_cast<const uint4*>(static_cast<const T*>(p.k) + sequence * p.k_stride + head * D)[lane];
+    key = turned(p, sequence, static_cast<const T*>(p.k) + sequence * p.k_stride + head * D, lane);
     value = reinterpret_cast<const uint4*>(static_cast<const T*>(p.v) + sequence * p.v_stride + head * D)[lane];
     const int64_t at = (table[last_page] * kPage + new_row) * row_elements;
     reinterpret_cast<uint4*>(pool_k + at)[lane] = key;
@@ -177,7 +198,8 @@ extern "C" int64_t paged_attention_workspace(const KernelPaged* p) {
   return with_heads(*p, 0, [&](auto, auto dim) -> int64_t {
     constexpr int D = decltype(dim)::value;
     const auto aligned = [](const void* pointer, int64_t stride) { return aligned16(pointer) && stride % 8 == 0; };
-    const bool fits = p->page_size == kPage && p->H / p->K <= kMostHeads && aligned(p->q, p->q_stride) &&
+    const bool turns = p->cos == nullptr || (p->rotary % 16 == 0 && p->rotary <= D && aligned16(p->cos) && aligned16(p->sin));
+    const bool fits = turns && p->page_size == kPage && p->H / p->K <= kMostHeads && aligned(p->q, p->q_stride) &&
                       aligned(p->k, p->k_stride) && aligned(p->v, p->v_stride) && aligned(p->pool_k, 0) && aligned(p->pool_v, 0) &&
                       p->sequences < 65536 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
                       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kPagedBytes<D>;

@@ -51,12 +51,8 @@ int launch(const KernelRows& rows, void* stream) {
     return cudaSuccess;
   }
   if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
-  // On an H200 16 rows of Llama-3.1-8B's qkv and o in NF4 take 16.1 and 13.3 us by tiles, 18.2 and 16.4 by groups.
-  const bool small = nf4 && rows.M <= 16 && fits_strips(rows) && int64_t{tiles} * kTileRows * rows.K < (int64_t{1} << 25);
   int error = cudaSuccess;
-  if (rows.M > kEight && !small && (nf4 ? launch_groups<T, true>(rows, stream, error) : launch_groups<T, false>(rows, stream, error))) {
-    return error;
-  }
+  if (rows.M > kEight && (nf4 ? launch_groups<T, true>(rows, stream, error) : launch_groups<T, false>(rows, stream, error))) return error;
   if (nf4 && fits_strips(rows)) return rows.M <= kEight ? launch_strips<T>(plan, stream) : launch_tiles<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }

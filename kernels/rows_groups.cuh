@@ -1,48 +1,64 @@
 // defines: launch_groups: 9 to 64 rows of x on Hopper. A thread block has a group of 256 rows of W, or a piece of the group's columns where
-// groups are fewer than processors; each of its four warpgroups multiplies 64 rows of W by all columns of x (hopper.cuh). Three more warps
-// (of 16-bit weights one thread) bring W and x through stages in shared memory, one has LoRA's products with A. Pieces of a group leave their sums in the workspace, and
-// each adds up its share of them in the order of the pieces.
+// groups are fewer than processors; each of its four warpgroups multiplies 64 rows of W by all columns of x (hopper.cuh). One thread more
+// brings W and x through stages in shared memory, and two warps multiply x as it passes by A. The sum of LoRA's products over pieces is the
+// product's own: each piece adds B z^T of its columns. Pieces of a group are a cluster of thread blocks, which add their sums up in order
+// through each other's shared memory.
 //
-// NF4 comes in runs of 128 columns, 16 bytes a lane and row, becomes pairs by the table and these times their scale: map, scale and product
-// are rounded to 16 bits. Lane t of a row has columns 32 t .. 32 t + 31 of a run; its pair j is pair 4 j + t of the product's columns, and in
-// that order x lies in shared memory.
+// NF4 comes in runs of 128 columns, 64 bytes a row, becomes pairs by the table and these times their scale: map, scale and product are rounded
+// to 16 bits. A word of a row is eight columns, of which lane t of the row has pair t, as products want it: all four lanes read all
+// words, which shared memory gives them at once.
 //
-// What bounds NF4, cycles of a processor's path to shared memory for 16 x 128 weights: 32 accesses to the table of pairs, 16 for W in and
-// out, 8 to 32 for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 4 for scales.
+// What bounds NF4, cycles of a processor's path to shared memory for 16 x 128 weights: 32 accesses to the table of pairs, 24 for W in and
+// out, 8 to 32 for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 8 for A, 4 for scales.
 #pragma once
 
+#include <array>
+
+#include "cluster.cuh"
 #include "hopper.cuh"
 #include "rows.cuh"
 
 namespace ferrotune {
 namespace {
 
-constexpr int kGroupRows = 256, kGroupWarps = 16, kProducers = 3, kGroupThreads = 32 * (kGroupWarps + kProducers + 1);
-constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 16;
+// Warps behind those that multiply by W: one whose first thread brings stages, and those that multiply by A.
+constexpr int kGroupRows = 256, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kAWarps = 2, kGroupThreads = kMultipliers + 128;
+constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
-// Offsets in shared memory from the start of its address space, of which up to 1024 are not ours. NF4: stages of x, the table of pairs,
+// Offsets in shared memory from the start of its address space (that of a block of a cluster is its own), of which up to 1024 are not ours. NF4: stages of x, the table of pairs,
 // where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales in 16 bits, stages of W.
-// Else: stages of W and of x.
-constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
+// Else: stages of x and of W.
+constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZFullAt = kEmptyAt + 8 * kMostStages, kZEmptyAt = kZFullAt + 8;
+constexpr int kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
 constexpr int kScaleMapAt = kStagesAt - 1024, kPairsAt = 0x10000, kScalesAt = kPairsAt + 256 * 256;
-static_assert(kStagesAt % 1024 == 0 && kEmptyAt + 8 * kMostStages <= kZAt);
+static_assert(kStagesAt % 1024 == 0 && kZEmptyAt + 8 <= kZAt);
+// Sums of a piece, [columns, rows] in f32, columns so far apart that lanes write to different banks; they lie where stages (NF4: pairs) were.
+constexpr int kSumsStride = kGroupRows + 4;
 
 template <int N, bool kNf4>
 struct GroupStage {
-  static constexpr int kWBytes = kGroupRows * (kNf4 ? kRun / 2 : kBlock * 2), kXBytes = N * 128 * (kNf4 ? 2 : 1);
+  static constexpr int kBlocks = kNf4 ? kRun / kBlock : 1;  // of 64 columns
+  static constexpr int kWBytes = kGroupRows * (kNf4 ? kRun / 2 : kBlock * 2), kXBytes = kBlocks * N * 128;
+  static constexpr int kSumsAt = kNf4 ? kPairsAt : kStagesAt;
 };
 
 struct GroupPlan {
-  CUtensorMap w[3], x;  // boxes of a stage; x's of 16-bit weights only
-  Plan plan;            // tiles of W are groups
-  int pieces, tasks, stages, units;  // units: runs, or blocks of 64 columns of 16-bit weights
-  int scale_stride, w_at, all;       // bytes
+  CUtensorMap w[3], a[3], x;  // boxes of a stage; those of x and A have rows of 128 bytes
+  Plan plan;                  // tiles of W are groups
+  int pieces, tasks, stages, units;              // units: runs, or blocks of 64 columns of 16-bit weights
+  int scale_stride, w_at, a_at, a_bytes, all;    // bytes; a_bytes: of a stage
+  bool lora, by_fours;               // whether any part has LoRA; whether four rows of y and of what is added to it are one access
 };
 
 // A stage after another, and the phase of its barriers.
 struct StageOf {
+  unsigned memory;  // where shared memory's address space starts
   int stage = 0;
   unsigned phase = 0;
+  __device__ __forceinline__ unsigned full() const { return memory + kFullAt + 8 * stage; }
+  __device__ __forceinline__ unsigned empty() const { return memory + kEmptyAt + 8 * stage; }
+  // By one lane of those who have used the stage before: only when they have gone on to the next one, as an arrival may overtake reads.
+  __device__ __forceinline__ void leave_last(int stages) const { arrive(memory + kEmptyAt + 8 * (stage == 0 ? stages - 1 : stage - 1)); }
   __device__ __forceinline__ void next(int stages) {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
@@ -50,48 +66,44 @@ struct StageOf {
 
 #ifdef FERROTUNE_HOPPER
 
-// What other thread blocks left; several are under way at a time.
-constexpr int kAtOnce = 16;
-__device__ __forceinline__ float load_fresh(const float* from) {
-  float v;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
-  return v;
+__device__ __forceinline__ void meet_group() { asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory"); }
+
+// What is computed with it the compiler computes where it stands: else what many tasks share stays in registers that the products need.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
-__device__ __forceinline__ float4 load_fresh(const float4* from) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
-  return v;
-}
-__device__ __forceinline__ void meet_group() { asm volatile("bar.sync 1, %0;" ::"n"(32 * kGroupWarps) : "memory"); }
 
 // A piece of a group.
 template <typename T, bool kNf4, int N>
 struct GroupTask {
+  using Stage = GroupStage<N, kNf4>;
   const GroupPlan& group;
   const Plan& plan;
   const KernelRows& p;
   char* const bytes;
-  int part = 0, a_tile = 0, number, piece, from, to;
+  const int thread = anew(threadIdx.x), pieces = anew(group.pieces);
+  int part = 0, piece, from, to;
   int64_t first_row, out_row = 0;
   const KernelRowsPart* w;
 
   __device__ GroupTask(const GroupPlan& given, char* shared, int task) : group(given), plan(given.plan), p(given.plan.rows), bytes(shared) {
-    number = task / group.pieces;
-    piece = task % group.pieces;
-    int local = number;
+    int local = task / pieces;
+    piece = task % pieces;
     while (local >= plan.w_tiles[part]) {
       local -= plan.w_tiles[part];
       out_row += p.parts[part].rows;
-      a_tile += plan.a_tiles[part];
       ++part;
     }
     w = &p.parts[part];
     first_row = int64_t{local} * kGroupRows;
-    from = static_cast<int>(int64_t{piece} * group.units / group.pieces);
-    to = static_cast<int>(int64_t{piece + 1} * group.units / group.pieces);
+    from = piece * group.units / pieces;
+    to = (piece + 1) * group.units / pieces;
   }
-  __device__ bool has_lora() const { return piece == 0 && w->a != nullptr; }
+  __device__ bool has_lora() const { return w->a != nullptr; }
   __device__ int64_t row(int r) const { return min(first_row + r, w->rows - 1); }
+  // Of A 64 columns in 16 bits or 32 in f32, rows up to a multiple of a tile's.
+  __device__ int a_box_bytes() const { return (static_cast<int>(w->R) + kTileRows - 1) / kTileRows * (kTileRows * 128); }
 
   // The scales of this task in 16 bits, four at a time, which start at a multiple of four blocks.
   __device__ int first_scale() const { return 2 * from & ~3; }
@@ -105,7 +117,7 @@ struct GroupTask {
     const int fours = this->fours(), shift = plan.nested_shift[part];
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      const int i = first + k * kGroupThreads;
+      const int i = first + k * kMultipliers;
       if (i >= kGroupRows * fours || w->nf4.nested_absmax == nullptr) continue;
       const int r = i / fours;
       const int64_t block = row(r) * plan.blocks + first_scale() + (i - r * fours) * 4;
@@ -118,7 +130,7 @@ struct GroupTask {
     const int fours = this->fours();
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      const int i = first + k * kGroupThreads;
+      const int i = first + k * kMultipliers;
       if (i >= kGroupRows * fours) continue;
       const int r = i / fours, at = (i - r * fours) * 4;
       float4 scale;
@@ -136,137 +148,146 @@ struct GroupTask {
     }
   }
 
-  // acc += B z^T of 64 rows, z = scale x A^T in 16 bits.
-  __device__ void add_lora(float (&acc)[N / 2]) const {
-    const Workspace workspace{static_cast<char*>(p.workspace)};
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rank = static_cast<int>(w->R);
-    const int64_t top = row(16 * warp + g) * rank, bottom = row(16 * warp + g + 8) * rank;
-    unsigned b[kMostRank / 16][4];
+  // B of sixteen ranks from `first` on, as a product takes it.
+  __device__ void load_b(unsigned (&b)[4], int first) const {
+    const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4, rank = static_cast<int>(w->R);
 #pragma unroll
-    for (int i = 0; i < kMostRank / 16; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int j = 16 * i + 8 * (k / 2) + 2 * t;
-        const int64_t at = (k % 2 == 0 ? top : bottom) + j;
-        b[i][k] = 0;
-        if (j >= rank) continue;
-        if (w->lora_f32) {
-          const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w->b) + at));
-          b[i][k] = pack(v.x, v.y, T{});
-        } else {
-          b[i][k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(w->b) + at));
-        }
+    for (int k = 0; k < 4; ++k) {
+      const int j = first + 8 * (k / 2) + 2 * t;
+      const int64_t at = row(16 * warp + g + k % 2 * 8) * rank + j;
+      b[k] = 0;
+      if (j >= rank) continue;
+      if (w->lora_f32) {
+        const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w->b) + at));
+        b[k] = pack(v.x, v.y, T{});
+      } else {
+        b[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(w->b) + at));
       }
     }
-    while (load_acquire(workspace.a_ready()) < plan.a_blocks * plan.eights) {}
-    // z of the task before is read no more.
-    meet_group();
-    const int of_tile = plan.eights * kEight * kTileRows;
-    for (int i = threadIdx.x; i < kMostRank / kTileRows * of_tile; i += 32 * kGroupWarps) {
-      const int tile = i / of_tile, at = i % of_tile, column = at / kTileRows;
-      const int j = tile * kTileRows + at % kTileRows;
-      const float* const sums = workspace.a_sums(plan, a_tile + tile, 0, 0) + at;
-      float z = 0;
-      for (int first = 0; j < rank && first < plan.pieces; first += kAtOnce) {
-        float of_piece[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) of_piece[k] = first + k < plan.pieces ? load_fresh(sums + (first + k) * of_tile) : 0;
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) z += of_piece[k];
-      }
-      *reinterpret_cast<T*>(bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(w->scale * z);
-    }
-    make_visible();
-    meet_group();
-    const uint64_t z = matrix_at(kZAt);
-    begin_products();
-#pragma unroll
-    for (int i = 0; i < kMostRank / 16; ++i) wgmma(acc, b[i], z + 2 * i, T{});
-    commit_products();
-    wait_products<0>();
   }
 
-  // y of row r of the group.
+  // acc += B z^T of 64 rows; b: its first sixteen ranks. If there are no more, z is a sum of two.
+  __device__ void add_lora(float (&acc)[N / 2], unsigned (&b)[4], unsigned memory, unsigned& phase) const {
+    const int rank = static_cast<int>(w->R);
+    unsigned second[4] = {b[0], b[1], b[2], b[3]};
+    if (rank > kTileRows) load_b(second, kTileRows);
+    wait_phase(memory + kZFullAt, phase);
+    phase ^= 1;
+    const uint64_t z = uniform_matrix(kZAt);
+#pragma unroll 1
+    for (int first = 0;;) {
+      begin_products();
+      wgmma(acc, b, z + first / 8, T{});
+      wgmma(acc, second, z + (first + kTileRows) / 8, T{});
+      commit_products();
+      wait_products<0>();
+      first += 2 * kTileRows;
+      if (first >= rank) break;
+      load_b(b, first);
+      load_b(second, first + kTileRows);
+    }
+    if (thread % 32 == 0) arrive(memory + kZEmptyAt);
+  }
+
+  __device__ float added(int64_t at, int c) const {
+    return (p.bias == nullptr ? 0 : to_float(static_cast<const T*>(p.bias)[at])) +
+           (p.residual == nullptr ? 0 : to_float(static_cast<const T*>(p.residual)[c * p.residual_stride + at]));
+  }
+  // y of row r of the group and column c.
   __device__ void store(int r, int c, float value) const {
     if (first_row + r >= w->rows || c >= p.M) return;
     const int64_t at = out_row + first_row + r;
-    if (p.bias != nullptr) value += to_float(static_cast<const T*>(p.bias)[at]);
-    if (p.residual != nullptr) value += to_float(static_cast<const T*>(p.residual)[c * p.residual_stride + at]);
+    value += added(at, c);
     if (p.y_f32) {
       static_cast<float*>(p.y)[c * p.y_stride + at] = value;
     } else {
       static_cast<T*>(p.y)[c * p.y_stride + at] = from_float<T>(value);
     }
   }
-  // y, by way of the workspace, where a thread finds again what it has put there if the group is in one piece.
-  __device__ void finish(const float (&acc)[N / 2]) const {
-    constexpr int kThreads = 32 * kGroupWarps, kFours = N / 8 * kThreads, kSums = kAtOnce / 4;
-    const Workspace workspace{static_cast<char*>(p.workspace)};
-    const bool whole = group.pieces == 1;
-    float4* const sums = reinterpret_cast<float4*>(workspace.sums(0, false, 0)) +
-                         (whole ? int64_t{blockIdx.x} : int64_t{number} * group.pieces) * kFours;
+  // Of rows r .. r + 3.
+  __device__ void store_four(int r, int c, float4 v) const {
+    if (!group.by_fours) {
+      store(r, c, v.x), store(r + 1, c, v.y), store(r + 2, c, v.z), store(r + 3, c, v.w);
+      return;
+    }
+    if (first_row + r >= w->rows) return;
+    const int64_t at = out_row + first_row + r;
+    const auto add = [&](const void* from) {
+      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(from));
+      const T* const four = reinterpret_cast<const T*>(&pairs);
+      v.x += to_float(four[0]), v.y += to_float(four[1]), v.z += to_float(four[2]), v.w += to_float(four[3]);
+    };
+    if (p.bias != nullptr) add(static_cast<const T*>(p.bias) + at);
+    if (p.residual != nullptr) add(static_cast<const T*>(p.residual) + c * p.residual_stride + at);
+    if (p.y_f32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(p.y) + c * p.y_stride + at) = v;
+    } else {
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = make_uint2(pack(v.x, v.y, T{}), pack(v.z, v.w, T{}));
+    }
+  }
+
+  // y of a task whose block has another one: stages are in use.
+  __device__ void finish_alone(const float (&acc)[N / 2]) const {
+    const int r = thread / 32 * 16 + thread % 32 / 4, first = thread % 4 * 2;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
-      const float4 own = make_float4(acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3]);
-      if (8 * n < p.M) __stcg(sums + piece * kFours + n * kThreads + threadIdx.x, own);
+      const int c = 8 * n + first;
+      store(r, c, acc[4 * n]), store(r, c + 1, acc[4 * n + 1]), store(r + 8, c, acc[4 * n + 2]), store(r + 8, c + 1, acc[4 * n + 3]);
     }
-    int* const arrived = workspace.arrived(2 * number);
-    if (!whole) {
-      __threadfence();
-      meet_group();
-      if (threadIdx.x == 0) {
-        add_release(arrived, 1);
-        while (load_acquire(arrived) < group.pieces) {}
-      }
-      meet_group();
-    }
-    const int fours = plan.eights * kThreads;
-#pragma unroll 1
-    for (int i = piece * fours / group.pieces + static_cast<int>(threadIdx.x); i < (piece + 1) * fours / group.pieces; i += kThreads) {
-      float4 sum = {};
-#pragma unroll 1
-      for (int first = 0; first < group.pieces; first += kSums) {
-        float4 of_piece[kSums];
+  }
+  // y of all pieces, each of which has a share of it.
+  __device__ void finish(const float (&acc)[N / 2]) const {
+    constexpr int kFours = kGroupRows / 4;
+    float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
+    // What lies there is read no more.
+    meet_group();
+    float* const own = sums + thread % 4 * 2 * kSumsStride + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-        for (int k = 0; k < kSums; ++k) {
-          of_piece[k] = make_float4(0, 0, 0, 0);
-          if (first + k < group.pieces) of_piece[k] = load_fresh(sums + (first + k) * kFours + i);
-        }
-#pragma unroll
-        for (int k = 0; k < kSums; ++k) sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
-      }
-      const int thread = i % kThreads, r = thread / 32 * 16 + thread % 32 / 4, c = i / kThreads * 8 + thread % 4 * 2;
-      store(r, c, sum.x);
-      store(r, c + 1, sum.y);
-      store(r + 8, c, sum.z);
-      store(r + 8, c + 1, sum.w);
+    for (int n = 0; n < N / 8; ++n) {
+      float* const to = own + 8 * n * kSumsStride;
+      to[0] = acc[4 * n], to[kSumsStride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[kSumsStride + 8] = acc[4 * n + 3];
     }
-    // Who is last to leave sets both counters back.
-    if (!whole && threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == group.pieces - 1) arrived[0] = arrived[1] = 0;
+    pieces == 1 ? meet_group() : meet_cluster();
+    const int fours = static_cast<int>(p.M) * kFours;
+#pragma unroll 1
+    for (int i = piece * fours / pieces + thread; i < (piece + 1) * fours / pieces; i += kMultipliers) {
+      const int c = i / kFours, r = i % kFours * 4;
+      const float4* const four = reinterpret_cast<const float4*>(sums + c * kSumsStride + r);
+      float4 of_piece[kMostPiecesOfGroup];
+#pragma unroll
+      for (int k = 0; k < kMostPiecesOfGroup; ++k) {
+        of_piece[k] = make_float4(0, 0, 0, 0);
+        if (k < pieces) of_piece[k] = of_cluster(four, k, pieces);
+      }
+      float4 sum = of_piece[0];
+#pragma unroll
+      for (int k = 1; k < kMostPiecesOfGroup; ++k) {
+        sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
+      }
+      store_four(r, c, sum);
+    }
+    if (pieces > 1) leave_cluster();
   }
 };
 
-// By those who bring a task's stages: W of the next one. NF4's three warps all wait, as each brings part of x.
+// By the thread that brings a task's stages: W and A of the next one.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int unit, StageOf& stage) {
   using Stage = GroupStage<N, kNf4>;
-  const unsigned full = kFullAt + 8 * stage.stage;
-  wait_phase(kEmptyAt + 8 * stage.stage, stage.phase ^ 1);
-  if (threadIdx.x == 32 * kGroupWarps) {
-    arrive_with_boxes(full, Stage::kWBytes + (kNf4 ? 0 : Stage::kXBytes));
-    copy_box(task.group.w_at + stage.stage * Stage::kWBytes, task.group.w + task.part, unit * (kNf4 ? kRun / 2 : kBlock),
-             static_cast<int>(task.first_row), full);
-  }
+  const int boxes = !task.has_lora() ? 0 : Stage::kBlocks * (task.w->lora_f32 ? 2 : 1), columns = task.w->lora_f32 ? kBlock / 2 : kBlock;
+  wait_phase(stage.empty(), stage.phase ^ 1);
+  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + boxes * static_cast<int>(task.w->R) * 128);
+  copy_box(stage.memory + task.group.w_at + stage.stage * Stage::kWBytes, task.group.w + task.part, unit * (kNf4 ? kRun / 2 : kBlock),
+           static_cast<int>(task.first_row), stage.full());
+  const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes;
+  for (int i = 0; i < boxes; ++i) copy_box(a + i * task.a_box_bytes(), task.group.a + task.part, (unit * boxes + i) * columns, 0, stage.full());
   stage.next(task.group.stages);
 }
 
-// x, and W of the stages that were not free at first. Columns that x does not have are left as they are: nobody reads what becomes of them.
+// x, and W of the stages that were not free at first.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, StageOf& x) {
   using Stage = GroupStage<N, kNf4>;
-  const KernelRows& p = task.p;
-  const int M = static_cast<int>(p.M), producer = threadIdx.x / 32 - kGroupWarps, lane = threadIdx.x % 32, j = lane % 8, t = lane / 8;
-  const T* run = static_cast<const T*>(p.x) + static_cast<int64_t>(task.from) * kRun + t * 32 + j * 2;
   inputs_ready();
 #pragma unroll 1
   for (int unit = task.from; unit < task.to; ++unit) {
@@ -274,24 +295,10 @@ __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, Stage
       StageOf same = x;
       bring_w(task, unit, same);
     }
-    const unsigned full = kFullAt + 8 * x.stage, to = kStagesAt + x.stage * Stage::kXBytes;
-    if constexpr (kNf4) {
-      // Eight columns and half a run at a time: lane (t, j) has pair 16 t + 8 half + j.
-#pragma unroll 1
-      for (int i = producer; i < 2 * task.plan.eights; i += kProducers) {
-        const int eight = i / 2, half = i % 2;
-        const T* row = run + half * 16 + eight * 8 * p.x_stride;
-        const unsigned at = to + half * (N * 128) + eight * 1024 + t * 4;
+    const unsigned to = x.memory + kStagesAt + x.stage * Stage::kXBytes;
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (8 * eight + c < M) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at + c * 128 + ((j ^ c) << 4)), "l"(row));
-          row += p.x_stride;
-        }
-      }
-      run += kRun;
-      arrive_with_copies(full);
-    } else {
-      copy_box(to, &task.group.x, unit * kBlock, 0, full);
+    for (int block = 0; block < Stage::kBlocks; ++block) {
+      copy_box(to + block * (N * 128), &task.group.x, (unit * Stage::kBlocks + block) * kBlock, 0, x.full());
     }
     x.next(task.group.stages);
   }
@@ -299,44 +306,50 @@ __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, Stage
 
 // acc += W x^T of 64 rows of W.
 template <typename T, int N>
-__device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, float (&acc)[N / 2], StageOf& stage) {
+__device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, int to, int first_scale, float (&acc)[N / 2], StageOf& stage) {
   using Stage = GroupStage<N, true>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
-  const unsigned table = kPairsAt + lane * 4, of_block = t < 2 ? 0x1010 : 0x3232;
-  const unsigned w = task.group.w_at + (16 * warp + g) * (kRun / 2) + t * 16;
-  unsigned scales = kScalesAt + (16 * warp + g) * task.group.scale_stride + (2 * task.from - task.first_scale()) * 2;
-  const unsigned below = 8 * task.group.scale_stride;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = group.stages;
+  const unsigned table = stage.memory + kPairsAt + lane * 4, own_byte = 0x7604 | t << 4;
+  // Piece q of a row's 64 bytes lies at q ^ (row / 2 % 4).
+  const unsigned w = stage.memory + group.w_at + (16 * warp + g) * (kRun / 2) + g / 2 * 16;
+  unsigned scales = stage.memory + kScalesAt + (16 * warp + g) * group.scale_stride + (2 * from - first_scale) * 2;
+  const unsigned below = 8 * group.scale_stride;
   unsigned a[2][4][2];  // of a quarter of a run, by turns: its pairs of the rows above and below
-  int before = -1;
 #pragma unroll 1
-  for (int left = task.to - task.from; left > 0; --left) {
+  for (int unit = from; unit < to; ++unit) {
     unsigned scale_above, scale_below;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_above) : "r"(scales));
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_below) : "r"(scales + below));
-    scale_above = __byte_perm(scale_above, 0, of_block);
-    scale_below = __byte_perm(scale_below, 0, of_block);
     scales += 4;
-    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
     const unsigned w_at = w + stage.stage * Stage::kWBytes;
-    const uint4 own[2] = {load_shared_4(w_at), load_shared_4(w_at + 8 * (kRun / 2))};
     const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
+    wait_phase(stage.full(), stage.phase);
+    uint4 above = load_shared_4(w_at), under = load_shared_4(w_at + 8 * (kRun / 2));
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       unsigned(&pairs)[4][2] = a[quarter % 2];
+      const unsigned words[4][2] = {{above.x, under.x}, {above.y, under.y}, {above.z, under.z}, {above.w, under.w}};
       // The products that read these registers are done.
       wait_products<1>();
-      if (quarter == 1 && before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
-      const unsigned above = quarter == 0 ? own[0].x : quarter == 1 ? own[0].y : quarter == 2 ? own[0].z : own[0].w;
-      const unsigned under = quarter == 0 ? own[1].x : quarter == 1 ? own[1].y : quarter == 2 ? own[1].z : own[1].w;
+      if (quarter == 1 && unit > from && lane == 0) stage.leave_last(stages);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        unsigned up, down;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(up) : "r"(__byte_perm(above, table, 0x7604 | j << 4)));
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(down) : "r"(__byte_perm(under, table, 0x7604 | j << 4)));
-        pairs[j][0] = scale_pair(up, scale_above, T{});
-        pairs[j][1] = scale_pair(down, scale_below, T{});
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][i]) : "r"(__byte_perm(words[j][i], table, own_byte)));
+        }
       }
-      if (quarter == 0) make_visible();
+      if (quarter < 3) {
+        above = load_shared_4(w_at ^ (quarter + 1) * 16);
+        under = load_shared_4((w_at ^ (quarter + 1) * 16) + 8 * (kRun / 2));
+      }
+      const unsigned of_block = quarter < 2 ? 0x1010 : 0x3232;
+      const unsigned scale[2] = {__byte_perm(scale_above, 0, of_block), __byte_perm(scale_below, 0, of_block)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pairs[j][i] = scale_pair(pairs[j][i], scale[i], T{});
+      }
       begin_products();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -345,34 +358,155 @@ __device__ __forceinline__ void multiply_nf4(const GroupTask<T, true, N>& task, 
       }
       commit_products();
     }
-    before = stage.stage;
     stage.next(stages);
   }
   wait_products<0>();
-  if (before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
+  if (lane == 0) stage.leave_last(stages);
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& task, float (&acc)[N / 2], StageOf& stage) {
   using Stage = GroupStage<N, false>;
   const int stages = task.group.stages, lane = threadIdx.x % 32, warpgroup = threadIdx.x / 128;
-  int before = -1;
 #pragma unroll 1
-  for (int left = task.to - task.from; left > 0; --left) {
+  for (int unit = task.from; unit < task.to; ++unit) {
     const uint64_t w = uniform_matrix(task.group.w_at + stage.stage * Stage::kWBytes + warpgroup * (64 * 128));
     const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
-    wait_phase(kFullAt + 8 * stage.stage, stage.phase);
+    wait_phase(stage.full(), stage.phase);
     begin_products();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma(acc, w + 2 * k, x + 2 * k, T{});
     commit_products();
     wait_products<1>();
-    if (before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
-    before = stage.stage;
+    if (unit > task.from && lane == 0) stage.leave_last(stages);
     stage.next(stages);
   }
   wait_products<0>();
-  if (before >= 0 && lane == 0) arrive(kEmptyAt + 8 * before);
+  if (lane == 0) stage.leave_last(stages);
+}
+
+// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further; where A has but one,
+// each warp has every second block of 64 columns, and z is the sum of two.
+template <typename T, bool kNf4, int N, int kTiles, bool kShared>
+__device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned z_phase) {
+  using Stage = GroupStage<N, kNf4>;
+  const int number = threadIdx.x / 32 - kGroupWarps - 1, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
+  const int rank = static_cast<int>(task.w->R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
+  const bool f32 = task.w->lora_f32 != 0;
+  // Where the rows lie that this lane names for four 8x8 matrices: of A those of one sixteen of columns, of x of two eights of rows. Columns 16 k
+  // further are at this xor 32 k.
+  const unsigned of_a = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16, of_x = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
+  float acc[kTiles][N / 8][4] = {};
+#pragma unroll 1
+  for (int unit = task.from; unit < task.to; ++unit) {
+    wait_phase(stage.full(), stage.phase);
+    if (unit > task.from && lane == 0) stage.leave_last(stages);
+#pragma unroll 1
+    for (int block = 0; block < Stage::kBlocks; ++block) {
+      if (kShared && (unit * Stage::kBlocks + block) % kAWarps != number) continue;
+      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + block * (f32 ? 2 : 1) * box_bytes;
+      const unsigned x = stage.memory + kStagesAt + stage.stage * Stage::kXBytes + block * (N * 128) + of_x;
+#pragma unroll
+      for (int k = 0; k < kBlock / 16; ++k) {
+        unsigned rows[kTiles][4], columns[N / 16][4];
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          const unsigned tile = a + (kShared ? 0 : min((number + i * kAWarps) * tile_bytes, box_bytes - tile_bytes));
+          if (!f32) {
+            load_matrices(rows[i], (tile + of_a) ^ 32 * k);
+            continue;
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint2 pair = load_shared_2(tile + k / 2 * box_bytes + (g + j % 2 * 8) * 128 + ((4 * (k % 2) + t / 2 + j / 2 * 2) ^ g) * 16 + t % 2 * 8);
+            rows[i][j] = pack(__uint_as_float(pair.x), __uint_as_float(pair.y), T{});
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) load_matrices(columns[n], (x + n * 2048) ^ 32 * k);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+          for (int n = 0; n < N / 8; ++n) multiply(acc[i][n], rows[i], columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1], T{});
+        }
+      }
+    }
+    stage.next(stages);
+    __syncwarp();
+  }
+  if (lane == 0) stage.leave_last(stages);
+  // z of the task before is read no more.
+  wait_phase(stage.memory + kZEmptyAt, z_phase ^ 1);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int j = (number + i * kAWarps) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
+        const float z = (kShared ? j % kTileRows : j) < rank ? task.w->scale * acc[i][n][k] : 0;
+        *reinterpret_cast<T*>(task.bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(z);
+      }
+    }
+  }
+  make_visible();
+  __syncwarp();
+  if (lane == 0) arrive(stage.memory + kZFullAt);
+}
+
+template <typename T, bool kNf4, int N>
+__device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned& z_phase) {
+  if (!task.has_lora()) {
+    for (int unit = task.from; unit < task.to; ++unit) {
+      wait_phase(stage.full(), stage.phase);
+      if (threadIdx.x % 32 == 0) arrive(stage.empty());
+      stage.next(task.group.stages);
+    }
+    return;
+  }
+  if (task.w->R <= kTileRows) {
+    multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
+  } else if (task.w->R <= kAWarps * kTileRows) {
+    multiply_tiles_of_a<T, kNf4, N, 1, false>(task, stage, z_phase);
+  } else {
+    multiply_tiles_of_a<T, kNf4, N, 2, false>(task, stage, z_phase);
+  }
+  z_phase ^= 1;
+}
+
+// The table of pairs and the scales of a task, by the warps that multiply; `part` has the table that is there, or is -1.
+template <typename T, int N>
+__device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& part) {
+  using Task = GroupTask<T, true, N>;
+  const KernelNf4& nf4 = task.w->nf4;
+  // Those of the task before are read no more.
+  const KernelNf4* const before = part < 0 ? nullptr : &task.p.parts[part].nf4;
+  if (before != nullptr) meet_group();
+  typename Task::Scales scales;
+  task.load(scales, task.thread);
+  if (nf4.nested_absmax != nullptr && task.thread < 256 && (before == nullptr || before->nested_quant_map != nf4.nested_quant_map)) {
+    reinterpret_cast<float*>(task.bytes + kScaleMapAt)[task.thread] = __ldg(nf4.nested_quant_map + task.thread);
+  }
+  if (before == nullptr || before->quant_map != nf4.quant_map) {
+    const float mine = __ldg(nf4.quant_map + task.thread % 16);
+#pragma unroll 1
+    for (int i = task.thread; i < 256 * 8; i += kMultipliers) {
+      const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
+      const unsigned pair = pack(even, odd, T{});
+      *reinterpret_cast<uint4*>(task.bytes + kPairsAt + (i >> 3) * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+    }
+  }
+  part = task.part;
+  meet_group();
+  const int all = kGroupRows * task.fours();
+#pragma unroll 1
+  for (int i = task.thread;;) {
+    task.store(scales, i);
+    i += Task::kHeld * kMultipliers;
+    if (i >= all) break;
+    task.load(scales, i);
+  }
+  meet_group();
 }
 
 #endif
@@ -382,122 +516,107 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
 #ifdef FERROTUNE_HOPPER
   extern __shared__ uint4 dynamic[];
   using Task = GroupTask<T, kNf4, N>;
-  char* const bytes = reinterpret_cast<char*>(dynamic) - shared_address(dynamic);
-  const Plan& plan = group.plan;
-  const KernelRows& p = plan.rows;
-  const Workspace workspace{static_cast<char*>(p.workspace)};
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned offset = shared_address(dynamic) & 0xffffff, memory = shared_address(dynamic) - offset;
+  char* const bytes = reinterpret_cast<char*>(dynamic) - offset;
+  const int warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   next_may_start();
   if (threadIdx.x == 0) {
     for (int i = 0; i < group.stages; ++i) {
-      init_barrier(kFullAt + 8 * i, kNf4 ? 32 * kProducers + 1 : 1);
-      init_barrier(kEmptyAt + 8 * i, kGroupWarps);
+      init_barrier(memory + kFullAt + 8 * i, 1);
+      init_barrier(memory + kEmptyAt + 8 * i, kGroupWarps + (group.lora ? kAWarps : 0));
     }
+    init_barrier(memory + kZFullAt, kAWarps);
+    init_barrier(memory + kZEmptyAt, kGroupWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const int a_tasks = plan.a_blocks * plan.eights, first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
 
   // Those who bring a task's stages and those who use them count the same ones.
-  StageOf stage;
-  const KernelNf4* before = nullptr;
-  for (int number = first; number < group.tasks; number += step) {
-    const Task task(group, bytes, number);
-    const KernelRowsPart& w = *task.w;
-    // Boxes need one thread: another that only waited for their stages could fall a round behind, and a phase is known by its parity alone.
-    const bool multiplies = warp < kGroupWarps, multiplies_by_a = warp == kGroupWarps + kProducers;
-    const bool brings = kNf4 ? !multiplies && !multiplies_by_a : threadIdx.x == 32 * kGroupWarps;
-    // What no kernel writes. The first stages of W, LoRA's matrices into the second-level cache, and by all warps the maps and the scales.
-    if (brings) {
-      StageOf first_stages = stage;
-      for (int unit = task.from; unit < min(task.to, task.from + group.stages); ++unit) bring_w(task, unit, first_stages);
-    } else if (multiplies && task.has_lora()) {
-      const int row_bytes = static_cast<int>(w.R) * (w.lora_f32 ? 4 : 2);
-      const int rows = static_cast<int>(min(int64_t{kTileRows}, w.rows - task.first_row - 16 * warp));
-      const char* const b = static_cast<const char*>(w.b) + (task.first_row + 16 * warp) * row_bytes;
-      for (int i = lane * 128; i < rows * row_bytes; i += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + i));
-    } else if (multiplies_by_a && number == first) {
-      for (int i = first; i < a_tasks; i += step) prefetch_share_of_a(plan, i % plan.a_blocks);
-    }
-    if constexpr (kNf4) {
-      typename Task::Scales scales;
-      task.load(scales, threadIdx.x);
-      if (w.nf4.nested_absmax != nullptr && threadIdx.x < 256 && (before == nullptr || before->nested_quant_map != w.nf4.nested_quant_map)) {
-        reinterpret_cast<float*>(bytes + kScaleMapAt)[threadIdx.x] = __ldg(w.nf4.nested_quant_map + threadIdx.x);
-      }
-      if (before == nullptr || before->quant_map != w.nf4.quant_map) {
-        const float mine = __ldg(w.nf4.quant_map + threadIdx.x % 16);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < 256 * 8; i += kGroupThreads) {
-          const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
-          const unsigned pair = pack(even, odd, T{});
-          *reinterpret_cast<uint4*>(bytes + kPairsAt + (i >> 3) * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+  StageOf stage{memory};
+  unsigned z_phase = 0;
+  if (warp < kGroupWarps) {
+    if constexpr (!kNf4) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    int part = -1;
+    for (int number = first; number < group.tasks; number += step) {
+      float acc[N / 2] = {};
+      unsigned b[4];
+      {
+        const Task task(group, bytes, number);
+        if constexpr (kNf4) prepare(task, part);
+        if (task.has_lora()) task.load_b(b, 0);
+        if constexpr (kNf4) {
+          multiply_nf4<T, N>(group, task.from, task.to, task.first_scale(), acc, stage);
+        } else {
+          multiply_dense<T, N>(task, acc, stage);
         }
       }
-      before = &w.nf4;
-      __syncthreads();
-      const int all = kGroupRows * task.fours();
-#pragma unroll 1
-      for (int i = threadIdx.x;;) {
-        task.store(scales, i);
-        i += Task::kHeld * kGroupThreads;
-        if (i >= all) break;
-        task.load(scales, i);
-      }
-      __syncthreads();
-    }
-
-    if (multiplies) {
-      float acc[N / 2] = {};
-      if constexpr (kNf4) {
-        multiply_nf4<T, N>(task, acc, stage);
-      } else {
-        multiply_dense<T, N>(task, acc, stage);
-      }
-      // What a task is need not stay in registers till here.
-      int again = number;
-      asm volatile("" : "+r"(again));
-      const Task after(group, bytes, again);
+      const Task task(group, bytes, anew(number));
       inputs_ready();
-      if (after.has_lora()) after.add_lora(acc);
-      after.finish(acc);
-    } else if (brings) {
-      bring_x(task, stage);
-    } else if (multiplies_by_a && number == first) {
-      inputs_ready();
-      for (int i = first; i < a_tasks; i += step) warp_share_of_a<T>(plan, workspace, i % plan.a_blocks, i / plan.a_blocks);
+      if (task.has_lora()) task.add_lora(acc, b, stage.memory, z_phase);
+      group.tasks > step ? task.finish_alone(acc) : task.finish(acc);
     }
-    // Scales of this task are read no more. Without them W of the next one is on its way already.
-    if constexpr (kNf4) __syncthreads();
-  }
-  // The last block leaves the counters as it found them. Nobody waits any more.
-  if (threadIdx.x == 0 && plan.a_blocks > 0 && atomicAdd(workspace.left(), 1) == step - 1) {
-    *workspace.a_ready() = 0;
-    *workspace.left() = 0;
+  } else {
+    if constexpr (!kNf4) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if (threadIdx.x == kMultipliers) {
+      for (int number = first; number < group.tasks; number += step) {
+        const Task task(group, bytes, number);
+        // What no kernel writes.
+        StageOf first_stages = stage;
+        for (int unit = task.from; unit < min(task.to, task.from + group.stages); ++unit) bring_w(task, unit, first_stages);
+        bring_x(task, stage);
+      }
+    } else if (group.lora && warp > kGroupWarps && warp <= kGroupWarps + kAWarps) {
+      for (int number = first; number < group.tasks; number += step) multiply_by_a<T, kNf4, N>(Task(group, bytes, number), stage, z_phase);
+    }
   }
 #else
   __trap();  // of a library for sm_90 without 90a's instructions; elsewhere nobody launches it
 #endif
 }
 
+// Clusters of thread blocks of a kernel that run at once, by their size.
+template <typename T, bool kNf4, int N>
+int clusters_at_once(int size) {
+  static const auto counts = [] {
+    std::array<int, kMostPiecesOfGroup + 1> found{};
+    const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (cudaFuncSetAttribute(groups_kernel<T, kNf4, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return found;
+    for (int i = 1; i <= kMostPiecesOfGroup; ++i) {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {static_cast<unsigned>(i), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(i);
+      config.blockDim = dim3(kGroupThreads);
+      config.dynamicSmemBytes = shared;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      if (cudaOccupancyMaxActiveClusters(&found[i], groups_kernel<T, kNf4, N>, &config) != cudaSuccess) found[i] = 0, cudaGetLastError();
+    }
+    return found;
+  }();
+  return counts[size];
+}
+
 // False where these kernels cannot.
 template <typename T, bool kNf4, int N>
-bool plan_groups(const KernelRows& rows, int processors, GroupPlan& group) {
+bool plan_groups(const KernelRows& rows, GroupPlan& group) {
   using Stage = GroupStage<N, kNf4>;
   bool nf4;
-  int groups, a_tiles = 0;
+  int groups;
   Plan& plan = group.plan;
   plan = plan_of(rows, kGroupRows, nf4, groups);
   const auto at_most = [](int value, int most) { return value < most ? value : most; };
-  group.units = plan.blocks / (kNf4 ? 2 : 1);
-  group.pieces = at_most(at_most(processors / groups, kMostPiecesOfGroup), group.units);
-  if (group.pieces < 1) group.pieces = 1;
+  group.units = plan.blocks / Stage::kBlocks;
+  if (group.units == 0) return false;
+  group.pieces = at_most(kMostPiecesOfGroup, group.units);
+  while (group.pieces > 1 && clusters_at_once<T, kNf4, N>(group.pieces) < groups) --group.pieces;
   group.tasks = groups * group.pieces;
-  for (int64_t i = 0; i < rows.count; ++i) a_tiles += plan.a_tiles[i];
-  if (a_tiles > 0) {
-    plan.pieces = at_most(at_most(at_most(group.tasks, processors) / (a_tiles * plan.eights), 4 * kMostPieces / plan.eights), plan.blocks);
-    if (plan.pieces < 1) plan.pieces = 1;
-    plan.a_blocks = a_tiles * plan.pieces;
+
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const KernelRowsPart& part = rows.parts[i];
+    const int bytes = part.a == nullptr ? 0 : static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * Stage::kBlocks * (part.lora_f32 ? 2 : 1);
+    if (bytes > group.a_bytes) group.a_bytes = bytes;
   }
 
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -506,35 +625,53 @@ bool plan_groups(const KernelRows& rows, int processors, GroupPlan& group) {
     // Words of a row's scales are an odd number, so that eight rows are in different banks.
     group.scale_stride = static_cast<int>(ceil_div(group.units, group.pieces) + 3 | 1) * 4;
     group.w_at = kScalesAt + (kGroupRows * group.scale_stride + 1023) / 1024 * 1024;
-    group.stages = at_most((kPairsAt - kStagesAt) / Stage::kXBytes, (limit - group.w_at) / Stage::kWBytes);
+    // Stages of A lie behind those of x or of W, where more have room.
+    constexpr int kForX = kPairsAt - kStagesAt;
+    const int for_w = limit - group.w_at, behind_x = at_most(kForX / (Stage::kXBytes + group.a_bytes), for_w / Stage::kWBytes);
+    const int behind_w = at_most(kForX / Stage::kXBytes, for_w / (Stage::kWBytes + group.a_bytes));
+    group.stages = at_most(behind_x > behind_w ? behind_x : behind_w, kMostStages);
+    group.a_at = behind_x > behind_w ? kStagesAt + group.stages * Stage::kXBytes : group.w_at + group.stages * Stage::kWBytes;
+    group.all = group.w_at + group.stages * Stage::kWBytes + (behind_x > behind_w ? 0 : group.stages * group.a_bytes);
     fits = plan.blocks % 4 == 0;
   } else {
-    group.stages = (limit - kStagesAt) / (Stage::kWBytes + Stage::kXBytes);
+    group.stages = at_most((limit - kStagesAt) / (Stage::kWBytes + Stage::kXBytes + group.a_bytes), kMostStages);
+    group.w_at = kStagesAt + group.stages * Stage::kXBytes;
+    group.a_at = group.w_at + group.stages * Stage::kWBytes;
+    group.all = group.a_at + group.stages * group.a_bytes;
   }
-  group.stages = at_most(group.stages, kMostStages);
-  if (!kNf4) group.w_at = kStagesAt + group.stages * Stage::kXBytes;
-  group.all = group.w_at + group.stages * Stage::kWBytes;
   fits = fits && group.stages >= 2;
+  const auto fours = [](const void* at, int64_t stride, int bytes) { return reinterpret_cast<uintptr_t>(at) % (4 * bytes) == 0 && stride % 4 == 0; };
+  group.by_fours = fours(rows.y, rows.y_stride, rows.y_f32 ? 4 : 2) && fours(rows.residual, rows.residual_stride, 2) && fours(rows.bias, 0, 2);
   for (int64_t i = 0; i < rows.count && fits; ++i) {
     const KernelRowsPart& part = rows.parts[i];
+    group.lora = group.lora || part.a != nullptr;
+    group.by_fours = group.by_fours && part.rows % 4 == 0;
+    if (part.a != nullptr) {
+      fits = boxes_of(group.a[i], part.a, part.lora_f32 ? 4 : 2, rows.K, part.R, rows.K * (part.lora_f32 ? 4 : 2), part.lora_f32 ? kBlock / 2 : kBlock,
+                      static_cast<int>(part.R), CU_TENSOR_MAP_SWIZZLE_128B);
+    }
     if constexpr (kNf4) {
       const KernelNf4& own = part.nf4;
-      fits = (own.nested_absmax == nullptr ? aligned16(own.absmax) : plan.nested_shift[i] >= 2 && reinterpret_cast<uintptr_t>(own.absmax) % 4 == 0) &&
-             boxes_of(group.w[i], own.packed, 1, rows.K / 2, part.rows, rows.K / 2, kRun / 2, kGroupRows, false);
+      fits = fits &&
+             (own.nested_absmax == nullptr ? aligned16(own.absmax) : plan.nested_shift[i] >= 2 && reinterpret_cast<uintptr_t>(own.absmax) % 4 == 0) &&
+             boxes_of(group.w[i], own.packed, 1, rows.K / 2, part.rows, rows.K / 2, kRun / 2, kGroupRows, CU_TENSOR_MAP_SWIZZLE_64B);
     } else {
-      fits = boxes_of(group.w[i], part.w, 2, rows.K, part.rows, part.w_stride * 2, kBlock, kGroupRows, true);
+      fits = fits && boxes_of(group.w[i], part.w, 2, rows.K, part.rows, part.w_stride * 2, kBlock, kGroupRows, CU_TENSOR_MAP_SWIZZLE_128B);
     }
   }
-  return fits && (kNf4 || boxes_of(group.x, rows.x, 2, rows.K, rows.M, rows.x_stride * 2, kBlock, N, true));
+  return fits && boxes_of(group.x, rows.x, 2, rows.K, rows.M, rows.x_stride * 2, kBlock, N, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 template <typename T, bool kNf4, int N>
 bool launch_groups_of(const KernelRows& rows, void* stream, int& error) {
   GroupPlan group{};
+  if (!plan_groups<T, kNf4, N>(rows, group)) return false;
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
-  if (!plan_groups<T, kNf4, N>(rows, processors, group)) return false;
-  const dim3 grid(static_cast<unsigned>(group.tasks < processors ? group.tasks : processors));
-  error = launch_with(groups_kernel<T, kNf4, N>, grid, kGroupThreads, group.all, stream, group);
+  error = cudaFuncSetAttribute(groups_kernel<T, kNf4, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, group.all);
+  if (error != cudaSuccess) return true;
+  // Pieces of a group are launched together, and then a block has one of them.
+  const unsigned blocks = group.pieces > 1 || group.tasks < processors ? group.tasks : processors;
+  error = launch_clusters(groups_kernel<T, kNf4, N>, dim3(blocks), dim3(kGroupThreads), group.all, stream, group.pieces, group);
   return true;
 }
 
