@@ -19,6 +19,7 @@
 // elements and the layer's number, without a fence (docs/serving.md).
 #include <algorithm>
 
+#include "decode_groups.h"
 #include "decode_products.cuh"
 
 namespace ferrotune {
@@ -377,6 +378,7 @@ int launch_decode(const Planned& planned, void* stream) {
 using namespace ferrotune;
 
 extern "C" int64_t decode_workspace(const KernelDecode* d) {
+  if (d->M > kEight) return decode_groups_workspace(*d);
   Planned planned;
   KernelDecode some = *d;
   if (some.count > kMostLayers) some.count = kMostLayers;
@@ -384,6 +386,7 @@ extern "C" int64_t decode_workspace(const KernelDecode* d) {
 }
 
 extern "C" int decode(const KernelDecode* d, void* stream) {
+  if (d->M > kEight) return decode_groups(*d, stream);
   // As many layers a launch as it can be told of.
   const int64_t launches = ceil_div(d->count, kMostLayers);
   for (int64_t i = 0; i < launches; ++i) {

@@ -4,6 +4,7 @@
 // for those of the others, and has s B (x A^T) of all tiles ready when their sums are.
 #pragma once
 
+#include "activation.cuh"
 #include "decode_inputs.cuh"
 
 namespace ferrotune {
@@ -347,19 +348,10 @@ struct Products : ProductInputs<T, MP, kNf4> {
       if (phase == kGateUp) {
         // Rounded as what stands in memory elsewhere.
         const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(local + 1, row, c)));
-        v = activated(gate) * up;
+        v = activated(s.activation, gate) * up;
       }
       static_cast<T*>(to)[output(turn)] = from_float<T>(v);
     }
-  }
-  __device__ __forceinline__ float activated(float x) const {
-    switch (s.activation) {
-      case KERNEL_SILU:
-        return x / (1 + expf(-x));
-      case KERNEL_GELU_TANH:
-        return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    }
-    return 0.5f * x * (1 + erff(x * 0.7071067811865476f));
   }
 };
 

@@ -52,7 +52,7 @@ int launch(const KernelRows& rows, void* stream) {
   }
   if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
   int error = cudaSuccess;
-  if (rows.M > kEight && (nf4 ? launch_groups<T, true>(rows, stream, error) : launch_groups<T, false>(rows, stream, error))) return error;
+  if (rows.M > kEight && (nf4 ? launch_groups<T, true>(rows, {}, true, stream, error) : launch_groups<T, false>(rows, {}, true, stream, error))) return error;
   if (nf4 && fits_strips(rows)) return rows.M <= kEight ? launch_strips<T>(plan, stream) : launch_tiles<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }
@@ -61,6 +61,33 @@ int launch(const KernelRows& rows, void* stream) {
 }  // namespace ferrotune
 
 using namespace ferrotune;
+
+namespace ferrotune {
+namespace {
+
+bool take_groups(const KernelRows& rows, const GroupExtras& extras, bool launches, void* stream, int& error) {
+  if (rows.dtype != KERNEL_BF16 || rows.M <= kEight || rows.M > kMostColumns || rows_linear_workspace(&rows) == 0) return false;
+  const bool nf4 = rows.parts[0].w == nullptr;
+  for (int64_t i = 1; i < rows.count; ++i) {
+    if ((rows.parts[i].w == nullptr) != nf4) return false;
+  }
+  return nf4 ? launch_groups<__nv_bfloat16, true>(rows, extras, launches, stream, error)
+             : launch_groups<__nv_bfloat16, false>(rows, extras, launches, stream, error);
+}
+
+}  // namespace
+
+bool groups_take(const KernelRows& rows, const GroupExtras& extras) {
+  int error = cudaSuccess;
+  return take_groups(rows, extras, false, nullptr, error);
+}
+
+int launch_groups(const KernelRows& rows, const GroupExtras& extras, void* stream) {
+  int error = cudaSuccess;
+  return take_groups(rows, extras, true, stream, error) ? error : static_cast<int>(cudaErrorInvalidValue);
+}
+
+}  // namespace ferrotune
 
 extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
   constexpr int64_t kShared = 160 * 1024, kMostTiles = kCounterBytes / 4 - 2;

@@ -14,24 +14,27 @@
 
 #include <array>
 
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "hopper.cuh"
 #include "rows.cuh"
+#include "rows_groups.h"
 
 namespace ferrotune {
 namespace {
 
-// Warps behind those that multiply by W: one whose first thread brings stages, and those that multiply by A.
-constexpr int kGroupRows = 256, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kAWarps = 2, kGroupThreads = kMultipliers + 128;
+// Warps behind those that multiply by W: one whose first thread brings stages, those that multiply by A, one that adds up squares of x.
+constexpr int kGroupRows = 256, kHalf = kGroupRows / 2, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kAWarps = 2, kGroupThreads = kMultipliers + 128;
 constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
 // Offsets in shared memory from the start of its address space (that of a block of a cluster is its own), of which up to 1024 are not ours. NF4: stages of x, the table of pairs,
 // where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales in 16 bits, stages of W.
 // Else: stages of x and of W.
 constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZFullAt = kEmptyAt + 8 * kMostStages, kZEmptyAt = kZFullAt + 8;
+constexpr int kRootsFullAt = kZEmptyAt + 8, kRootsAt = kRootsFullAt + 8;
 constexpr int kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
 constexpr int kScaleMapAt = kStagesAt - 1024, kPairsAt = 0x10000, kScalesAt = kPairsAt + 256 * 256;
-static_assert(kStagesAt % 1024 == 0 && kZEmptyAt + 8 <= kZAt);
+static_assert(kStagesAt % 1024 == 0 && kRootsAt + kMostColumns * 4 <= kZAt);
 // Sums of a piece, [columns, rows] in f32, columns so far apart that lanes write to different banks; they lie where stages (NF4: pairs) were.
 constexpr int kSumsStride = kGroupRows + 4;
 
@@ -48,6 +51,7 @@ struct GroupPlan {
   int pieces, tasks, stages, units;              // units: runs, or blocks of 64 columns of 16-bit weights
   int scale_stride, w_at, a_at, a_bytes, all;    // bytes; a_bytes: of a stage
   bool lora, by_fours;               // whether any part has LoRA; whether four rows of y and of what is added to it are one access
+  GroupExtras extras;
 };
 
 // A stage after another, and the phase of its barriers.
@@ -74,7 +78,7 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
-// A piece of a group.
+// A piece of a group: rows of one part, or of gate and as many of up.
 template <typename T, bool kNf4, int N>
 struct GroupTask {
   using Stage = GroupStage<N, kNf4>;
@@ -83,12 +87,13 @@ struct GroupTask {
   const KernelRows& p;
   char* const bytes;
   const int thread = anew(threadIdx.x), pieces = anew(group.pieces);
-  int part = 0, piece, from, to;
+  const bool gated = group.extras.gated != 0;
+  int part = 0, number, piece, from, to;
   int64_t first_row, out_row = 0;
   const KernelRowsPart* w;
 
   __device__ GroupTask(const GroupPlan& given, char* shared, int task) : group(given), plan(given.plan), p(given.plan.rows), bytes(shared) {
-    int local = task / pieces;
+    int local = number = task / pieces;
     piece = task % pieces;
     while (local >= plan.w_tiles[part]) {
       local -= plan.w_tiles[part];
@@ -96,12 +101,13 @@ struct GroupTask {
       ++part;
     }
     w = &p.parts[part];
-    first_row = int64_t{local} * kGroupRows;
+    first_row = int64_t{local} * (gated ? kHalf : kGroupRows);
     from = piece * group.units / pieces;
     to = (piece + 1) * group.units / pieces;
   }
   __device__ bool has_lora() const { return w->a != nullptr; }
-  __device__ int64_t row(int r) const { return min(first_row + r, w->rows - 1); }
+  __device__ int64_t row(int r) const { return min(first_row + (gated ? r % kHalf : r), w->rows - 1); }
+  __device__ const KernelRowsPart& part_of(int r) const { return gated && r >= kHalf ? w[1] : w[0]; }
   // Of A 64 columns in 16 bits or 32 in f32, rows up to a multiple of a tile's.
   __device__ int a_box_bytes() const { return (static_cast<int>(w->R) + kTileRows - 1) / kTileRows * (kTileRows * 128); }
 
@@ -121,8 +127,9 @@ struct GroupTask {
       if (i >= kGroupRows * fours || w->nf4.nested_absmax == nullptr) continue;
       const int r = i / fours;
       const int64_t block = row(r) * plan.blocks + first_scale() + (i - r * fours) * 4;
-      scales.codes[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const uint8_t*>(w->nf4.absmax) + block));
-      scales.nested[k] = __ldg(w->nf4.nested_absmax + (block >> shift));
+      const KernelNf4& nf4 = part_of(r).nf4;
+      scales.codes[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const uint8_t*>(nf4.absmax) + block));
+      scales.nested[k] = __ldg(nf4.nested_absmax + (block >> shift));
     }
   }
   __device__ void store(const Scales& scales, int first) const {
@@ -136,11 +143,11 @@ struct GroupTask {
       float4 scale;
       if (w->nf4.nested_absmax != nullptr) {
         const auto of = [&](int j) {
-          return __fadd_rn(__fmul_rn(map[scales.codes[k] >> 8 * j & 255], scales.nested[k]), w->nf4.nested_offset);
+          return __fadd_rn(__fmul_rn(map[scales.codes[k] >> 8 * j & 255], scales.nested[k]), part_of(r).nf4.nested_offset);
         };
         scale = make_float4(of(0), of(1), of(2), of(3));
       } else {
-        scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(w->nf4.absmax) + row(r) * plan.blocks + first_scale() + at));
+        scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(part_of(r).nf4.absmax) + row(r) * plan.blocks + first_scale() + at));
       }
       unsigned* const words = reinterpret_cast<unsigned*>(bytes + kScalesAt + r * group.scale_stride + at * 2);
       words[0] = pack(scale.x, scale.y, T{});
@@ -151,6 +158,7 @@ struct GroupTask {
   // B of sixteen ranks from `first` on, as a product takes it.
   __device__ void load_b(unsigned (&b)[4], int first) const {
     const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4, rank = static_cast<int>(w->R);
+    const void* const rows = part_of(16 * warp).b;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int j = first + 8 * (k / 2) + 2 * t;
@@ -158,33 +166,29 @@ struct GroupTask {
       b[k] = 0;
       if (j >= rank) continue;
       if (w->lora_f32) {
-        const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w->b) + at));
+        const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(rows) + at));
         b[k] = pack(v.x, v.y, T{});
       } else {
-        b[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(w->b) + at));
+        b[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(rows) + at));
       }
     }
   }
 
-  // acc += B z^T of 64 rows; b: its first sixteen ranks. If there are no more, z is a sum of two.
+  // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side: those of A, of gate's and then up's, or two that are added up.
   __device__ void add_lora(float (&acc)[N / 2], unsigned (&b)[4], unsigned memory, unsigned& phase) const {
-    const int rank = static_cast<int>(w->R);
-    unsigned second[4] = {b[0], b[1], b[2], b[3]};
-    if (rank > kTileRows) load_b(second, kTileRows);
+    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows, of_half = gated && thread >= kMultipliers / 2 ? tiles : 0;
+    const bool in_two = !gated && tiles == 1;
     wait_phase(memory + kZFullAt, phase);
     phase ^= 1;
-    const uint64_t z = uniform_matrix(kZAt);
+    const uint64_t z = uniform_matrix(kZAt + of_half * kTileRows * 2);
 #pragma unroll 1
-    for (int first = 0;;) {
+    for (int i = 0;;) {
       begin_products();
-      wgmma(acc, b, z + first / 8, T{});
-      wgmma(acc, second, z + (first + kTileRows) / 8, T{});
+      wgmma(acc, b, z + 2 * i, T{});
       commit_products();
       wait_products<0>();
-      first += 2 * kTileRows;
-      if (first >= rank) break;
-      load_b(b, first);
-      load_b(second, first + kTileRows);
+      if (++i >= (in_two ? 2 : tiles)) break;
+      if (!in_two) load_b(b, i * kTileRows);
     }
     if (thread % 32 == 0) arrive(memory + kZEmptyAt);
   }
@@ -204,26 +208,54 @@ struct GroupTask {
       static_cast<T*>(p.y)[c * p.y_stride + at] = from_float<T>(value);
     }
   }
-  // Of rows r .. r + 3.
-  __device__ void store_four(int r, int c, float4 v) const {
+  // v += of a row of T at `at`, four elements.
+  __device__ static void add_four(float4& v, const void* from, int64_t at) {
+    if (from == nullptr) return;
+    const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + at);
+    const T* const four = reinterpret_cast<const T*>(&pairs);
+    v.x += to_float(four[0]), v.y += to_float(four[1]), v.z += to_float(four[2]), v.w += to_float(four[3]);
+  }
+  // Rows r .. r + 3 of y, and what the norm behind it takes.
+  __device__ void store_four(int r, int c, float4 v, const float4& up) const {
+    const GroupExtras& extras = group.extras;
+    const bool inside = first_row + r < w->rows;
+    const int64_t at = out_row + first_row + r;
     if (!group.by_fours) {
       store(r, c, v.x), store(r + 1, c, v.y), store(r + 2, c, v.z), store(r + 3, c, v.w);
       return;
     }
-    if (first_row + r >= w->rows) return;
-    const int64_t at = out_row + first_row + r;
-    const auto add = [&](const void* from) {
-      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(from));
-      const T* const four = reinterpret_cast<const T*>(&pairs);
-      v.x += to_float(four[0]), v.y += to_float(four[1]), v.z += to_float(four[2]), v.w += to_float(four[3]);
-    };
-    if (p.bias != nullptr) add(static_cast<const T*>(p.bias) + at);
-    if (p.residual != nullptr) add(static_cast<const T*>(p.residual) + c * p.residual_stride + at);
-    if (p.y_f32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(p.y) + c * p.y_stride + at) = v;
-    } else {
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = make_uint2(pack(v.x, v.y, T{}), pack(v.z, v.w, T{}));
+    if (inside) {
+      add_four(v, p.bias, at);
+      if (gated) {
+        float4 other = up;
+        add_four(other, p.bias, at + w->rows);
+        // Rounded as what stands in memory elsewhere.
+        const auto of = [&](float gate, float by) { return activated(extras.gated - 1, to_float(from_float<T>(gate))) * to_float(from_float<T>(by)); };
+        v = make_float4(of(v.x, other.x), of(v.y, other.y), of(v.z, other.z), of(v.w, other.w));
+      }
+      add_four(v, p.residual, c * p.residual_stride + at);
+      if (p.y_f32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p.y) + c * p.y_stride + at) = v;
+      } else {
+        const uint2 pairs = make_uint2(pack(v.x, v.y, T{}), pack(v.z, v.w, T{}));
+        *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = pairs;
+        const T* const four = reinterpret_cast<const T*>(&pairs);
+        v = make_float4(to_float(four[0]), to_float(four[1]), to_float(four[2]), to_float(four[3]));
+      }
     }
+    if (extras.normed == nullptr) return;
+    float squares = 0;
+    if (inside) {
+      squares = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      float4 weight = make_float4(extras.next_offset, extras.next_offset, extras.next_offset, extras.next_offset);
+      add_four(weight, extras.next_weight, at);
+      *reinterpret_cast<uint2*>(static_cast<T*>(extras.normed) + c * p.y_stride + at) =
+          make_uint2(pack(v.x * weight.x, v.y * weight.y, T{}), pack(v.z * weight.z, v.w * weight.w, T{}));
+    }
+    // A warp has half of a column.
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(0xffffffff, squares, lanes);
+    if (thread % 32 == 0) extras.squares[(number * 2 + r / kHalf) * kMostColumns + c] = squares;
   }
 
   // y of a task whose block has another one: stages are in use.
@@ -235,10 +267,10 @@ struct GroupTask {
       store(r, c, acc[4 * n]), store(r, c + 1, acc[4 * n + 1]), store(r + 8, c, acc[4 * n + 2]), store(r + 8, c + 1, acc[4 * n + 3]);
     }
   }
-  // y of all pieces, each of which has a share of it.
-  __device__ void finish(const float (&acc)[N / 2]) const {
-    constexpr int kFours = kGroupRows / 4;
+  // y of all pieces, each of which has a share of its columns.
+  __device__ void finish(const float (&acc)[N / 2], unsigned memory) const {
     float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
+    const float* const roots = group.extras.x_squares == nullptr ? nullptr : reinterpret_cast<const float*>(bytes + kRootsAt);
     // What lies there is read no more.
     meet_group();
     float* const own = sums + thread % 4 * 2 * kSumsStride + thread / 32 * 16 + thread % 32 / 4;
@@ -248,10 +280,8 @@ struct GroupTask {
       to[0] = acc[4 * n], to[kSumsStride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[kSumsStride + 8] = acc[4 * n + 3];
     }
     pieces == 1 ? meet_group() : meet_cluster();
-    const int fours = static_cast<int>(p.M) * kFours;
-#pragma unroll 1
-    for (int i = piece * fours / pieces + thread; i < (piece + 1) * fours / pieces; i += kMultipliers) {
-      const int c = i / kFours, r = i % kFours * 4;
+    if (roots != nullptr) wait_phase(memory + kRootsFullAt, 0);
+    const auto summed = [&](int r, int c) {
       const float4* const four = reinterpret_cast<const float4*>(sums + c * kSumsStride + r);
       float4 of_piece[kMostPiecesOfGroup];
 #pragma unroll
@@ -264,23 +294,60 @@ struct GroupTask {
       for (int k = 1; k < kMostPiecesOfGroup; ++k) {
         sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
       }
-      store_four(r, c, sum);
+      const float root = roots == nullptr ? 1 : roots[c];
+      return make_float4(root * sum.x, root * sum.y, root * sum.z, root * sum.w);
+    };
+    const int M = static_cast<int>(p.M), quads = (gated ? kHalf : kGroupRows) / 4, first = piece * M / pieces, columns = (piece + 1) * M / pieces - first;
+#pragma unroll 1
+    for (int i = thread; i < columns * quads; i += kMultipliers) {
+      const int c = first + i / quads, r = i % quads * 4;
+      store_four(r, c, summed(r, c), gated ? summed(r + kHalf, c) : float4{});
     }
     if (pieces > 1) leave_cluster();
   }
 };
 
+// 1 / root of the mean square of each row of x, by one warp.
+template <typename T, bool kNf4, int N>
+__device__ __forceinline__ void add_squares(const GroupTask<T, kNf4, N>& task, unsigned memory) {
+  const GroupExtras& extras = task.group.extras;
+  constexpr int kAtOnce = 16;
+  const int lane = threadIdx.x % 32;
+  inputs_ready();
+  for (int c = lane; c < task.p.M; c += 32) {
+    float sum = 0;
+    for (int first = 0; first < extras.squares_rows; first += kAtOnce) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) some[k] = first + k < extras.squares_rows ? __ldcg(extras.x_squares + (first + k) * kMostColumns + c) : 0;
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) sum += some[k];
+    }
+    reinterpret_cast<float*>(task.bytes + kRootsAt)[c] = 1 / sqrtf(sum / static_cast<float>(task.p.K) + extras.eps);
+  }
+  __syncwarp();
+  if (lane == 0) arrive(memory + kRootsFullAt);
+}
+
 // By the thread that brings a task's stages: W and A of the next one.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int unit, StageOf& stage) {
   using Stage = GroupStage<N, kNf4>;
-  const int boxes = !task.has_lora() ? 0 : Stage::kBlocks * (task.w->lora_f32 ? 2 : 1), columns = task.w->lora_f32 ? kBlock / 2 : kBlock;
+  const bool f32 = task.w->lora_f32 != 0;
+  const int boxes = Stage::kBlocks * (f32 ? 2 : 1), matrices = !task.has_lora() ? 0 : task.gated ? 2 : 1, first_row = static_cast<int>(task.first_row);
   wait_phase(stage.empty(), stage.phase ^ 1);
-  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + boxes * static_cast<int>(task.w->R) * 128);
-  copy_box(stage.memory + task.group.w_at + stage.stage * Stage::kWBytes, task.group.w + task.part, unit * (kNf4 ? kRun / 2 : kBlock),
-           static_cast<int>(task.first_row), stage.full());
-  const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes;
-  for (int i = 0; i < boxes; ++i) copy_box(a + i * task.a_box_bytes(), task.group.a + task.part, (unit * boxes + i) * columns, 0, stage.full());
+  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + matrices * boxes * static_cast<int>(task.w->R) * 128);
+  const CUtensorMap* const w = task.group.w + task.part;
+  const unsigned to = stage.memory + task.group.w_at + stage.stage * Stage::kWBytes;
+  const int column = unit * (kNf4 ? kRun / 2 : kBlock);
+  copy_box(to, w, column, first_row, stage.full());
+  copy_box(to + Stage::kWBytes / 2, task.gated ? w + 1 : w, column, task.gated ? first_row : first_row + kHalf, stage.full());
+  unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes;
+  for (int matrix = 0; matrix < matrices; ++matrix) {
+    for (int i = 0; i < boxes; ++i, a += task.a_box_bytes()) {
+      copy_box(a, task.group.a + task.part + matrix, (unit * boxes + i) * (f32 ? kBlock / 2 : kBlock), 0, stage.full());
+    }
+  }
   stage.next(task.group.stages);
 }
 
@@ -386,13 +453,15 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
 }
 
 // z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further; where A has but one,
-// each warp has every second block of 64 columns, and z is the sum of two.
+// each warp has every second block of 64 columns, and z is the sum of two. Of gate and up each warp has one's A.
 template <typename T, bool kNf4, int N, int kTiles, bool kShared>
 __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned z_phase) {
   using Stage = GroupStage<N, kNf4>;
   const int number = threadIdx.x / 32 - kGroupWarps - 1, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
-  const int rank = static_cast<int>(task.w->R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
-  const bool f32 = task.w->lora_f32 != 0;
+  const KernelRowsPart& part = task.gated ? task.w[number] : *task.w;
+  const int rank = static_cast<int>(part.R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
+  const bool f32 = part.lora_f32 != 0;
+  const int boxes = Stage::kBlocks * (f32 ? 2 : 1), first_tile = task.gated ? 0 : number, tile_step = task.gated ? 1 : kAWarps;
   // Where the rows lie that this lane names for four 8x8 matrices: of A those of one sixteen of columns, of x of two eights of rows. Columns 16 k
   // further are at this xor 32 k.
   const unsigned of_a = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16, of_x = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
@@ -404,14 +473,14 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
 #pragma unroll 1
     for (int block = 0; block < Stage::kBlocks; ++block) {
       if (kShared && (unit * Stage::kBlocks + block) % kAWarps != number) continue;
-      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + block * (f32 ? 2 : 1) * box_bytes;
+      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + (task.gated * number * boxes + block * (f32 ? 2 : 1)) * box_bytes;
       const unsigned x = stage.memory + kStagesAt + stage.stage * Stage::kXBytes + block * (N * 128) + of_x;
 #pragma unroll
       for (int k = 0; k < kBlock / 16; ++k) {
         unsigned rows[kTiles][4], columns[N / 16][4];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const unsigned tile = a + (kShared ? 0 : min((number + i * kAWarps) * tile_bytes, box_bytes - tile_bytes));
+          const unsigned tile = a + (kShared ? 0 : min((first_tile + i * tile_step) * tile_bytes, box_bytes - tile_bytes));
           if (!f32) {
             load_matrices(rows[i], (tile + of_a) ^ 32 * k);
             continue;
@@ -443,8 +512,9 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int j = (number + i * kAWarps) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
-        const float z = (kShared ? j % kTileRows : j) < rank ? task.w->scale * acc[i][n][k] : 0;
+        const int own = (kShared ? 0 : first_tile + i * tile_step) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
+        const int j = own + (kShared ? number * kTileRows : task.gated * number * (box_bytes / 128));
+        const float z = own < rank ? part.scale * acc[i][n][k] : 0;
         *reinterpret_cast<T*>(task.bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(z);
       }
     }
@@ -464,9 +534,9 @@ __device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task,
     }
     return;
   }
-  if (task.w->R <= kTileRows) {
+  if (task.w->R <= kTileRows && !task.gated) {
     multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
-  } else if (task.w->R <= kAWarps * kTileRows) {
+  } else if (task.w->R <= (task.gated ? 1 : kAWarps) * kTileRows) {
     multiply_tiles_of_a<T, kNf4, N, 1, false>(task, stage, z_phase);
   } else {
     multiply_tiles_of_a<T, kNf4, N, 2, false>(task, stage, z_phase);
@@ -527,6 +597,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
     }
     init_barrier(memory + kZFullAt, kAWarps);
     init_barrier(memory + kZEmptyAt, kGroupWarps);
+    init_barrier(memory + kRootsFullAt, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -553,7 +624,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       const Task task(group, bytes, anew(number));
       inputs_ready();
       if (task.has_lora()) task.add_lora(acc, b, stage.memory, z_phase);
-      group.tasks > step ? task.finish_alone(acc) : task.finish(acc);
+      group.tasks > step ? task.finish_alone(acc) : task.finish(acc, memory);
     }
   } else {
     if constexpr (!kNf4) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
@@ -567,6 +638,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       }
     } else if (group.lora && warp > kGroupWarps && warp <= kGroupWarps + kAWarps) {
       for (int number = first; number < group.tasks; number += step) multiply_by_a<T, kNf4, N>(Task(group, bytes, number), stage, z_phase);
+    } else if (group.extras.x_squares != nullptr && warp == kGroupWarps + kAWarps + 1) {
+      add_squares<T, kNf4, N>(Task(group, bytes, first), memory);
     }
   }
 #else
@@ -600,12 +673,22 @@ int clusters_at_once(int size) {
 
 // False where these kernels cannot.
 template <typename T, bool kNf4, int N>
-bool plan_groups(const KernelRows& rows, GroupPlan& group) {
+bool plan_groups(const KernelRows& rows, const GroupExtras& extras, GroupPlan& group) {
   using Stage = GroupStage<N, kNf4>;
   bool nf4;
   int groups;
   Plan& plan = group.plan;
   plan = plan_of(rows, kGroupRows, nf4, groups);
+  group.extras = extras;
+  if (extras.gated) {
+    const KernelRowsPart &gate = rows.parts[0], &up = rows.parts[1];
+    const bool alike = rows.count == 2 && gate.rows == up.rows && (gate.a == nullptr) == (up.a == nullptr) && gate.R == up.R && gate.lora_f32 == up.lora_f32 &&
+                       gate.nf4.quant_map == up.nf4.quant_map && gate.nf4.nested_quant_map == up.nf4.nested_quant_map &&
+                       (gate.nf4.nested_absmax == nullptr) == (up.nf4.nested_absmax == nullptr) && plan.nested_shift[0] == plan.nested_shift[1];
+    if (!alike || gate.R > kMostRank / 2 || rows.y_f32) return false;
+    groups = plan.w_tiles[0] = static_cast<int>(ceil_div(gate.rows, kHalf));
+    plan.w_tiles[1] = 0;
+  }
   const auto at_most = [](int value, int most) { return value < most ? value : most; };
   group.units = plan.blocks / Stage::kBlocks;
   if (group.units == 0) return false;
@@ -615,7 +698,7 @@ bool plan_groups(const KernelRows& rows, GroupPlan& group) {
 
   for (int64_t i = 0; i < rows.count; ++i) {
     const KernelRowsPart& part = rows.parts[i];
-    const int bytes = part.a == nullptr ? 0 : static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * Stage::kBlocks * (part.lora_f32 ? 2 : 1);
+    const int bytes = part.a == nullptr ? 0 : static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * Stage::kBlocks * (part.lora_f32 ? 2 : 1) * (extras.gated ? 2 : 1);
     if (bytes > group.a_bytes) group.a_bytes = bytes;
   }
 
@@ -654,18 +737,23 @@ bool plan_groups(const KernelRows& rows, GroupPlan& group) {
       const KernelNf4& own = part.nf4;
       fits = fits &&
              (own.nested_absmax == nullptr ? aligned16(own.absmax) : plan.nested_shift[i] >= 2 && reinterpret_cast<uintptr_t>(own.absmax) % 4 == 0) &&
-             boxes_of(group.w[i], own.packed, 1, rows.K / 2, part.rows, rows.K / 2, kRun / 2, kGroupRows, CU_TENSOR_MAP_SWIZZLE_64B);
+             boxes_of(group.w[i], own.packed, 1, rows.K / 2, part.rows, rows.K / 2, kRun / 2, kHalf, CU_TENSOR_MAP_SWIZZLE_64B);
     } else {
-      fits = fits && boxes_of(group.w[i], part.w, 2, rows.K, part.rows, part.w_stride * 2, kBlock, kGroupRows, CU_TENSOR_MAP_SWIZZLE_128B);
+      fits = fits && boxes_of(group.w[i], part.w, 2, rows.K, part.rows, part.w_stride * 2, kBlock, kHalf, CU_TENSOR_MAP_SWIZZLE_128B);
     }
   }
+  // More than y needs what is left of a task to stay in shared memory.
+  const bool more = extras.gated || extras.x_squares != nullptr || extras.normed != nullptr;
+  fits = fits && (!more || (group.by_fours && group.tasks <= device_attribute(cudaDevAttrMultiProcessorCount)));
   return fits && boxes_of(group.x, rows.x, 2, rows.K, rows.M, rows.x_stride * 2, kBlock, N, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+// Nothing is launched where `launches` is false.
 template <typename T, bool kNf4, int N>
-bool launch_groups_of(const KernelRows& rows, void* stream, int& error) {
+bool launch_groups_of(const KernelRows& rows, const GroupExtras& extras, bool launches, void* stream, int& error) {
   GroupPlan group{};
-  if (!plan_groups<T, kNf4, N>(rows, group)) return false;
+  if (!plan_groups<T, kNf4, N>(rows, extras, group)) return false;
+  if (!launches) return true;
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   error = cudaFuncSetAttribute(groups_kernel<T, kNf4, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, group.all);
   if (error != cudaSuccess) return true;
@@ -677,10 +765,11 @@ bool launch_groups_of(const KernelRows& rows, void* stream, int& error) {
 
 // False where these kernels cannot.
 template <typename T, bool kNf4>
-bool launch_groups(const KernelRows& rows, void* stream, int& error) {
+bool launch_groups(const KernelRows& rows, const GroupExtras& extras, bool launches, void* stream, int& error) {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
-  if (rows.M > 32) return launch_groups_of<T, kNf4, 64>(rows, stream, error);
-  return rows.M > 16 ? launch_groups_of<T, kNf4, 32>(rows, stream, error) : launch_groups_of<T, kNf4, 16>(rows, stream, error);
+  if (rows.M > 32) return launch_groups_of<T, kNf4, 64>(rows, extras, launches, stream, error);
+  return rows.M > 16 ? launch_groups_of<T, kNf4, 32>(rows, extras, launches, stream, error)
+                     : launch_groups_of<T, kNf4, 16>(rows, extras, launches, stream, error);
 }
 
 }  // namespace
