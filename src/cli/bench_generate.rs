@@ -9,14 +9,13 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::banner::table;
+use super::engine_args::batched_tokens;
 use super::format::{bytes, percent, rate};
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::device;
 use crate::error::Error;
-use crate::generate::{
-    Engine, EngineOptions, EventKind, KvBudget, MOST_PROMPT_ROWS, Request, SamplingParams,
-};
+use crate::generate::{Engine, EngineOptions, EventKind, KvBudget, Request, SamplingParams};
 use crate::io::adapter::InitLoraWeights;
 use crate::models::FastLanguageModel;
 use crate::nn::PAGE_SIZE;
@@ -34,9 +33,9 @@ pub struct BenchGenerateArgs {
     /// Requests in all; more than --batch wait for a place [default: --batch]
     #[arg(long, value_name = "N")]
     pub requests: Option<usize>,
-    /// Tokens of one pass, those of prompts and those that are decoded beside them
-    #[arg(long, value_name = "N", default_value_t = MOST_PROMPT_ROWS as u32, value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_num_batched_tokens: u32,
+    /// Tokens of one pass, those of prompts and those that are decoded beside them [default: 8192 on a GPU with 32 GiB free, else 2048]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_batched_tokens: Option<u32>,
     /// Tokens of each prompt
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub prompt: usize,
@@ -132,7 +131,7 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
 
     let tokens = (args.prompt + args.new).next_multiple_of(PAGE_SIZE);
     let kv_budget = KvBudget::Tokens(args.batch * tokens);
-    let max_num_batched_tokens = args.max_num_batched_tokens as usize;
+    let max_num_batched_tokens = batched_tokens(args.max_num_batched_tokens, device)?;
     let options = EngineOptions { max_num_batched_tokens, ..EngineOptions::new(kv_budget, args.batch) };
     let mut engine = Engine::new(decoder, options)?;
     let mut random = ChaCha8Rng::seed_from_u64(3407);

@@ -11,7 +11,7 @@ use clap::Parser;
 
 use super::engine_args::EngineArgs;
 use super::serve::{HttpArgs, warn_if_open};
-use crate::generate::Engine;
+use crate::generate::{Engine, MOST_PROMPT_ROWS};
 use crate::models::FastLanguageModel;
 use crate::serve::{ServedModel, Server, Shared, Worker};
 use crate::train::observer::TrainObserver;
@@ -46,6 +46,8 @@ impl ServeBetweenSteps {
     pub fn start(address: SocketAddr, name: &str, model: &FastLanguageModel) -> Result<ServeBetweenSteps> {
         let Defaults { mut engine, http } = Defaults::parse_from(["serve"]);
         engine.max_num_seqs = SEQUENCES;
+        // A step's own needs are not seen in what is free before the first.
+        engine.max_num_batched_tokens = Some(MOST_PROMPT_ROWS as u32);
         let (commands, received) = mpsc::channel();
         let shared = Arc::new(Shared::default());
         let options = http.options(&engine);
