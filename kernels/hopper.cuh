@@ -20,10 +20,6 @@ __device__ __forceinline__ void init_barrier(unsigned at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 __device__ __forceinline__ void arrive(unsigned at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
-// When the copies that this thread has started are there.
-__device__ __forceinline__ void arrive_with_copies(unsigned at) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
 __device__ __forceinline__ void wait_phase(unsigned at, unsigned phase) {
   unsigned done;
   do {

@@ -1,4 +1,4 @@
-// defines: launch_tiles: 9 to 32 rows of x, NF4 weights. A warp has one tile of W, or one of the pieces of its columns where a thread block
+// defines: launch_tiles: 9 to 32 rows of x, NF4 weights, where rows_groups.cuh cannot. A warp has one tile of W, or one of the pieces of its columns where a thread block
 // has few tiles, and all columns of x. Warps of the same piece share x, which comes in runs of 128 columns through shared memory; W
 // comes straight into registers, 64 bytes of a row at a time, after which lanes trade halves so that each has 8 bytes of both blocks.
 //
