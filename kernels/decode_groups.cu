@@ -132,7 +132,8 @@ struct Layers {
     for (int64_t i = 0; i < d.count; ++i) {
       const KernelDecodeLayer& l = d.layers[i];
       const KernelPaged paged = attention(i);
-      if (l.input_norm == nullptr || l.mlp_norm == nullptr || (l.q_norm == nullptr) != (l.k_norm == nullptr) || paged_attention_workspace(&paged) == 0) return false;
+      if (l.input_norm == nullptr || l.mlp_norm == nullptr || (l.q_norm == nullptr) != (l.k_norm == nullptr)) return false;
+      if (paged_attention_workspace(&paged) == 0) return false;
       for (const Product& p : {qkv(i), o(i), down(i)}) {
         if (!groups_take(p.rows, p.extras)) return false;
       }
@@ -144,7 +145,8 @@ struct Layers {
   }
 
   int run(void* stream) const {
-    int error = rms_norm_forward(d.x, d.layers[0].input_norm, at.normed, at.rstd, d.M, 1, d.C, d.C, d.C, d.eps, d.norm_offset, {}, d.dtype, d.dtype, stream);
+    int error = rms_norm_forward(d.x, d.layers[0].input_norm, at.normed, at.rstd, d.M, 1, d.C, d.C, d.C, d.eps, d.norm_offset, {}, d.dtype, d.dtype,
+                                 stream);
     const auto then = [&](auto&& step) {
       if (error == cudaSuccess) error = step();
     };
@@ -155,8 +157,8 @@ struct Layers {
       if (l.q_norm != nullptr) {
         const int64_t width = (d.H + 2 * d.K) * d.D, turned = (d.H + d.K) * d.D, q_bytes = d.H * d.D * 2;
         const auto norm = [&](int64_t from, int64_t heads, const void* weight) {
-          return rms_norm_forward(at.qkv + from, weight, at.turned + from, at.rstd, d.M, heads, d.D, width, turned, d.q_eps, d.q_norm_offset, {}, d.dtype, d.dtype,
-                                  stream);
+          return rms_norm_forward(at.qkv + from, weight, at.turned + from, at.rstd, d.M, heads, d.D, width, turned, d.q_eps, d.q_norm_offset, {},
+                                  d.dtype, d.dtype, stream);
         };
         then([&] { return norm(0, d.H, l.q_norm); });
         then([&] { return norm(q_bytes, d.K, l.k_norm); });

@@ -16,8 +16,8 @@ constexpr int kGroupRows = 256, kHalf = kGroupRows / 2, kGroupWarps = 16, kMulti
 constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
 // Offsets in shared memory from the start of its address space (a block of a cluster has one of its own), of which up to 1024 are not ours. NF4:
-// stages of x, the table of pairs, where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales in 16 bits, stages of W.
-// Else: stages of x and of W.
+// stages of x, the table of pairs, where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales
+// in 16 bits, stages of W. Else: stages of x and of W. Stages of A lie behind those of x or of W.
 constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZFullAt = kEmptyAt + 8 * kMostStages, kZEmptyAt = kZFullAt + 8;
 constexpr int kRootsFullAt = kZEmptyAt + 8, kRootsAt = kRootsFullAt + 8;
 constexpr int kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
@@ -36,9 +36,9 @@ struct GroupStage {
 struct GroupPlan {
   CUtensorMap w[3], a[3], x;  // boxes of a stage; those of x and A have rows of 128 bytes
   Plan plan;                  // tiles of W are groups
-  int pieces, tasks, stages, units;              // units: runs, or blocks of 64 columns of 16-bit weights
-  int scale_stride, w_at, a_at, a_bytes, all;    // bytes; a_bytes: of a stage
-  bool lora, by_fours;               // whether any part has LoRA; whether four rows of y and of what is added to it are one access
+  int pieces, tasks, stages, units;            // units: runs, or blocks of 64 columns of 16-bit weights
+  int scale_stride, w_at, a_at, a_bytes, all;  // bytes; a_bytes: of a stage
+  bool lora, by_fours;                         // whether any part has LoRA; whether four rows of y and of what is added to it are one access
   GroupExtras extras;
 };
 

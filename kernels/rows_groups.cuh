@@ -397,8 +397,8 @@ bool plan_groups(const KernelRows& rows, const GroupExtras& extras, GroupPlan& g
   group.extras = extras;
   if (extras.gated) {
     const KernelRowsPart &gate = rows.parts[0], &up = rows.parts[1];
-    const bool alike = rows.count == 2 && gate.rows == up.rows && (gate.a == nullptr) == (up.a == nullptr) && gate.R == up.R && gate.lora_f32 == up.lora_f32 &&
-                       gate.nf4.quant_map == up.nf4.quant_map && gate.nf4.nested_quant_map == up.nf4.nested_quant_map &&
+    const bool alike = rows.count == 2 && gate.rows == up.rows && (gate.a == nullptr) == (up.a == nullptr) && gate.R == up.R &&
+                       gate.lora_f32 == up.lora_f32 && gate.nf4.quant_map == up.nf4.quant_map && gate.nf4.nested_quant_map == up.nf4.nested_quant_map &&
                        (gate.nf4.nested_absmax == nullptr) == (up.nf4.nested_absmax == nullptr) && plan.nested_shift[0] == plan.nested_shift[1];
     if (!alike || gate.R > kMostRank / 2 || rows.y_f32) return false;
     groups = plan.w_tiles[0] = static_cast<int>(ceil_div(gate.rows, kHalf));
@@ -413,7 +413,9 @@ bool plan_groups(const KernelRows& rows, const GroupExtras& extras, GroupPlan& g
 
   for (int64_t i = 0; i < rows.count; ++i) {
     const KernelRowsPart& part = rows.parts[i];
-    const int bytes = part.a == nullptr ? 0 : static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * Stage::kBlocks * (part.lora_f32 ? 2 : 1) * (extras.gated ? 2 : 1);
+    if (part.a == nullptr) continue;
+    const int boxes = Stage::kBlocks * (part.lora_f32 ? 2 : 1) * (extras.gated ? 2 : 1);
+    const int bytes = static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * boxes;
     if (bytes > group.a_bytes) group.a_bytes = bytes;
   }
 
