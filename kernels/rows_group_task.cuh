@@ -49,7 +49,7 @@ struct StageOf {
   unsigned phase = 0;
   __device__ __forceinline__ unsigned full() const { return memory + kFullAt + 8 * stage; }
   __device__ __forceinline__ unsigned empty() const { return memory + kEmptyAt + 8 * stage; }
-  // By one lane of those who have used the stage before: only when they have gone on to the next one, as an arrival may overtake reads.
+  // By one lane of those who have used the stage before: only when they have gone on to the next one, as an arrival seems to overtake reads.
   __device__ __forceinline__ void leave_last(int stages) const { arrive(memory + kEmptyAt + 8 * (stage == 0 ? stages - 1 : stage - 1)); }
   __device__ __forceinline__ void next(int stages) {
     if (++stage == stages) stage = 0, phase ^= 1;
