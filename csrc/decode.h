@@ -1,4 +1,5 @@
-// All layers of a decoder on few new rows: one launch on a GPU (kernels/decode.cu), one parallel loop on the CPU (decode_rows.h).
+// All layers of a decoder on few new rows: one launch on a GPU (kernels/decode.cu) or a few a layer (decode_groups.cu), one parallel loop on the
+// CPU (decode_rows.h).
 #pragma once
 
 #include "ferrotune/csrc/decode_rows.h"

@@ -318,8 +318,9 @@ int64_t rows_linear_workspace(const struct KernelRows* rows);
 int paged_attention(const struct KernelPaged* paged, float* partial, int32_t* arrived, void* stream);
 int64_t paged_attention_workspace(const struct KernelPaged* paged);
 
-// Every layer: attention block and MLP block, one launch. The workspace's bytes; 0 where the kernel cannot run: more than 8 rows, 16-bit and
-// NF4 parts beside each other, sizes that it does not divide, a GPU older than sm_90, .. It is zero at the first use.
+// Every layer: attention block and MLP block, one launch up to 8 rows and a few a layer up to 64. The workspace's bytes; 0 where the kernels cannot
+// run: more rows, 16-bit and NF4 parts beside each other, sizes that they do not divide, a GPU older than sm_90, .. It is zero at the first use, and
+// one for up to 8 rows is not one for more.
 int decode(const struct KernelDecode* decode, void* stream);
 int64_t decode_workspace(const struct KernelDecode* decode);
 

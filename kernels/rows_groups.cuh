@@ -9,7 +9,8 @@
 // words, which shared memory gives them at once.
 //
 // What bounds NF4, cycles of a processor's path to shared memory for 16 x 128 weights: 32 accesses to the table of pairs, 24 for W in and
-// out, 8 to 32 for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 8 for A, 4 for scales.
+// out, 8 to 32 for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 6 for A and x beside it
+// (16 ranks, 32 rows), 4 for scales.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
-//! All layers of a decoder on few new rows: one launch on a GPU (kernels/decode.cu), one parallel loop on the CPU
-//! (csrc/decode_rows.h).
+//! All layers of a decoder on few new rows: one launch on a GPU (kernels/decode.cu) or a few a layer
+//! (kernels/decode_groups.cu), one parallel loop on the CPU (csrc/decode_rows.h).
 
 use anyhow::Result;
 use cxx::UniquePtr;
