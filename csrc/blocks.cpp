@@ -170,14 +170,15 @@ struct AttentionBlock {
   }
 
   // Of rows of k.projected that are not turned yet.
-  Tensor attended_pages(const Tensor& x, Kept& k) const {
+  Tensor attended_pages(const Tensor& x, Kept& k, int64_t tail = 0) const {
     if (!attention_turns(k.projected, pages, cos)) {
       turn(x, k, false);
-      return attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads), value_rows(k.projected), pages, spec);
+      return attention_paged(turned(k).narrow(1, 0, heads), turned(k).narrow(1, heads, kv_heads), value_rows(k.projected), pages, spec,
+                             tail);
     }
     Tensor q = query_rows(k.projected), key = key_rows(k.projected);
     if (q_norm.weight.defined()) q = q_norm.forward(q, nullptr), key = k_norm.forward(key, nullptr);
-    return attention_paged(q, key, value_rows(k.projected), pages, spec, cos, sin);
+    return attention_paged(q, key, value_rows(k.projected), pages, spec, tail, cos, sin);
   }
 
   // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it. What is in Kept

@@ -248,19 +248,21 @@ Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor&
 }
 
 // One new row of each sequence of `singles`; undefined where the kernel cannot. q [n, H, D], k and v [n, K, D], not turned yet where cos is defined.
+// `tail`, here and below: see attention_paged.
 Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& pages,
-                      const PagedBatch::Singles& singles, const AttentionSpec& spec, const Tensor& cos = {}, const Tensor& sin = {}) {
+                      const PagedBatch::Singles& singles, const AttentionSpec& spec, int64_t tail = 0, const Tensor& cos = {},
+                      const Tensor& sin = {}) {
   const Kernels* const kernels = kernels_for(given_q);
   if (kernels == nullptr || given_q.scalar_type() == at::kFloat) return {};
   const TokenRows q(given_q), k(given_k), v(given_v);
   const int64_t n = q.x.size(0), heads = q.x.size(1), dim = q.x.size(2), kv_heads = k.x.size(1);
-  const Tensor out = at::empty({n, heads * dim}, given_q.options());
+  const Tensor out = at::empty({n, heads * dim + tail}, given_q.options());
   const KernelPaged paged{q.x.const_data_ptr(), k.x.const_data_ptr(), v.x.const_data_ptr(), pages.k.mutable_data_ptr(),
                           pages.v.mutable_data_ptr(), out.mutable_data_ptr(), singles.tables.const_data_ptr<int64_t>(),
                           singles.lengths.const_data_ptr<int64_t>(), cos.defined() ? cos.const_data_ptr<float>() : nullptr,
-                          cos.defined() ? sin.const_data_ptr<float>() : nullptr, cos.defined() ? 2 * cos.size(1) : 0, n, heads, kv_heads, dim, q.stride, k.stride, v.stride,
-                          singles.tables.size(1), pages.batch->page_size(), spec.window, singles.longest,
-                          static_cast<float>(spec.scale), static_cast<float>(spec.softcap), kernel_dtype(given_q)};
+                          cos.defined() ? sin.const_data_ptr<float>() : nullptr, cos.defined() ? 2 * cos.size(1) : 0, n, heads, kv_heads, dim,
+                          q.stride, k.stride, v.stride, heads * dim + tail, singles.tables.size(1), pages.batch->page_size(), spec.window,
+                          singles.longest, static_cast<float>(spec.scale), static_cast<float>(spec.softcap), kernel_dtype(given_q)};
   const Launch launch(given_q);
   const int64_t floats = kernels->paged_attention_workspace(&paged);
   if (floats == 0) return {};
@@ -272,13 +274,14 @@ Tensor by_cuda_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor
 
 // By groups of sequences: those with one new row by the kernel, if it can; those that start; those that go on, with their keys
 // copied together.
-Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec) {
+Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, int64_t tail) {
   const PagedBatch& batch = *pages.batch;
   const at::Device device = q.device();
   const auto flat = [](const Tensor& pool) { return pool.flatten(0, 1); };  // [slots, K, D]
   flat(pages.k).index_copy_(0, batch.new_slots(device), k);
   flat(pages.v).index_copy_(0, batch.new_slots(device), v);
-  const Tensor out = at::empty({q.size(0), q.size(1) * q.size(2)}, q.options());
+  const int64_t width = q.size(1) * q.size(2);
+  const Tensor wide = at::empty({q.size(0), width + tail}, q.options()), out = wide.narrow(1, 0, width);
   const bool has_singles = std::any_of(batch.sequences().begin(), batch.sequences().end(), [](const auto& s) { return s.rows == 1; });
   bool singles_done = !has_singles;
   if (q.is_cuda() && has_singles && !batch.all_single()) {
@@ -296,20 +299,20 @@ Tensor by_groups(const Tensor& q, const Tensor& k, const Tensor& v, const PagesV
     const auto keys = [&](const Tensor& pool) { return flat(pool).index_select(0, continued.slots); };
     continued.rows.put(out, attention_behind(continued.rows.of(q), keys(pages.k), keys(pages.v), continued.keyed, spec));
   }
-  return out;
+  return wide;
 }
 
-Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, const Tensor& cos,
-              const Tensor& sin) {
+Tensor on_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, int64_t tail,
+              const Tensor& cos, const Tensor& sin) {
   const PagedBatch& batch = *pages.batch;
   if (batch.all_single()) {
-    Tensor out = by_cuda_kernel(q, k, v, pages, batch.singles(q.device()), spec, cos, sin);
+    Tensor out = by_cuda_kernel(q, k, v, pages, batch.singles(q.device()), spec, tail, cos, sin);
     TORCH_CHECK(out.defined() || !batch.sequences().empty(), "no kernel reads the pages of ", q.size(1), " heads of ", q.size(2),
                 " ", q.scalar_type(), " on this GPU");
     if (out.defined()) return out;
   }
-  if (cos.defined()) return by_groups(rotate(q, cos, sin, false), rotate(k, cos, sin, false), v, pages, spec);
-  return by_groups(q, k, v, pages, spec);
+  if (cos.defined()) return by_groups(rotate(q, cos, sin, false), rotate(k, cos, sin, false), v, pages, spec, tail);
+  return by_groups(q, k, v, pages, spec, tail);
 }
 
 }  // namespace
@@ -319,8 +322,8 @@ bool attention_turns(const Tensor& rows, const PagesView& pages, const Tensor& c
          cos.is_contiguous() && cos.size(1) % 8 == 0;
 }
 
-Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, const Tensor& cos,
-                       const Tensor& sin) {
+Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, int64_t tail,
+                       const Tensor& cos, const Tensor& sin) {
   const PagedBatch& batch = *pages.batch;
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && k.sizes() == v.sizes() && q.size(0) == batch.rows() &&
                   k.size(0) == batch.rows() && k.size(2) == q.size(2) && q.size(1) % k.size(1) == 0,
@@ -328,8 +331,9 @@ Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const 
               " rows, expected [N, H, D] and twice [N, K, D]");
   check_pages(pages, q, k.size(1), k.size(2));
   TORCH_CHECK(!at::GradMode::is_enabled(), "paged attention has no backward");
+  TORCH_CHECK(tail == 0 || q.is_cuda(), "paged attention: only a GPU leaves room in its rows");
   if (cpu_kernels_for(q) != nullptr) return by_cpu_kernel(q, k, v, pages, spec);
-  return q.is_cuda() ? on_gpu(q, k, v, pages, spec, cos, sin) : by_groups(q, k, v, pages, spec);
+  return q.is_cuda() ? on_gpu(q, k, v, pages, spec, tail, cos, sin) : by_groups(q, k, v, pages, spec, 0);
 }
 
 }  // namespace ferrotune

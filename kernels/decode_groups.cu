@@ -119,7 +119,7 @@ struct Layers {
     const int64_t stride = l.q_norm == nullptr ? width : turned;
     KernelPaged p{};
     p.q = q, p.k = q + d.H * d.D * 2, p.v = at.qkv + turned * 2;
-    p.q_stride = p.k_stride = stride, p.v_stride = width;
+    p.q_stride = p.k_stride = stride, p.v_stride = width, p.out_stride = d.H * d.D;
     p.pool_k = l.pool_k, p.pool_v = l.pool_v, p.out = at.attended;
     p.tables = d.tables, p.lengths = d.lengths, p.cos = l.cos, p.sin = l.sin, p.rotary = d.R;
     p.sequences = d.M, p.H = d.H, p.K = d.K, p.D = d.D, p.width = d.width, p.page_size = 16;

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
   const int length = static_cast<int>(p.lengths[sequence]), window = static_cast<int>(p.window);
   const int low = window > 0 && length > window ? length - window : 0;
   const int begin = max(low, run * kRunKeys), end = min(length, (run + 1) * kRunKeys);
-  T* const out = static_cast<T*>(p.out) + (int64_t{sequence} * p.H + head * group) * D;
+  T* const out = static_cast<T*>(p.out) + sequence * p.out_stride + head * group * D;
   if (begin >= end) {
     inputs_ready();
     // A row that belongs to no sequence.
