@@ -88,8 +88,8 @@ struct BlockNode : torch::autograd::Function<BlockNode<Block>> {
 };
 
 template <typename Block>
-Tensor run(Block block, const Tensor& x, BlockPolicy policy) {
-  if (!at::GradMode::is_enabled()) return block.forward_only(x);
+Tensor run(Block block, const Tensor& x, BlockPolicy policy, bool overwrites) {
+  if (!at::GradMode::is_enabled()) return block.forward_only(x, overwrites);
   TensorList weights;
   for (const Tensor* weight : block.visit()) {
     if (weight->defined()) weights.push_back(*weight);

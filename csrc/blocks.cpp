@@ -5,6 +5,8 @@
 // forward stands in `Kept`, and a BlockPolicy says of each tensor there whether it waits on the device, in the host's memory
 // or nowhere: the backward fills in what is not there, but for the last product of the block, which nothing needs (unless a
 // norm follows it). Dropout masks are functions of a key, so both runs draw the same.
+// Without autograd the last product of more than 64 rows in 16 bits on a GPU adds itself, LoRA included, to an x that nobody else reads
+// (linear_onto): no launch for the residual sum, and none for LoRA behind the product.
 #include "ferrotune/csrc/attention.h"
 #include "ferrotune/csrc/block_node.h"
 #include "ferrotune/csrc/few_rows.h"
@@ -182,8 +184,8 @@ struct AttentionBlock {
   }
 
   // `whole` is false where only Kept is wanted: the last product is then left out if nothing of Kept needs it. What is in Kept
-  // already is not computed.
-  Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
+  // already is not computed. `overwrites`, where nothing is kept: the result may be x, whose memory it takes.
+  Tensor forward(const Tensor& x, Kept* kept, bool whole, bool overwrites = false) const {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
@@ -192,7 +194,9 @@ struct AttentionBlock {
       if (!pages.batch) turn(x, k, keeps);
     }
     if (pages.batch) {
-      k.attended = attended_pages(x, k);
+      const bool adds = overwrites && !post_norm.weight.defined() && linear_adds(x, o);
+      k.attended = attended_pages(x, k, adds ? linear_tail(x, o) : 0);
+      if (adds) return linear_onto(x, k.attended, o);
     } else if (!k.attended.defined()) {
       const Tensor q = turned(k).narrow(1, 0, heads), key = turned(k).narrow(1, heads, kv_heads);
       const Attended attended = attention_forward(q, key, value_rows(k.projected), *segments, spec);
@@ -212,8 +216,8 @@ struct AttentionBlock {
     return x + y;
   }
 
-  Tensor forward_only(const Tensor& x) const {
-    if (!pages.batch || !is_few_rows(x)) return forward(x, nullptr, true);
+  Tensor forward_only(const Tensor& x, bool overwrites = false) const {
+    if (!pages.batch || !is_few_rows(x)) return forward(x, nullptr, true, overwrites);
     Kept k;
     k.projected = few_rows_linear(norm.forward(x, nullptr), qkv);
     const Tensor attended = attended_pages(x, k);
@@ -279,6 +283,9 @@ struct MlpBlock {
     }
   };
 
+  // Whether down can add itself to x.
+  bool adds(const Tensor& x) const { return !post_norm.weight.defined() && linear_adds(x, down); }
+
   // Twice the bytes that x has, and read from gated at the rate of memory.
   bool inner_to_host() const { return false; }
 
@@ -289,7 +296,8 @@ struct MlpBlock {
     return tensors;
   }
 
-  Tensor forward(const Tensor& x, Kept* kept, bool whole) const {
+  // As AttentionBlock::forward.
+  Tensor forward(const Tensor& x, Kept* kept, bool whole, bool overwrites = false) const {
     Kept unused;
     const bool keeps = kept != nullptr;
     Kept& k = keeps ? *kept : unused;
@@ -311,6 +319,7 @@ struct MlpBlock {
       if (!k.down_z.defined() && k.product.defined()) k.down_z = linear_z(k.product, down);
       return {};
     }
+    if (overwrites && adds(x)) return linear_onto(x, k.product, down);
     Tensor* const z = keeps ? &k.down_z : nullptr;
     k.out = tail > 0 ? linear_with_tail(k.product, down, z) : linear_forward(k.product, down, z, std::move(fp8));
     if (tail > 0) k.product = k.product.narrow(1, 0, down.in());
@@ -369,11 +378,12 @@ struct MlpBlock {
   }
 
   // Of as many rows as are worked on at once.
-  Tensor tile_forward(const Tensor& x) const {
+  Tensor tile_forward(const Tensor& x, bool overwrites) const {
     const int64_t run = columns(x);
-    if (run == 0) return forward(x, nullptr, true);
+    if (run == 0) return forward(x, nullptr, true, overwrites);
     const int64_t room = linear_tail(x, down);
     const Tensor product = mlp_product(norm.forward(x, nullptr, tail(x)), gate_up, activation, run, room);
+    if (overwrites && adds(x)) return linear_onto(x, product, down);
     return x + (room > 0 ? linear_with_tail(product, down, nullptr) : linear_forward(product, down, nullptr));
   }
 
@@ -392,16 +402,17 @@ struct MlpBlock {
     return norm.backward(d_normed, x, kept.rstd, grads[0], dy, linear_gradient_tail(x, down));
   }
 
-  Tensor forward_only(const Tensor& x) const {
+  Tensor forward_only(const Tensor& x, bool overwrites = false) const {
     if (is_few_rows(x)) {
       const Tensor product = swiglu(few_rows_linear(norm.forward(x, nullptr), gate_up), activation);
       return post_norm.weight.defined() ? x + post_norm.forward(few_rows_linear(product, down), nullptr)
                                         : few_rows_linear(product, down, x);
     }
-    if (!in_tiles(x)) return tile_forward(x);
-    const Tensor y = at::empty_like(x);
+    if (!in_tiles(x)) return tile_forward(x, overwrites);
+    const Tensor y = overwrites ? x : at::empty_like(x);
     each_tile(x, [&](const MlpBlock& block, int64_t first, int64_t rows) {
-      y.narrow(0, first, rows).copy_(block.tile_forward(x.narrow(0, first, rows)));
+      const Tensor some_x = x.narrow(0, first, rows), some_y = overwrites ? some_x : y.narrow(0, first, rows);
+      some_y.copy_(block.tile_forward(some_x, overwrites));  // does nothing where that is some_y
     });
     return y;
   }
@@ -438,7 +449,7 @@ struct MlpBlock {
 
 std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, const LinearView& qkv,
                                         const LinearView& o, const NormView& post_norm,
-                                        const AttentionView& attention, BlockPolicy policy) {
+                                        const AttentionView& attention, BlockPolicy policy, bool overwrites) {
   AttentionBlock block{Norm(norm),
                        Norm(attention.q_norm),
                        Norm(attention.k_norm),
@@ -453,14 +464,14 @@ std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, c
                        attention.head_dim,
                        AttentionSpec{attention.scale, attention.softcap, attention.window},
                        attention.segments};
-  return std::make_unique<Tensor>(run(std::move(block), x, policy));
+  return std::make_unique<Tensor>(run(std::move(block), x, policy, overwrites));
 }
 
 std::unique_ptr<Tensor> mlp_block(const Tensor& x, const NormView& norm, const LinearView& gate_up,
                                   const LinearView& down, const NormView& post_norm, Activation activation,
-                                  BlockPolicy policy) {
+                                  BlockPolicy policy, bool overwrites) {
   MlpBlock block{Norm(norm), Norm(post_norm), Linear(gate_up), Linear(down), activation};
-  return std::make_unique<Tensor>(run(std::move(block), x, policy));
+  return std::make_unique<Tensor>(run(std::move(block), x, policy, overwrites));
 }
 
 }  // namespace ferrotune

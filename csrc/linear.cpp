@@ -260,7 +260,10 @@ int64_t linear_tail(const Tensor& x, const Linear& l) {
   return room ? tail : 0;
 }
 
-Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room, const MakeInput& make) {
+namespace {
+
+// [W | scale B] for x in rows [N, in + tail], whose tail is written, and before it x by `make`.
+Tensor weight_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, const MakeInput& make) {
   const auto dtype = x.scalar_type();
   const int64_t in = l.in(), tail = x.size(1) - in;
   const LoraPlaces lora(l);
@@ -275,8 +278,25 @@ Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t
     lora_fill_columns(x.narrow(1, in, tail), w.narrow(1, in, tail), lora);
   }
   if (z_out != nullptr) *z_out = z;
+  return w;
+}
+
+}  // namespace
+
+Tensor linear_with_tail(const Tensor& x, const Linear& l, Tensor* z_out, int64_t room, const MakeInput& make) {
+  const Tensor w = weight_with_tail(x, l, z_out, make);
   Tensor y = at::empty({x.size(0), l.rows() + room}, x.options()).narrow(1, 0, l.rows());
-  return l.bias.defined() ? at::addmm_out(y, l.bias.to(dtype), x, w.t()) : at::mm_out(y, x, w.t());
+  return l.bias.defined() ? at::addmm_out(y, l.bias.to(x.scalar_type()), x, w.t()) : at::mm_out(y, x, w.t());
+}
+
+bool linear_adds(const Tensor& x, const Linear& l) {
+  return kernels_for(x) != nullptr && x.scalar_type() != at::kFloat && !l.fp8.defined() && !l.bias.defined() && l.lora_rows.empty() &&
+         (LoraPlaces(l).places.empty() || linear_tail(x, l) > 0);
+}
+
+Tensor linear_onto(const Tensor& y, const Tensor& x, const Linear& l) {
+  const Tensor w = x.size(1) > l.in() ? weight_with_tail(x, l, nullptr, {}) : l.dense(x.scalar_type());
+  return y.addmm_(x, w.t());
 }
 
 Tensor linear_z(const Tensor& x, const Linear& l) { return lora_z(x, LoraParts(l, x.scalar_type())); }

@@ -94,7 +94,13 @@ using MakeInput = std::function<bool(const LoraFold&)>;
 // the rows of y is room for `room` columns.
 Tensor linear_with_tail(const Tensor& x, const Linear& linear, Tensor* z, int64_t room = 0, const MakeInput& make = {});
 
-// The same and residual, where it is defined, without autograd; undefined where not on a GPU in 16 bits.
+// Whether linear_onto can: 16 bits on a GPU, no bias, no LoRA but what linear_tail has room for.
+bool linear_adds(const Tensor& x, const Linear& linear);
+
+// y += x W^T and LoRA by one product, without autograd; x in rows [N, in + linear_tail]. Returns y.
+Tensor linear_onto(const Tensor& y, const Tensor& x, const Linear& linear);
+
+// As linear_forward, and residual, where it is defined, without autograd; undefined where not on a GPU in 16 bits.
 Tensor inference_linear(const Tensor& x, const Linear& linear, const Tensor& residual = {});
 
 // y += what lora_rows adds.

@@ -47,12 +47,13 @@ std::unique_ptr<TensorList> tensor_list();
 void push(TensorList& list, const Tensor& tensor);
 
 // ---- blocks.cpp
+// overwrites: nobody else reads x, so that without autograd its memory may become the result's.
 std::unique_ptr<Tensor> attention_block(const Tensor& x, const NormView& norm, const LinearView& qkv,
                                         const LinearView& o, const NormView& post_norm,
-                                        const AttentionView& attention, BlockPolicy policy);
+                                        const AttentionView& attention, BlockPolicy policy, bool overwrites);
 std::unique_ptr<Tensor> mlp_block(const Tensor& x, const NormView& norm, const LinearView& gate_up,
                                   const LinearView& down, const NormView& post_norm, Activation activation,
-                                  BlockPolicy policy);
+                                  BlockPolicy policy, bool overwrites);
 
 // ---- one file each; these take part in autograd
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);

@@ -272,6 +272,7 @@ pub(crate) mod bridge {
             post_norm: &NormView,
             attention: &AttentionView,
             policy: BlockPolicy,
+            overwrites: bool,
         ) -> Result<UniquePtr<Tensor>>;
         fn mlp_block(
             x: &Tensor,
@@ -281,6 +282,7 @@ pub(crate) mod bridge {
             post_norm: &NormView,
             activation: Activation,
             policy: BlockPolicy,
+            overwrites: bool,
         ) -> Result<UniquePtr<Tensor>>;
 
         type DecodeStack;

@@ -234,6 +234,27 @@ pub fn attention(
     ))
 }
 
+/// The x of a block.
+pub(crate) enum BlockInput<'a> {
+    /// It stays as it is.
+    Kept(&'a Tensor),
+    /// No other tensor shares its memory, which may become the result's. With autograd it stays as it is.
+    Given(Tensor),
+}
+
+impl BlockInput<'_> {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            BlockInput::Kept(x) => x,
+            BlockInput::Given(x) => x,
+        }
+    }
+
+    fn is_given(&self) -> bool {
+        matches!(self, BlockInput::Given(_))
+    }
+}
+
 /// Operands of [`attention_block`].
 pub struct AttentionBlock<'a> {
     pub layer: usize,
@@ -250,9 +271,28 @@ pub struct AttentionBlock<'a> {
 
 /// `x + post_norm(o(attention(rope(qkv(norm(x))))))`: `[N, C]` -> `[N, C]`.
 pub fn attention_block(x: &Tensor, block: &AttentionBlock, rows: &Rows, pass: Pass) -> Result<Tensor> {
+    attention_block_of(BlockInput::Kept(x), block, rows, pass)
+}
+
+pub(crate) fn attention_block_of(
+    x: BlockInput,
+    block: &AttentionBlock,
+    rows: &Rows,
+    pass: Pass,
+) -> Result<Tensor> {
     checked(attention_views(block, rows, pass, |norm, qkv, o, post_norm, attention| {
         let policy = pass.policy(block.layer).attention;
-        bridge::attention_block(ffi::borrow(x), norm, qkv, o, post_norm, attention, policy)
+        let overwrites = x.is_given();
+        bridge::attention_block(
+            ffi::borrow(x.tensor()),
+            norm,
+            qkv,
+            o,
+            post_norm,
+            attention,
+            policy,
+            overwrites,
+        )
     }))
 }
 
@@ -317,9 +357,23 @@ pub struct MlpBlock<'a> {
 
 /// `x + post_norm(down(act(gate) * up))`, `[gate | up] = gate_up(norm(x))`: `[N, C]` -> `[N, C]`.
 pub fn mlp_block(x: &Tensor, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
+    mlp_block_of(BlockInput::Kept(x), block, pass)
+}
+
+pub(crate) fn mlp_block_of(x: BlockInput, block: &MlpBlock, pass: Pass) -> Result<Tensor> {
     checked(mlp_views(block, pass, |norm, gate_up, down, post_norm| {
         let policy = pass.policy(block.layer).mlp;
-        bridge::mlp_block(ffi::borrow(x), norm, gate_up, down, post_norm, block.activation, policy)
+        let overwrites = x.is_given();
+        bridge::mlp_block(
+            ffi::borrow(x.tensor()),
+            norm,
+            gate_up,
+            down,
+            post_norm,
+            block.activation,
+            policy,
+            overwrites,
+        )
     }))
 }
 

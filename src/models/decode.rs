@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 use super::Decoder;
 use crate::device;
 use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
-use crate::ops::{self, DecodeStack, Keys, LoraRun, PagedBatch, Pass};
+use crate::ops::{self, BlockInput, DecodeStack, Keys, LoraRun, PagedBatch, Pass};
 
 /// New tokens of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -90,17 +90,15 @@ impl Decoder {
         let angles = self.paged_angles(sequences, &positions, ropes)?;
         let embedded =
             self.offloads_embedding.then(|| device::upload_rows(&self.embed_tokens, &ids, self.device));
-        let mut x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
+        // What was uploaded goes with this line: x is nobody else's.
+        let x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
         let pass = Pass { lora, ..Pass::INFERENCE };
         if self.device == Device::Cpu
             && let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)?
         {
             return ops::rms_norm(&y, &self.norm);
         }
-        for index in 0..self.layers.len() {
-            x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
-        }
-        ops::rms_norm(&x, &self.norm)
+        self.each_layer(x, &batch, pages, &angles, pass)
     }
 
     /// Hidden states `[N, C]` after the final norm, as [`Decoder::decode`] gives them, without a look at the rows by the host.
@@ -126,13 +124,26 @@ impl Decoder {
             .iter()
             .map(|(cos, sin)| Ok((at_positions(cos)?, at_positions(sin)?)))
             .collect::<Result<Vec<_>>>()?;
-        let mut x = self.embed(&rows.input_ids, None)?;
+        let x = self.embed(&rows.input_ids, None)?;
         let pass = Pass { lora, ..Pass::INFERENCE };
         if let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)? {
             return ops::rms_norm(&y, &self.norm);
         }
+        self.each_layer(x, &batch, pages, &angles, pass)
+    }
+
+    /// The layers one by one and the final norm on x, which is nobody else's.
+    fn each_layer(
+        &self,
+        mut x: Tensor,
+        batch: &PagedBatch,
+        pages: &KvPages,
+        angles: &[(Tensor, Tensor)],
+        pass: Pass,
+    ) -> Result<Tensor> {
         for index in 0..self.layers.len() {
-            x = self.layer_output(index, &x, &angles, Keys::Pages(&batch, pages.layer(index)), pass)?;
+            let keys = Keys::Pages(batch, pages.layer(index));
+            x = self.layer_output(index, BlockInput::Given(x), angles, keys, pass)?;
         }
         ops::rms_norm(&x, &self.norm)
     }

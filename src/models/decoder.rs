@@ -13,7 +13,9 @@ use crate::device::Generator;
 use crate::error::Error;
 use crate::io::Weights;
 use crate::nn::{Init, LoadOptions, Loader};
-use crate::ops::{self, AttentionBlock, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets};
+use crate::ops::{
+    self, AttentionBlock, BlockInput, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets,
+};
 
 /// A flat batch: samples one after another, no padding.
 #[derive(Debug, Clone, Copy)]
@@ -267,7 +269,8 @@ impl Decoder {
         watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
-            x = self.layer_output(index, &x, &input.angles, Keys::Segments(&input.segments), pass)?;
+            let keys = Keys::Segments(&input.segments);
+            x = self.layer_output(index, BlockInput::Kept(&x), &input.angles, keys, pass)?;
             watch(Some(layer), &layer_input, &x)?;
         }
         ops::rms_norm(&x, &self.norm)
@@ -295,14 +298,14 @@ impl Decoder {
     pub(super) fn layer_output(
         &self,
         index: usize,
-        x: &Tensor,
+        x: BlockInput,
         angles: &[(Tensor, Tensor)],
         keys: Keys,
         pass: Pass,
     ) -> Result<Tensor> {
         let (attention, mlp) = self.blocks(index);
-        let x = ops::attention_block(x, &attention, &self.rows(index, angles, keys), pass)?;
-        ops::mlp_block(&x, &mlp, pass)
+        let x = ops::attention_block_of(x, &attention, &self.rows(index, angles, keys), pass)?;
+        ops::mlp_block_of(BlockInput::Given(x), &mlp, pass)
     }
 
     pub(super) fn rows<'a>(&self, index: usize, angles: &'a [(Tensor, Tensor)], keys: Keys<'a>) -> Rows<'a> {

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use super::decoder::{Decoder, Input};
 use crate::data::Batch;
 use crate::error::Error;
-use crate::ops::{self, Keys, Linear, Nf4, Pass, Weight};
+use crate::ops::{self, BlockInput, Keys, Linear, Nf4, Pass, Weight};
 
 /// What quantising single modules does to a text.
 pub struct Nf4Sensitivity {
@@ -103,7 +103,7 @@ impl Decoder {
             let found = self
                 .layer_output(
                     index,
-                    &x,
+                    BlockInput::Kept(&x),
                     &batch.input.angles,
                     Keys::Segments(&batch.input.segments),
                     Pass::INFERENCE,

@@ -18,7 +18,7 @@ use crate::io::Weights;
 use crate::io::adapter::AdapterConfig;
 use crate::io::gguf::Gguf;
 use crate::nn::LoadOptions;
-use crate::ops::{self, Keys, Pass};
+use crate::ops::{self, BlockInput, Keys, Pass};
 
 /// A model on disk, with an adapter or without. Each call of [`StreamedModel::logits`] reads it once from end to end.
 pub struct StreamedModel {
@@ -104,7 +104,7 @@ impl StreamedModel {
             let piece = self.piece(&Extent::Layers(layers), &mut unread)?;
             for index in 0..piece.layers.len() {
                 let keys = Keys::Segments(&input.segments);
-                x = piece.layer_output(index, &x, &input.angles, keys, Pass::INFERENCE)?;
+                x = piece.layer_output(index, BlockInput::Kept(&x), &input.angles, keys, Pass::INFERENCE)?;
             }
         }
         let head = self.piece(&Extent::Head, &mut unread)?;
