@@ -9,6 +9,7 @@ use ferrotune::generate::{
 };
 use ferrotune::models::{Decoder, FastLanguageModel, NewRows};
 use ferrotune::nn::{PAGE_SIZE, RopeTables};
+use ferrotune::ops::LoraRun;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -19,8 +20,8 @@ fn ids(value: &Value) -> Vec<i64> {
 }
 
 /// Logits `[N, V]` of one pass over pages with sequences that start, go on after a few tokens, and have one new token, in the order
-/// of `plan` (tokens before, new tokens); and those of one forward pass of each of them.
-pub fn mixed_pass(decoder: &Decoder, plan: &[(usize, usize)]) -> [Tensor; 2] {
+/// of `plan` (tokens before, new tokens), with `lora`; and those of one forward pass of each of them with the model's own.
+pub fn mixed_pass(decoder: &Decoder, plan: &[(usize, usize)], lora: &[LoraRun]) -> [Tensor; 2] {
     let vocab = decoder.config.vocab_size;
     let ids: Vec<Vec<i64>> = (1..)
         .zip(plan)
@@ -34,7 +35,7 @@ pub fn mixed_pass(decoder: &Decoder, plan: &[(usize, usize)]) -> [Tensor; 2] {
         .map(|ids| free.split_off(free.len() - ids.len().div_ceil(PAGE_SIZE)).into_iter().rev().collect())
         .collect();
     let mut ropes = RopeTables::default();
-    let mut pass = |from: &dyn Fn(usize) -> usize, to: &dyn Fn(usize) -> usize| {
+    let mut pass = |from: &dyn Fn(usize) -> usize, to: &dyn Fn(usize) -> usize, lora: &[LoraRun]| {
         let rows = |at: usize| NewRows {
             input_ids: &ids[at][from(at)..to(at)],
             past: from(at),
@@ -42,12 +43,13 @@ pub fn mixed_pass(decoder: &Decoder, plan: &[(usize, usize)]) -> [Tensor; 2] {
             pages: &tables[at][..to(at).div_ceil(PAGE_SIZE)],
         };
         let fed: Vec<NewRows> = (0..plan.len()).filter(|&at| from(at) < to(at)).map(rows).collect();
-        decoder.decode(&fed, &pages, &mut ropes, &[]).unwrap()
+        decoder.decode(&fed, &pages, &mut ropes, lora).unwrap()
     };
     if plan.iter().any(|&(past, _)| past > 0) {
-        let _ = pass(&|_| 0, &|at| plan[at].0);
+        let _ = pass(&|_| 0, &|at| plan[at].0, &[]);
     }
-    let ours = tch::no_grad(|| decoder.logits(&pass(&|at| plan[at].0, &|at| ids[at].len())).unwrap());
+    let hidden = pass(&|at| plan[at].0, &|at| ids[at].len(), lora);
+    let ours = tch::no_grad(|| decoder.logits(&hidden).unwrap());
     let whole = ids.iter().zip(plan).map(|(ids, &(past, new))| {
         logits(decoder, &Flat::new([&ids[..]])).narrow(0, past as i64, new as i64)
     });
@@ -68,7 +70,7 @@ fn a_pass_of_every_kind_of_sequence_gives_the_uncached_logits() {
     for name in checkpoints() {
         let decoder = load(&root().join(&name), Kind::Double);
         for plan in MIXED {
-            let [ours, whole] = mixed_pass(&decoder, plan);
+            let [ours, whole] = mixed_pass(&decoder, plan, &[]);
             distances.push((format!("{name} {plan:?}"), rel(&ours, &whole)));
         }
     }

@@ -9,12 +9,13 @@ use ferrotune::generate::{
 use ferrotune::models::FastLanguageModel;
 use ferrotune::models::{Config, Decoder, DeviceRows, NewRows};
 use ferrotune::nn::LoadOptions;
-use ferrotune::ops::{self, Draw, Linear, Lora, Nf4, Part, PartWeight, Pass, Weight};
+use ferrotune::ops::{self, Draw, Linear, Lora, LoraRun, Nf4, Part, PartWeight, Pass, Weight};
 use tch::{Device, Kind, Tensor};
 
 use crate::generate::{MIXED, mixed_pass};
 use crate::golden::{Flat, logits};
 use crate::gpu::gpu;
+use crate::less_memory::check_kept_inputs;
 use crate::tolerance::{What, assert_close, f64_on_cpu, rel};
 
 /// What a part of a projection is made of.
@@ -301,7 +302,7 @@ fn a_pass_of_every_kind_of_sequence() {
         for plan in MIXED.into_iter().chain([long]) {
             let pass = |kind, device| {
                 let options = LoadOptions::new(kind, device);
-                mixed_pass(&Decoder::random(config.clone(), options, 5).unwrap(), plan)
+                mixed_pass(&Decoder::random(config.clone(), options, 5).unwrap(), plan, &[])
             };
             let [reference, _] = pass(Kind::Double, Device::Cpu);
             for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
@@ -311,6 +312,76 @@ fn a_pass_of_every_kind_of_sequence() {
                 let [ours, plain] = pass(kind, device).map(|logits| logits.to_kind(kind));
                 let label = format!("{name}, {plan:?}, {kind:?}");
                 assert_close(&label, What::Value, &ours, &plain, &reference);
+            }
+        }
+    }
+}
+
+/// Without zeros in biases and, where r is not 0, in LoRA on all projections; on every device the same.
+fn with_lora(config: &Config, options: LoadOptions, r: u32) -> Decoder {
+    let mut model = FastLanguageModel::untrained(config.clone(), options, 7).unwrap();
+    if r > 0 {
+        let arguments = ferrotune::train::TrainingArguments { r, ..Default::default() };
+        model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
+    }
+    let lora = model.decoder.trainable().into_iter().map(|parameter| parameter.tensor);
+    let weights = model.decoder.state_dict(options.kind).unwrap();
+    let biases = weights.into_iter().filter(|(name, _)| name.ends_with(".bias")).map(|(_, tensor)| tensor);
+    let _no_grad = tch::no_grad_guard();
+    for mut tensor in lora.chain(biases) {
+        let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Int64, Device::Cpu)).square();
+        tensor.copy_(&((numbers.remainder(197) / 197.0 - 0.5) * 0.2).view(&tensor.size()[..]));
+    }
+    model.for_inference().unwrap();
+    model.decoder
+}
+
+/// Of more than 64 rows o and down add themselves, with the model's LoRA or without any, to the residual; adapters of single rows, biases and
+/// norms behind them have launches of their own. Sequences with one new row, and prompts beside them: by the tolerance rule, and in 4 bits
+/// beside the forward pass.
+#[test]
+fn projections_of_many_rows_add_to_the_residual() {
+    let Some(device) = gpu("products that add to the residual") else { return };
+    check_kept_inputs(Kind::BFloat16, device, 2e-2);
+    let heads = r#""model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2"#;
+    let biases = ("biases", shape(&format!(r#"{heads}, "attention_bias": true, "mlp_bias": true"#)));
+    let taken = ["D 64, groups of 4", "norms of heads", "D 256, softcap, a window"];
+    let singles = |count: usize| -> Vec<(usize, usize)> { (0..count).map(|at| (at % 19, 1)).collect() };
+    let plans = [singles(65), singles(256), [singles(70), vec![(0, 30), (9, 20), (0, 2)]].concat()];
+    for (name, config) in shapes().into_iter().filter(|(name, _)| taken.contains(name)).chain([biases]) {
+        for r in [0, 16] {
+            let exact = with_lora(&config, LoadOptions::new(Kind::Double, Device::Cpu), r);
+            let references = plans.each_ref().map(|plan| mixed_pass(&exact, plan, &[])[0].shallow_clone());
+            for load_in_4bit in [false, true] {
+                let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
+                let decoder = with_lora(&config, options, r);
+                for (plan, reference) in plans.iter().zip(&references) {
+                    let rows: usize = plan.iter().map(|(_, new)| new).sum();
+                    let own = [0..rows / 2, rows / 2..rows].map(|rows| LoraRun { rows, adapter: None });
+                    for runs in [&[], &own[..]] {
+                        let [ours, plain] =
+                            mixed_pass(&decoder, plan, runs).map(|logits| logits.to_kind(Kind::BFloat16));
+                        let label =
+                            format!("{name}, r {r}, 4-bit {load_in_4bit}, {rows} rows, {} runs", runs.len());
+                        if load_in_4bit {
+                            let apart = rel(&ours, &plain)[0];
+                            assert!(apart < 3e-2, "{label}: {apart:.2e}");
+                        } else {
+                            assert_close(&label, What::Value, &ours, &plain, reference);
+                        }
+                    }
+                }
+                let tables: Vec<[i32; 1]> = (0..65).map(|page| [page]).collect();
+                let rows = tables.iter().map(|pages| NewRows { input_ids: &[3], past: 0, length: 1, pages });
+                let (rows, pages) = (rows.collect::<Vec<_>>(), decoder.kv_pages(65).unwrap());
+                let mut ropes = ferrotune::nn::RopeTables::default();
+                let mut decode = || decoder.decode(&rows, &pages, &mut ropes, &[]).map(drop);
+                decode().unwrap();
+                let kernels = device::profile(device, decode).unwrap();
+                let adds = |name: &str| name.contains("add_kernel") || name.contains("CUDAFunctor_add");
+                let sums = kernels.iter().filter(|kernel| adds(&kernel.name)).count();
+                let apart = ["biases", "D 256, softcap, a window"].contains(&name);
+                assert_eq!(sums > 0, apart, "{name}, r {r}, 4-bit {load_in_4bit}: {sums} launches that add");
             }
         }
     }

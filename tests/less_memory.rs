@@ -141,6 +141,55 @@ fn adapters_of_rows_are_those_of_the_block() {
     }
 }
 
+/// An MLP block leaves its x as it is, in tiles, too, and gives in inference what it gives where autograd watches.
+pub fn check_kept_inputs(kind: Kind, device: Device, limit: f64) {
+    const C: i64 = 256;
+    const F: i64 = 192;
+    let on_device = |shape: &[i64], factor: f64| (random(shape) * factor).to_device(device);
+    let norm = norm(&on_device(&[C], 1.0).abs().to_kind(kind), 0.0);
+    let linear = |rows: i64, columns: i64, r: i64| {
+        let matrices = (on_device(&[r, columns], 0.1), on_device(&[rows, r], 0.1));
+        let narrow = if kind == Kind::Double { kind } else { Kind::Float };
+        let lora = (r > 0).then(|| lora(&matrices.0.to_kind(narrow), &matrices.1.to_kind(narrow)));
+        let weight = PartWeight::Nf4(on(&quantized(rows, columns), device));
+        Linear {
+            weight: Weight::Parts(vec![weight]),
+            bias: None,
+            parts: vec![Part { name: String::new(), rows, lora }],
+        }
+    };
+    for r in [0, 8] {
+        let (gate_up, down) = (linear(2 * F, C, r), linear(C, F, r));
+        for n in [100, 301, 16390] {
+            let x = on_device(&[n, C], 1.0).to_kind(kind);
+            let before = x.copy();
+            let block = || mlp(&x, (&norm, &gate_up, &down), Activation::Silu, Pass::INFERENCE);
+            let (ours, watched) = (tch::no_grad(block), block());
+            assert_eq!(x, before, "{n} rows, r {r}");
+            let apart = rel(&ours, &watched)[0];
+            assert!(apart < limit, "{n} rows, r {r}: {apart:.2e}");
+        }
+    }
+}
+
+#[test]
+fn a_block_leaves_its_input() {
+    check_kept_inputs(Kind::Double, Device::Cpu, 1e-12);
+}
+
+/// In inference the MLPs of a decoder write over what attention gave, tile by tile.
+#[test]
+fn long_batches_in_inference_are_those_that_autograd_watches() {
+    let ids: Vec<i64> = (0..13).map(|i| (i * i + 3) % 50).collect();
+    let flat = Flat::new(std::iter::repeat_n(&ids[..], 1265));
+    for name in ["llama_bias", "gemma2", "qwen3"] {
+        let decoder = load(name, LoadOptions::new(Kind::Double, Device::Cpu)).unwrap();
+        let hidden = || decoder.hidden(flat.input(), Pass::INFERENCE).unwrap();
+        let apart = rel(&tch::no_grad(hidden), &hidden())[0];
+        assert!(apart < 1e-12, "{name}: {apart:.2e}");
+    }
+}
+
 /// A weight in 4 bits whose values are those of bf16 and of f16, so that every dtype works on the same ones: a loss is one number,
 /// and of others' rounding would be as far from f64 as chance has it.
 fn exact_in_16_bits(weight: &Tensor) -> Nf4 {
