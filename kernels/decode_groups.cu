@@ -104,8 +104,8 @@ struct Layers {
     p.rows.residual = at.h[0], p.rows.residual_stride = d.C;
     return last ? p : before_norm(p, d.layers[layer + 1].input_norm);
   }
-  // Two A are too much for the blocks of NF4, whose path to shared memory is busy: on an H200 a step of 32 rows of 8B takes 3.83 ms with them and 3.73
-  // without; in bf16 5.06 and 5.18.
+  // Two A and the activation take NF4's blocks longer than the launch that they save: an H200, a layer of 8B in us, with and without, 107.8 and 105.7
+  // for 32 rows, 92.6 and 90.1 for 12; in bf16 145.9 and 146.8.
   bool gates(int64_t layer) const {
     const KernelRowsPart& gate = d.layers[layer].gate_up[0];
     const Product p = gate_up(layer, true);

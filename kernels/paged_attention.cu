@@ -9,6 +9,8 @@
 //
 // A thread block's start, three memory latencies one after another (lengths and tables, pages, what runs left), is what short contexts take:
 // pages are asked for before the kernel ahead has ended, whose new key is put into its tile from where that left it, and up to 512 keys are one run.
+#include <algorithm>
+
 #include "paged_attention.cuh"
 
 namespace ferrotune {
@@ -169,6 +171,15 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
 
 // ---- launchers
 
+// So much that a processor has no more of few blocks than its share: else those that start while the kernel ahead still runs crowd on the processors
+// that it has left free.
+int shared_of_block(int64_t blocks, int least) {
+  constexpr int kReservedOfBlock = 1024;
+  const int64_t share = ceil_div(blocks, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / share - kReservedOfBlock;
+  return static_cast<int>(std::max<int64_t>(least, most));
+}
+
 // Calls body(T{}, Width<D>{}).
 template <typename Body>
 int64_t with_heads(const KernelPaged& p, int64_t otherwise, Body&& body) {
@@ -212,9 +223,11 @@ extern "C" int paged_attention(const KernelPaged* p, float* partial, int32_t* ar
   return static_cast<int>(with_heads(*p, cudaErrorInvalidValue, [&](auto t, auto dim) -> int64_t {
     constexpr int D = decltype(dim)::value;
     const auto kernel = p->H / p->K > 8 ? paged_attention_kernel<decltype(t), D, 2> : paged_attention_kernel<decltype(t), D, 1>;
-    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPagedBytes<D>);
+    const int64_t runs = ceil_div(p->longest, kRunKeys), blocks = runs * p->K * p->sequences;
+    const int shared = shared_of_block(blocks, kPagedBytes<D>);
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p->longest, kRunKeys)), static_cast<unsigned>(p->K), static_cast<unsigned>(p->sequences));
-    return launch_chained(true, kernel, grid, dim3(kPagedThreads), kPagedBytes<D>, stream, *p, partial, arrived);
+    const dim3 grid(static_cast<unsigned>(runs), static_cast<unsigned>(p->K), static_cast<unsigned>(p->sequences));
+    return launch_chained(true, kernel, grid, dim3(kPagedThreads), shared, stream, *p, partial, arrived);
   }));
 }

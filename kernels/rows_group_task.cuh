@@ -13,6 +13,7 @@ namespace {
 
 // Warps behind those that multiply by W: one whose first thread brings stages, those that multiply by A, one that adds up squares of x.
 constexpr int kGroupRows = 256, kHalf = kGroupRows / 2, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kAWarps = 2, kGroupThreads = kMultipliers + 128;
+constexpr int kMapThreads = kGroupThreads - kMultipliers - 32;
 constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
 // Offsets in shared memory from the start of its address space (a block of a cluster has one of its own), of which up to 1024 are not ours. NF4:
@@ -59,6 +60,9 @@ struct StageOf {
 #ifdef FERROTUNE_HOPPER
 
 __device__ __forceinline__ void meet_group() { asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory"); }
+// The same with those who bring nothing but what they arrive behind.
+__device__ __forceinline__ void meet_all() { asm volatile("bar.sync 2, %0;" ::"n"(kMultipliers + kMapThreads) : "memory"); }
+__device__ __forceinline__ void arrive_for_all() { asm volatile("bar.arrive 2, %0;" ::"n"(kMultipliers + kMapThreads) : "memory"); }
 
 // What is computed with it the compiler computes where it stands: else what many tasks share stays in registers that the products need.
 __device__ __forceinline__ int anew(int value) {
@@ -99,48 +103,33 @@ struct GroupTask {
   // Of A 64 columns in 16 bits or 32 in f32, rows up to a multiple of a tile's.
   __device__ int a_box_bytes() const { return (static_cast<int>(w->R) + kTileRows - 1) / kTileRows * (kTileRows * 128); }
 
-  // The scales of this task in 16 bits, four at a time, which start at a multiple of four blocks.
+  // The scales of a row in 16 bits, four at a time, which start at a multiple of four blocks.
   __device__ int first_scale() const { return 2 * from & ~3; }
   __device__ int fours() const { return (2 * to - first_scale() + 3) / 4; }
-  static constexpr int kHeld = 4;
   struct Scales {
-    unsigned codes[kHeld];
-    float nested[kHeld];
+    unsigned codes;
+    float nested;
   };
-  __device__ void load(Scales& scales, int first) const {
-    const int fours = this->fours(), shift = plan.nested_shift[part];
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int i = first + k * kMultipliers;
-      if (i >= kGroupRows * fours || w->nf4.nested_absmax == nullptr) continue;
-      const int r = i / fours;
-      const int64_t block = row(r) * plan.blocks + first_scale() + (i - r * fours) * 4;
-      const KernelNf4& nf4 = part_of(r).nf4;
-      scales.codes[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const uint8_t*>(nf4.absmax) + block));
-      scales.nested[k] = __ldg(nf4.nested_absmax + (block >> shift));
-    }
+  __device__ int64_t scale_block(int r, int four) const { return row(r) * plan.blocks + first_scale() + four * 4; }
+  __device__ void load(Scales& scales, int r, int four) const {
+    const int64_t block = scale_block(r, four);
+    const KernelNf4& nf4 = part_of(r).nf4;
+    if (nf4.nested_absmax == nullptr) return;
+    scales.codes = __ldg(reinterpret_cast<const unsigned*>(static_cast<const uint8_t*>(nf4.absmax) + block));
+    scales.nested = __ldg(nf4.nested_absmax + (block >> plan.nested_shift[part]));
   }
-  __device__ void store(const Scales& scales, int first) const {
+  __device__ uint2 in_16_bits(const Scales& scales, int r, int four) const {
     const float* const map = reinterpret_cast<const float*>(bytes + kScaleMapAt);
-    const int fours = this->fours();
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int i = first + k * kMultipliers;
-      if (i >= kGroupRows * fours) continue;
-      const int r = i / fours, at = (i - r * fours) * 4;
-      float4 scale;
-      if (w->nf4.nested_absmax != nullptr) {
-        const auto of = [&](int j) {
-          return __fadd_rn(__fmul_rn(map[scales.codes[k] >> 8 * j & 255], scales.nested[k]), part_of(r).nf4.nested_offset);
-        };
-        scale = make_float4(of(0), of(1), of(2), of(3));
-      } else {
-        scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(part_of(r).nf4.absmax) + row(r) * plan.blocks + first_scale() + at));
-      }
-      unsigned* const words = reinterpret_cast<unsigned*>(bytes + kScalesAt + r * group.scale_stride + at * 2);
-      words[0] = pack(scale.x, scale.y, T{});
-      words[1] = pack(scale.z, scale.w, T{});
+    float4 scale;
+    if (w->nf4.nested_absmax != nullptr) {
+      const auto of = [&](int j) {
+        return __fadd_rn(__fmul_rn(map[scales.codes >> 8 * j & 255], scales.nested), part_of(r).nf4.nested_offset);
+      };
+      scale = make_float4(of(0), of(1), of(2), of(3));
+    } else {
+      scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(part_of(r).nf4.absmax) + scale_block(r, four)));
     }
+    return make_uint2(pack(scale.x, scale.y, T{}), pack(scale.z, scale.w, T{}));
   }
 
   // B of sixteen ranks from `first` on, as a product takes it.
@@ -162,22 +151,24 @@ struct GroupTask {
     }
   }
 
-  // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side: those of A, of gate's and then up's, or two that are added
-  // up.
+  // Whether a tile of A is all of a matrix; z is then in two, of every other block of columns each.
+  __device__ bool shares_a() const { return w->R <= kTileRows; }
+  // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side: of one matrix, or of gate's and then up's; then those of the
+  // other half of the columns.
   __device__ void add_lora(float (&acc)[N / 2], unsigned (&b)[4], unsigned memory, unsigned& phase) const {
-    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows, of_half = gated && thread >= kMultipliers / 2 ? tiles : 0;
-    const bool in_two = !gated && tiles == 1;
+    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows, first = gated && thread >= kMultipliers / 2 ? tiles : 0;
+    const int products = shares_a() ? 2 : tiles, step = shares_a() && gated ? 2 : 1;
     wait_phase(memory + kZFullAt, phase);
     phase ^= 1;
-    const uint64_t z = uniform_matrix(kZAt + of_half * kTileRows * 2);
+    const uint64_t z = uniform_matrix(kZAt + first * kTileRows * 2);
 #pragma unroll 1
     for (int i = 0;;) {
       begin_products();
-      wgmma(acc, b, z + 2 * i, T{});
+      wgmma(acc, b, z + 2 * i * step, T{});
       commit_products();
       wait_products<0>();
-      if (++i >= (in_two ? 2 : tiles)) break;
-      if (!in_two) load_b(b, i * kTileRows);
+      if (++i >= products) break;
+      if (!shares_a()) load_b(b, i * kTileRows);
     }
     if (thread % 32 == 0) arrive(memory + kZEmptyAt);
   }
@@ -197,15 +188,30 @@ struct GroupTask {
       static_cast<T*>(p.y)[c * p.y_stride + at] = from_float<T>(value);
     }
   }
-  // v += of a row of T at `at`, four elements.
-  __device__ static void add_four(float4& v, const void* from, int64_t at) {
-    if (from == nullptr) return;
-    const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + at);
+  // v += four elements of T.
+  __device__ static void add_four(float4& v, const uint2& pairs) {
     const T* const four = reinterpret_cast<const T*>(&pairs);
     v.x += to_float(four[0]), v.y += to_float(four[1]), v.z += to_float(four[2]), v.w += to_float(four[3]);
   }
+  // What is added to rows r .. r + 3 and multiplied with them, zero where there is none.
+  struct Beside {
+    uint2 bias, up_bias, residual, weight;
+  };
+  __device__ Beside load_beside(int r, int c) const {
+    Beside beside{};
+    const int64_t at = out_row + first_row + r;
+    if (!group.by_fours || first_row + r >= w->rows) return beside;
+    const auto four = [](const void* from, int64_t first) { return *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + first); };
+    if (p.bias != nullptr) {
+      beside.bias = four(p.bias, at);
+      if (gated) beside.up_bias = four(p.bias, at + w->rows);
+    }
+    if (p.residual != nullptr) beside.residual = four(p.residual, c * p.residual_stride + at);
+    if (group.extras.normed != nullptr) beside.weight = four(group.extras.next_weight, at);
+    return beside;
+  }
   // Rows r .. r + 3 of y, and what the norm behind it takes.
-  __device__ void store_four(int r, int c, float4 v, const float4& up) const {
+  __device__ void store_four(int r, int c, float4 v, float4 up, const Beside& beside) const {
     const GroupExtras& extras = group.extras;
     const bool inside = first_row + r < w->rows;
     const int64_t at = out_row + first_row + r;
@@ -214,22 +220,27 @@ struct GroupTask {
       return;
     }
     if (inside) {
-      add_four(v, p.bias, at);
+      add_four(v, beside.bias);
       if (gated) {
-        float4 other = up;
-        add_four(other, p.bias, at + w->rows);
+        add_four(up, beside.up_bias);
         // Rounded as what stands in memory elsewhere.
-        const auto of = [&](float gate, float by) { return activated(extras.gated - 1, to_float(from_float<T>(gate))) * to_float(from_float<T>(by)); };
-        v = make_float4(of(v.x, other.x), of(v.y, other.y), of(v.z, other.z), of(v.w, other.w));
+        const auto rounded = [](float4 of) {
+          const uint2 pairs = make_uint2(pack(of.x, of.y, T{}), pack(of.z, of.w, T{}));
+          of = make_float4(0, 0, 0, 0);
+          add_four(of, pairs);
+          return of;
+        };
+        v = activated(extras.gated - 1, rounded(v)), up = rounded(up);
+        v = make_float4(v.x * up.x, v.y * up.y, v.z * up.z, v.w * up.w);
       }
-      add_four(v, p.residual, c * p.residual_stride + at);
+      add_four(v, beside.residual);
       if (p.y_f32) {
         *reinterpret_cast<float4*>(static_cast<float*>(p.y) + c * p.y_stride + at) = v;
       } else {
         const uint2 pairs = make_uint2(pack(v.x, v.y, T{}), pack(v.z, v.w, T{}));
         *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = pairs;
-        const T* const four = reinterpret_cast<const T*>(&pairs);
-        v = make_float4(to_float(four[0]), to_float(four[1]), to_float(four[2]), to_float(four[3]));
+        v = make_float4(0, 0, 0, 0);
+        add_four(v, pairs);
       }
     }
     if (extras.normed == nullptr) return;
@@ -237,7 +248,7 @@ struct GroupTask {
     if (inside) {
       squares = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
       float4 weight = make_float4(extras.next_offset, extras.next_offset, extras.next_offset, extras.next_offset);
-      add_four(weight, extras.next_weight, at);
+      add_four(weight, beside.weight);
       *reinterpret_cast<uint2*>(static_cast<T*>(extras.normed) + c * p.y_stride + at) =
           make_uint2(pack(v.x * weight.x, v.y * weight.y, T{}), pack(v.z * weight.z, v.w * weight.w, T{}));
     }
@@ -260,6 +271,10 @@ struct GroupTask {
   __device__ void finish(const float (&acc)[N / 2], unsigned memory) const {
     float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
     const float* const roots = group.extras.x_squares == nullptr ? nullptr : reinterpret_cast<const float*>(bytes + kRootsAt);
+    const int M = static_cast<int>(p.M), quads = (gated ? kHalf : kGroupRows) / 4, first = piece * M / pieces;
+    const int all = ((piece + 1) * M / pieces - first) * quads, rounds = (all + kMultipliers - 1) / kMultipliers;
+    const auto column = [&](int i) { return first + i / quads; };
+    const auto row_of = [&](int i) { return i % quads * 4; };
     // What lies there is read no more.
     meet_group();
     float* const own = sums + thread % 4 * 2 * kSumsStride + thread / 32 * 16 + thread % 32 / 4;
@@ -268,31 +283,52 @@ struct GroupTask {
       float* const to = own + 8 * n * kSumsStride;
       to[0] = acc[4 * n], to[kSumsStride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[kSumsStride + 8] = acc[4 * n + 3];
     }
-    pieces == 1 ? meet_group() : meet_cluster();
+    pieces == 1 ? meet_group() : arrive_at_cluster();
+    // On its way meanwhile.
+    int i = thread;
+    Beside beside{};
+    if (i < all) beside = load_beside(row_of(i), column(i));
     if (roots != nullptr) wait_phase(memory + kRootsFullAt, 0);
+    if (pieces > 1) wait_for_cluster();
     const auto summed = [&](int r, int c) {
       const float4* const four = reinterpret_cast<const float4*>(sums + c * kSumsStride + r);
-      float4 of_piece[kMostPiecesOfGroup];
+      float4 sum;
+      if (pieces == 1) {
+        sum = *four;
+      } else {
+        float4 of_piece[kMostPiecesOfGroup];
 #pragma unroll
-      for (int k = 0; k < kMostPiecesOfGroup; ++k) {
-        of_piece[k] = make_float4(0, 0, 0, 0);
-        if (k < pieces) of_piece[k] = of_cluster(four, k, pieces);
-      }
-      float4 sum = of_piece[0];
+        for (int k = 0; k < kMostPiecesOfGroup; ++k) {
+          of_piece[k] = make_float4(0, 0, 0, 0);
+          if (k < pieces) of_piece[k] = of_cluster(four, k, pieces);
+        }
+        sum = of_piece[0];
 #pragma unroll
-      for (int k = 1; k < kMostPiecesOfGroup; ++k) {
-        sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
+        for (int k = 1; k < kMostPiecesOfGroup; ++k) {
+          sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
+        }
       }
       const float root = roots == nullptr ? 1 : roots[c];
       return make_float4(root * sum.x, root * sum.y, root * sum.z, root * sum.w);
     };
-    const int M = static_cast<int>(p.M), quads = (gated ? kHalf : kGroupRows) / 4, first = piece * M / pieces, columns = (piece + 1) * M / pieces - first;
 #pragma unroll 1
-    for (int i = thread; i < columns * quads; i += kMultipliers) {
-      const int c = first + i / quads, r = i % quads * 4;
-      store_four(r, c, summed(r, c), gated ? summed(r + kHalf, c) : float4{});
+    for (int round = 1; round <= rounds; ++round, i += kMultipliers) {
+      const bool any = i < all;
+      const int c = column(i), r = row_of(i);
+      float4 sum{}, up{};
+      if (any) {
+        sum = summed(r, c);
+        if (gated) up = summed(r + kHalf, c);
+      }
+      // Others' sums are here: their blocks may end. Not relaxed, which would overtake the reads.
+      if (pieces > 1 && round == rounds) arrive_at_cluster();
+      if (any) store_four(r, c, sum, up, beside);
+      if (i + kMultipliers < all) beside = load_beside(row_of(i + kMultipliers), column(i + kMultipliers));
     }
-    if (pieces > 1) leave_cluster();
+    if (pieces > 1) {
+      if (rounds == 0) arrive_at_cluster();
+      wait_for_cluster();
+    }
   }
 };
 

@@ -167,13 +167,15 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
   if (lane == 0) stage.leave_last(stages);
 }
 
-// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further; where A has but one,
-// each warp has every second block of 64 columns, and z is the sum of two. Of gate and up each warp has one's A.
+// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further. Where a matrix has but
+// one tile, each warp has every second block of 64 columns, and z is the sum of two: kShared, with a tile of each matrix. Else of gate and up each
+// warp has one's A.
 template <typename T, bool kNf4, int N, int kTiles, bool kShared>
 __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned z_phase) {
   using Stage = GroupStage<N, kNf4>;
   const int number = threadIdx.x / 32 - kGroupWarps - 1, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
-  const KernelRowsPart& part = task.gated ? task.w[number] : *task.w;
+  const bool own_matrix = task.gated && !kShared;
+  const KernelRowsPart& part = own_matrix ? task.w[number] : *task.w;
   const int rank = static_cast<int>(part.R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
   const bool f32 = part.lora_f32 != 0;
   const int boxes = Stage::kBlocks * (f32 ? 2 : 1), first_tile = task.gated ? 0 : number, tile_step = task.gated ? 1 : kAWarps;
@@ -188,14 +190,14 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
 #pragma unroll 1
     for (int block = 0; block < Stage::kBlocks; ++block) {
       if (kShared && (unit * Stage::kBlocks + block) % kAWarps != number) continue;
-      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + (task.gated * number * boxes + block * (f32 ? 2 : 1)) * box_bytes;
+      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + ((own_matrix ? number * boxes : 0) + block * (f32 ? 2 : 1)) * box_bytes;
       const unsigned x = stage.memory + kStagesAt + stage.stage * Stage::kXBytes + block * (N * 128) + of_x;
 #pragma unroll
       for (int k = 0; k < kBlock / 16; ++k) {
         unsigned rows[kTiles][4], columns[N / 16][4];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const unsigned tile = a + (kShared ? 0 : min((first_tile + i * tile_step) * tile_bytes, box_bytes - tile_bytes));
+          const unsigned tile = a + (kShared ? i * boxes * box_bytes : min((first_tile + i * tile_step) * tile_bytes, box_bytes - tile_bytes));
           if (!f32) {
             load_matrices(rows[i], (tile + of_a) ^ 32 * k);
             continue;
@@ -228,8 +230,8 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int own = (kShared ? 0 : first_tile + i * tile_step) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
-        const int j = own + (kShared ? number * kTileRows : task.gated * number * (box_bytes / 128));
-        const float z = own < rank ? part.scale * acc[i][n][k] : 0;
+        const int j = own + (kShared ? (number * kTiles + i) * kTileRows : own_matrix ? number * (box_bytes / 128) : 0);
+        const float z = own < rank ? (kShared ? task.w[i].scale : part.scale) * acc[i][n][k] : 0;
         *reinterpret_cast<T*>(task.bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(z);
       }
     }
@@ -249,9 +251,9 @@ __device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task,
     }
     return;
   }
-  if (task.w->R <= kTileRows && !task.gated) {
-    multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
-  } else if (task.w->R <= (task.gated ? 1 : kAWarps) * kTileRows) {
+  if (task.shares_a()) {
+    task.gated ? multiply_tiles_of_a<T, kNf4, N, 2, true>(task, stage, z_phase) : multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
+  } else if (!task.gated && task.w->R <= kAWarps * kTileRows) {
     multiply_tiles_of_a<T, kNf4, N, 1, false>(task, stage, z_phase);
   } else {
     multiply_tiles_of_a<T, kNf4, N, 2, false>(task, stage, z_phase);
@@ -259,39 +261,64 @@ __device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task,
   z_phase ^= 1;
 }
 
-// The table of pairs and the scales of a task, by the warps that multiply; `part` has the table that is there, or is -1.
+// The table of pairs and the map of scales, by the threads `first` .. `first` + kThreads of the block.
+template <typename T, int kThreads>
+__device__ __forceinline__ void fill_maps(const KernelNf4& nf4, char* bytes, int thread) {
+  if (nf4.nested_absmax != nullptr) {
+    for (int i = thread; i < 256; i += kThreads) reinterpret_cast<float*>(bytes + kScaleMapAt)[i] = __ldg(nf4.nested_quant_map + i);
+  }
+  const float mine = __ldg(nf4.quant_map + thread % 16);
+#pragma unroll 4
+  for (int i = thread; i < 256 * 8; i += kThreads) {
+    const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
+    const unsigned pair = pack(even, odd, T{});
+    *reinterpret_cast<uint4*>(bytes + kPairsAt + (i >> 3) * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+  }
+}
+
+// The scales of a task by the warps that multiply, each its rows'. Maps are those of part `part`, or, where it is -1, the first task's, which other
+// warps make meanwhile.
 template <typename T, int N>
 __device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& part) {
-  using Task = GroupTask<T, true, N>;
+  constexpr int kAtOnce = 4;
   const KernelNf4& nf4 = task.w->nf4;
-  // Those of the task before are read no more.
-  const KernelNf4* const before = part < 0 ? nullptr : &task.p.parts[part].nf4;
-  if (before != nullptr) meet_group();
-  typename Task::Scales scales;
-  task.load(scales, task.thread);
-  if (nf4.nested_absmax != nullptr && task.thread < 256 && (before == nullptr || before->nested_quant_map != nf4.nested_quant_map)) {
-    reinterpret_cast<float*>(task.bytes + kScaleMapAt)[task.thread] = __ldg(nf4.nested_quant_map + task.thread);
-  }
-  if (before == nullptr || before->quant_map != nf4.quant_map) {
-    const float mine = __ldg(nf4.quant_map + task.thread % 16);
-#pragma unroll 1
-    for (int i = task.thread; i < 256 * 8; i += kMultipliers) {
-      const float even = __shfl_sync(0xffffffff, mine, i >> 7), odd = __shfl_sync(0xffffffff, mine, i >> 3 & 15);
-      const unsigned pair = pack(even, odd, T{});
-      *reinterpret_cast<uint4*>(task.bytes + kPairsAt + (i >> 3) * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+  const int lane = task.thread % 32, r = task.thread / 32 * 16 + lane % 16, fours = task.fours();
+  typename GroupTask<T, true, N>::Scales scales[kAtOnce];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + 2 * k < fours) task.load(scales[k], r, first + 2 * k);
+    }
+  };
+  load(lane / 16);
+  if (part < 0) {
+    meet_all();
+  } else {
+    const KernelNf4& before = task.p.parts[part].nf4;
+    if (before.quant_map != nf4.quant_map || before.nested_quant_map != nf4.nested_quant_map) {
+      meet_group();
+      fill_maps<T, kMultipliers>(nf4, task.bytes, task.thread);
+      meet_group();
     }
   }
   part = task.part;
-  meet_group();
-  const int all = kGroupRows * task.fours();
+  unsigned* const row = reinterpret_cast<unsigned*>(task.bytes + kScalesAt + r * task.group.scale_stride);
+  // Those of the task before are read no more.
+  __syncwarp();
 #pragma unroll 1
-  for (int i = task.thread;;) {
-    task.store(scales, i);
-    i += Task::kHeld * kMultipliers;
-    if (i >= all) break;
-    task.load(scales, i);
+  for (int first = lane / 16;;) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int four = first + 2 * k;
+      if (four >= fours) continue;
+      const uint2 pairs = task.in_16_bits(scales[k], r, four);
+      row[2 * four] = pairs.x, row[2 * four + 1] = pairs.y;
+    }
+    first += 2 * kAtOnce;
+    if (first >= fours) break;
+    load(first);
   }
-  meet_group();
+  __syncwarp();
 }
 
 #endif
@@ -321,8 +348,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   StageOf stage{memory};
   unsigned z_phase = 0;
   if (warp < kGroupWarps) {
-    // Those that multiply by A need more registers, in 16 bits, and those by W fewer.
-    if constexpr (!kNf4) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    // Those that multiply by A need more registers, and those by W fewer.
+    if constexpr (!kNf4 || N == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
     int part = -1;
     for (int number = first; number < group.tasks; number += step) {
       float acc[N / 2] = {};
@@ -343,7 +370,14 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       group.tasks > step ? task.finish_alone(acc) : task.finish(acc, memory);
     }
   } else {
-    if constexpr (!kNf4) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if constexpr (!kNf4 || N == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if constexpr (kNf4) {
+      // A block has a task at least.
+      if (warp > kGroupWarps) {
+        fill_maps<T, kMapThreads>(Task(group, bytes, first).w->nf4, bytes, threadIdx.x - (kMultipliers + 32));
+        arrive_for_all();
+      }
+    }
     if (threadIdx.x == kMultipliers) {
       for (int number = first; number < group.tasks; number += step) {
         const Task task(group, bytes, number);

@@ -48,11 +48,64 @@ __device__ inline Best shuffled(const Best& a, int step) {
           __shfl_xor_sync(0xffffffff, a.sum, step), static_cast<bool>(__shfl_xor_sync(0xffffffff, a.valid, step))};
 }
 
-// body(i, from[i]) for this lane's share of [begin, end), in the order of i. Sixteen elements are under way at once, as a thread has nothing
-// else to wait with; `aligned`: from, begin and end are whole vectors.
+// The larger one; NaN where one is.
+__device__ inline float larger(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#else
+  return a > b || isnan(a) ? a : b;
+#endif
+}
+
+// Elements that are under way at once, as a thread has nothing else to wait with: so many vectors of four.
+constexpr int kAtOnce = 4;
+
+// More of a row, whose ids ascend and are behind all before. One exponential an element, and the largest of all first, so that it is the only one.
+template <int kCount, typename Id>
+__device__ inline void take(Best& best, const float (&v)[kCount], const Id& id_of) {
+  float most = v[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) most = larger(most, v[i]);
+  best.valid = best.valid && most < INFINITY;
+  if (most > best.value) {
+    best.sum *= __expf(best.value - most);
+    best.value = most;
+    // The first of equals.
+#pragma unroll
+    for (int i = kCount - 1; i >= 0; --i) best.id = v[i] == most ? id_of(i) : best.id;
+  }
+  if (!(best.value > -INFINITY)) return;
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i % 4] += __expf(v[i] - best.value);
+  best.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Of this thread's share of [begin, end); `aligned`: from, begin and end are whole vectors.
+__device__ inline Best best_of(const float* from, int begin, int end, bool aligned) {
+  Best best{-INFINITY, 0x7fffffff, 0, true};
+  const int lane = threadIdx.x;
+  for (int first = begin + 4 * lane; aligned && first < end; first += kAtOnce * 4 * kThreads) {
+    float v[4 * kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int at = first + 4 * k * kThreads;
+      reinterpret_cast<float4&>(v[4 * k]) = at < end ? *reinterpret_cast<const float4*>(from + at) : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    }
+    take(best, v, [&](int i) { return first + i / 4 * 4 * kThreads + i % 4; });
+  }
+  for (int i = begin + lane; !aligned && i < end; i += kThreads) {
+    const float v[1] = {from[i]};
+    take(best, v, [&](int) { return i; });
+  }
+  return best;
+}
+
+// body(i, from[i]) for this lane's share of [begin, end), in the order of i.
 template <typename Body>
 __device__ inline void each_of(const float* from, int begin, int end, int lane, int lanes, bool aligned, Body&& body) {
-  constexpr int kAtOnce = 4;
   if (aligned) {
     for (int first = begin + 4 * lane; first < end; first += kAtOnce * 4 * lanes) {
       float4 v[kAtOnce];
@@ -88,7 +141,7 @@ struct Shared {
   Mass sums[kWarps];
   Mass bins[kBins];
   Mass rest;
-  Mass of_block;
+  Mass of_block[3];
   Best best_of_block;
   unsigned key;
   int chosen;
@@ -101,19 +154,18 @@ struct Team {
   __device__ void meet() const {
     size > 1 ? meet_cluster() : __syncthreads();
   }
-  // The block's sum: of the team, and of the blocks before this one.
-  __device__ Mass before_block(Mass& total, Shared& s) const {
+  // The block's sum: of the team, and of the blocks before this one. Each call has a place of its own, which is written but once.
+  __device__ Mass before_block(Mass& total, Shared& s, int place) const {
     if (size == 1) return 0;
-    if (threadIdx.x == 0) s.of_block = total;
+    if (threadIdx.x == 0) s.of_block[place] = total;
     meet();
     Mass before = 0;
     total = 0;
     for (int b = 0; b < size; ++b) {
-      const Mass other = of_cluster(&s.of_block, b, size);
+      const Mass other = of_cluster(&s.of_block[place], b, size);
       if (b < block) before += other;
       total += other;
     }
-    meet();
     return before;
   }
 };
@@ -124,13 +176,9 @@ __device__ inline Mass before_this(Mass value, Shared& s, Mass& total) {
   __syncthreads();
   if (threadIdx.x % 32 == 31) s.sums[threadIdx.x / 32] = inclusive;
   __syncthreads();
-  Mass before = 0;
-  total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < static_cast<int>(threadIdx.x / 32)) before += s.sums[w];
-    total += s.sums[w];
-  }
-  return before + inclusive - value;
+  const Mass of_warps = scan(s.sums[threadIdx.x % 32]);
+  total = __shfl_sync(0xffffffff, of_warps, 31);
+  return __shfl_sync(0xffffffff, of_warps, threadIdx.x / 32) - s.sums[threadIdx.x / 32] + inclusive - value;
 }
 
 // The smallest key at which the sum of mass(key) over all keys up to it exceeds `rest`, and what of rest is left there.
@@ -177,23 +225,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   const float temperature = static_cast<float>(params[5 * row]);
   const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
 
-  Best best{-INFINITY, 0x7fffffff, 0, true};
   const bool aligned = V % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   // Of each block, and of each of its warps when a token is drawn: a run of ids.
   const int piece = (V + team.size - 1) / team.size, run = ((piece + kWarps - 1) / kWarps + 3) / 4 * 4;
   const int own_begin = min(team.block * kWarps * run, V), own_end = min(own_begin + kWarps * run, V);
-  each_of(from, own_begin, own_end, threadIdx.x, kThreads, aligned, [&](int i, float v) {
-    if (!(v < INFINITY)) {
-      best.valid = false;
-    } else if (v > best.value) {
-      // Ids ascend: the first of equals stays.
-      best.sum = best.sum * __expf(best.value - v) + 1;
-      best.value = v;
-      best.id = i;
-    } else if (v > -INFINITY) {
-      best.sum += __expf(v - best.value);
-    }
-  });
+  Best best = best_of(from, own_begin, own_end, aligned);
   for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
   if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
   __syncthreads();
@@ -233,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
         if (key_of(score) >= lowest) mine += mass_of(score);
       });
       before_this(mine, s, total);
-      team.before_block(total, s);
+      team.before_block(total, s, 0);
       Mass rest = static_cast<Mass>((1 - top_p) * static_cast<double>(total));
       if (rest >= total) rest = total - 1;
       const unsigned from_top_k = lowest;
@@ -257,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       Mass mine = 0, total;
       each_score(begin, end, threadIdx.x % 32, 32, [&](float score) { mine += key_of(score) == lowest; });
       before_this(mine, s, total);
-      equals_before = team.before_block(total, s);
+      equals_before = team.before_block(total, s, 1);
       for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) equals_before += s.sums[w];
     }
     const auto kept_in_order = [&](float score, Mass& equals) {
@@ -280,12 +316,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       }
     }
     before_this(mine, s, total);
-    const Mass of_block = total, before_block = team.before_block(total, s);
+    const Mass of_block = total, before_block = team.before_block(total, s, 2);
     const Mass target = min(static_cast<Mass>(u * static_cast<double>(total)), total - 1);
     writes = before_block <= target && target < before_block + of_block;
-    int of_run = 0;
-    Mass before_run = before_block;
-    while (of_run < kWarps - 1 && before_run + s.sums[of_run] <= target) before_run += s.sums[of_run++];
+    // The first run behind which the target is passed, or the last.
+    const Mass own_run = s.sums[threadIdx.x % 32], behind_run = before_block + scan(own_run);
+    const unsigned passed = __ballot_sync(0xffffffff, behind_run > target);
+    const int of_run = passed == 0 ? kWarps - 1 : __ffs(static_cast<int>(passed)) - 1;
+    const Mass before_run = __shfl_sync(0xffffffff, behind_run - own_run, of_run);
     __syncthreads();
     // The equals before that run.
     if (dropped_equals > 0) {
