@@ -1,11 +1,11 @@
-// All layers of a decoder on 9 to 64 new rows, bf16 on Hopper: four products by rows_groups.cuh and paged attention, five launches a layer (six where
-// the activation stays by itself) in place of nine. What the others do is done on the way out of the product before:
+// All layers of a decoder on 9 to 64 new rows, bf16 on Hopper: four products by rows_groups.cuh and paged attention, five launches a layer in place
+// of nine. What the others do is done on the way out of the product before:
 //   norm        x_i / rms(x) w_i: the product that makes x leaves x w, too, and sums of x^2; the product behind divides its own sums by the root,
 //               which commutes with W, A and B. x w is rounded once, where a norm by itself rounds x / rms(x) and then that times w.
 //   rotation    in attention (paged_attention.cu)
-//   activation  gate and up of the same columns are one thread block's
-// The first layer's norm is a launch, and so are norms of query and key, and the activation beside NF4 with LoRA or more than 32 ranks. Moves: the
-// weights once, keys and values once.
+//   activation  gate and up of the same columns are two thread blocks beside each other
+// The first layer's norm is a launch, and so are norms of query and key, and the activation where gate and up are one matrix with LoRA or in 4 bits.
+// Moves: the weights once, keys and values once.
 //
 // Measured on one H200, Llama-3.1-8B, LoRA r 16, a step of 32 rows, ms: NF4 3.85 layer by layer, 3.74 with the norms; bf16 5.33, 5.18 with the
 // norms, 5.20 with the activation, 5.06 with both. Tried: the first stages of the next product's weights and its scales asked for into the
@@ -93,7 +93,13 @@ struct Layers {
   }
   Product gate_up(int64_t layer, bool gated) const {
     const KernelDecodeLayer& l = d.layers[layer];
-    Product p = product(l.gate_up, l.gate_up_count, l.gate_up_bias, at.normed, d.C, gated ? at.product : at.gate_up, gated ? d.F : 2 * d.F);
+    KernelRowsPart parts[2] = {l.gate_up[0], l.gate_up[1]};
+    int64_t count = l.gate_up_count;
+    if (count == 1 && parts[0].w != nullptr && parts[0].a == nullptr) {
+      count = 2, parts[0].rows /= 2, parts[1] = parts[0];
+      parts[1].w = static_cast<const char*>(parts[0].w) + parts[0].rows * parts[0].w_stride * 2;
+    }
+    Product p = product(parts, count, l.gate_up_bias, at.normed, d.C, gated ? at.product : at.gate_up, gated ? d.F : 2 * d.F);
     if (gated) p.extras.gated = 1 + d.activation;
     return behind_norm(p);
   }
@@ -104,12 +110,9 @@ struct Layers {
     p.rows.residual = at.h[0], p.rows.residual_stride = d.C;
     return last ? p : before_norm(p, d.layers[layer + 1].input_norm);
   }
-  // Two A and the activation take NF4's blocks longer than the launch that they save: an H200, a layer of 8B in us, with and without, 107.8 and 105.7
-  // for 32 rows, 92.6 and 90.1 for 12; in bf16 145.9 and 146.8.
   bool gates(int64_t layer) const {
-    const KernelRowsPart& gate = d.layers[layer].gate_up[0];
     const Product p = gate_up(layer, true);
-    return (gate.w != nullptr || gate.a == nullptr) && groups_take(p.rows, p.extras);
+    return groups_take(p.rows, p.extras);
   }
 
   KernelPaged attention(int64_t layer) const {

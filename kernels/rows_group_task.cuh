@@ -70,7 +70,7 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
-// A piece of a group: rows of one part, or of gate and as many of up.
+// A piece of a group, rows of one part. Of gate and up the pieces of a group are the rows of one and of the other.
 template <typename T, bool kNf4, int N>
 struct GroupTask {
   using Stage = GroupStage<N, kNf4>;
@@ -87,19 +87,22 @@ struct GroupTask {
   __device__ GroupTask(const GroupPlan& given, char* shared, int task) : group(given), plan(given.plan), p(given.plan.rows), bytes(shared) {
     int local = number = task / pieces;
     piece = task % pieces;
-    while (local >= plan.w_tiles[part]) {
-      local -= plan.w_tiles[part];
-      out_row += p.parts[part].rows;
-      ++part;
+    if (gated) {
+      part = piece;
+    } else {
+      while (local >= plan.w_tiles[part]) {
+        local -= plan.w_tiles[part];
+        out_row += p.parts[part].rows;
+        ++part;
+      }
     }
     w = &p.parts[part];
-    first_row = int64_t{local} * (gated ? kHalf : kGroupRows);
-    from = piece * group.units / pieces;
-    to = (piece + 1) * group.units / pieces;
+    first_row = int64_t{local} * kGroupRows;
+    from = gated ? 0 : piece * group.units / pieces;
+    to = gated ? group.units : (piece + 1) * group.units / pieces;
   }
   __device__ bool has_lora() const { return w->a != nullptr; }
-  __device__ int64_t row(int r) const { return min(first_row + (gated ? r % kHalf : r), w->rows - 1); }
-  __device__ const KernelRowsPart& part_of(int r) const { return gated && r >= kHalf ? w[1] : w[0]; }
+  __device__ int64_t row(int r) const { return min(first_row + r, w->rows - 1); }
   // Of A 64 columns in 16 bits or 32 in f32, rows up to a multiple of a tile's.
   __device__ int a_box_bytes() const { return (static_cast<int>(w->R) + kTileRows - 1) / kTileRows * (kTileRows * 128); }
 
@@ -113,7 +116,7 @@ struct GroupTask {
   __device__ int64_t scale_block(int r, int four) const { return row(r) * plan.blocks + first_scale() + four * 4; }
   __device__ void load(Scales& scales, int r, int four) const {
     const int64_t block = scale_block(r, four);
-    const KernelNf4& nf4 = part_of(r).nf4;
+    const KernelNf4& nf4 = w->nf4;
     if (nf4.nested_absmax == nullptr) return;
     scales.codes = __ldg(reinterpret_cast<const unsigned*>(static_cast<const uint8_t*>(nf4.absmax) + block));
     scales.nested = __ldg(nf4.nested_absmax + (block >> plan.nested_shift[part]));
@@ -123,11 +126,11 @@ struct GroupTask {
     float4 scale;
     if (w->nf4.nested_absmax != nullptr) {
       const auto of = [&](int j) {
-        return __fadd_rn(__fmul_rn(map[scales.codes >> 8 * j & 255], scales.nested), part_of(r).nf4.nested_offset);
+        return __fadd_rn(__fmul_rn(map[scales.codes >> 8 * j & 255], scales.nested), w->nf4.nested_offset);
       };
       scale = make_float4(of(0), of(1), of(2), of(3));
     } else {
-      scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(part_of(r).nf4.absmax) + scale_block(r, four)));
+      scale = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(w->nf4.absmax) + scale_block(r, four)));
     }
     return make_uint2(pack(scale.x, scale.y, T{}), pack(scale.z, scale.w, T{}));
   }
@@ -135,7 +138,6 @@ struct GroupTask {
   // B of sixteen ranks from `first` on, as a product takes it.
   __device__ void load_b(unsigned (&b)[4], int first) const {
     const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4, rank = static_cast<int>(w->R);
-    const void* const rows = part_of(16 * warp).b;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int j = first + 8 * (k / 2) + 2 * t;
@@ -143,32 +145,38 @@ struct GroupTask {
       b[k] = 0;
       if (j >= rank) continue;
       if (w->lora_f32) {
-        const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(rows) + at));
+        const float2 v = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w->b) + at));
         b[k] = pack(v.x, v.y, T{});
       } else {
-        b[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(rows) + at));
+        b[k] = __ldg(reinterpret_cast<const unsigned*>(static_cast<const T*>(w->b) + at));
       }
     }
   }
 
-  // Whether a tile of A is all of a matrix; z is then in two, of every other block of columns each.
+  // Whether a tile of A is all of it; z is then in two, of every other block of columns each.
   __device__ bool shares_a() const { return w->R <= kTileRows; }
-  // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side: of one matrix, or of gate's and then up's; then those of the
-  // other half of the columns.
+  // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side.
   __device__ void add_lora(float (&acc)[N / 2], unsigned (&b)[4], unsigned memory, unsigned& phase) const {
-    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows, first = gated && thread >= kMultipliers / 2 ? tiles : 0;
-    const int products = shares_a() ? 2 : tiles, step = shares_a() && gated ? 2 : 1;
+    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows;
     wait_phase(memory + kZFullAt, phase);
     phase ^= 1;
-    const uint64_t z = uniform_matrix(kZAt + first * kTileRows * 2);
-#pragma unroll 1
-    for (int i = 0;;) {
+    const uint64_t z = uniform_matrix(kZAt);
+    if (shares_a()) {
       begin_products();
-      wgmma(acc, b, z + 2 * i * step, T{});
+      wgmma(acc, b, z, T{});
+      wgmma(acc, b, z + 2, T{});
       commit_products();
       wait_products<0>();
-      if (++i >= products) break;
-      if (!shares_a()) load_b(b, i * kTileRows);
+    } else {
+#pragma unroll 1
+      for (int i = 0;;) {
+        begin_products();
+        wgmma(acc, b, z + 2 * i, T{});
+        commit_products();
+        wait_products<0>();
+        if (++i >= tiles) break;
+        load_b(b, i * kTileRows);
+      }
     }
     if (thread % 32 == 0) arrive(memory + kZEmptyAt);
   }
@@ -271,7 +279,7 @@ struct GroupTask {
   __device__ void finish(const float (&acc)[N / 2], unsigned memory) const {
     float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
     const float* const roots = group.extras.x_squares == nullptr ? nullptr : reinterpret_cast<const float*>(bytes + kRootsAt);
-    const int M = static_cast<int>(p.M), quads = (gated ? kHalf : kGroupRows) / 4, first = piece * M / pieces;
+    const int M = static_cast<int>(p.M), quads = kGroupRows / 4, first = piece * M / pieces;
     const int all = ((piece + 1) * M / pieces - first) * quads, rounds = (all + kMultipliers - 1) / kMultipliers;
     const auto column = [&](int i) { return first + i / quads; };
     const auto row_of = [&](int i) { return i % quads * 4; };
@@ -290,8 +298,11 @@ struct GroupTask {
     if (i < all) beside = load_beside(row_of(i), column(i));
     if (roots != nullptr) wait_phase(memory + kRootsFullAt, 0);
     if (pieces > 1) wait_for_cluster();
-    const auto summed = [&](int r, int c) {
-      const float4* const four = reinterpret_cast<const float4*>(sums + c * kSumsStride + r);
+    const auto times_root = [&](const float4& sum, int c) {
+      const float root = roots == nullptr ? 1 : roots[c];
+      return make_float4(root * sum.x, root * sum.y, root * sum.z, root * sum.w);
+    };
+    const auto summed = [&](const float4* four) {
       float4 sum;
       if (pieces == 1) {
         sum = *four;
@@ -308,17 +319,18 @@ struct GroupTask {
           sum.x += of_piece[k].x, sum.y += of_piece[k].y, sum.z += of_piece[k].z, sum.w += of_piece[k].w;
         }
       }
-      const float root = roots == nullptr ? 1 : roots[c];
-      return make_float4(root * sum.x, root * sum.y, root * sum.z, root * sum.w);
+      return sum;
     };
 #pragma unroll 1
     for (int round = 1; round <= rounds; ++round, i += kMultipliers) {
       const bool any = i < all;
       const int c = column(i), r = row_of(i);
       float4 sum{}, up{};
-      if (any) {
-        sum = summed(r, c);
-        if (gated) up = summed(r + kHalf, c);
+      const float4* const four = reinterpret_cast<const float4*>(sums + c * kSumsStride + r);
+      if (any && gated) {
+        sum = times_root(of_cluster(four, 0, pieces), c), up = times_root(of_cluster(four, 1, pieces), c);
+      } else if (any) {
+        sum = times_root(summed(four), c);
       }
       // Others' sums are here: their blocks may end. Not relaxed, which would overtake the reads.
       if (pieces > 1 && round == rounds) arrive_at_cluster();

@@ -2,7 +2,7 @@
 // groups are fewer than processors; each of its four warpgroups multiplies 64 rows of W by all columns of x (hopper.cuh). One thread more
 // brings W and x through stages in shared memory, and two warps multiply x as it passes by A. The sum of LoRA's products over pieces is the
 // product's own: each piece adds B z^T of its columns. Pieces of a group are a cluster of thread blocks, which add their sums up in order
-// through each other's shared memory.
+// through each other's shared memory; where gate and up are to be multiplied with each other, blocks of the same rows of both are one.
 //
 // NF4 comes in runs of 128 columns, 64 bytes a row, becomes pairs by the table and these times their scale: map, scale and product are rounded
 // to 16 bits. A word of a row is eight columns, of which lane t of the row has pair t, as products want it: all four lanes read all
@@ -49,19 +49,17 @@ template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int unit, StageOf& stage) {
   using Stage = GroupStage<N, kNf4>;
   const bool f32 = task.w->lora_f32 != 0;
-  const int boxes = Stage::kBlocks * (f32 ? 2 : 1), matrices = !task.has_lora() ? 0 : task.gated ? 2 : 1, first_row = static_cast<int>(task.first_row);
+  const int boxes = task.has_lora() ? Stage::kBlocks * (f32 ? 2 : 1) : 0, first_row = static_cast<int>(task.first_row);
   wait_phase(stage.empty(), stage.phase ^ 1);
-  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + matrices * boxes * static_cast<int>(task.w->R) * 128);
+  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + boxes * static_cast<int>(task.w->R) * 128);
   const CUtensorMap* const w = task.group.w + task.part;
   const unsigned to = stage.memory + task.group.w_at + stage.stage * Stage::kWBytes;
   const int column = unit * (kNf4 ? kRun / 2 : kBlock);
   copy_box(to, w, column, first_row, stage.full());
-  copy_box(to + Stage::kWBytes / 2, task.gated ? w + 1 : w, column, task.gated ? first_row : first_row + kHalf, stage.full());
+  copy_box(to + Stage::kWBytes / 2, w, column, first_row + kHalf, stage.full());
   unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes;
-  for (int matrix = 0; matrix < matrices; ++matrix) {
-    for (int i = 0; i < boxes; ++i, a += task.a_box_bytes()) {
-      copy_box(a, task.group.a + task.part + matrix, (unit * boxes + i) * (f32 ? kBlock / 2 : kBlock), 0, stage.full());
-    }
+  for (int i = 0; i < boxes; ++i, a += task.a_box_bytes()) {
+    copy_box(a, task.group.a + task.part, (unit * boxes + i) * (f32 ? kBlock / 2 : kBlock), 0, stage.full());
   }
   stage.next(task.group.stages);
 }
@@ -167,18 +165,15 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
   if (lane == 0) stage.leave_last(stages);
 }
 
-// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further. Where a matrix has but
-// one tile, each warp has every second block of 64 columns, and z is the sum of two: kShared, with a tile of each matrix. Else of gate and up each
-// warp has one's A.
+// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further; where A has but one,
+// each warp has every second block of 64 columns, and z is the sum of two.
 template <typename T, bool kNf4, int N, int kTiles, bool kShared>
 __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned z_phase) {
   using Stage = GroupStage<N, kNf4>;
   const int number = threadIdx.x / 32 - kGroupWarps - 1, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
-  const bool own_matrix = task.gated && !kShared;
-  const KernelRowsPart& part = own_matrix ? task.w[number] : *task.w;
+  const KernelRowsPart& part = *task.w;
   const int rank = static_cast<int>(part.R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
   const bool f32 = part.lora_f32 != 0;
-  const int boxes = Stage::kBlocks * (f32 ? 2 : 1), first_tile = task.gated ? 0 : number, tile_step = task.gated ? 1 : kAWarps;
   // Where the rows lie that this lane names for four 8x8 matrices: of A those of one sixteen of columns, of x of two eights of rows. Columns 16 k
   // further are at this xor 32 k.
   const unsigned of_a = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16, of_x = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
@@ -190,14 +185,14 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
 #pragma unroll 1
     for (int block = 0; block < Stage::kBlocks; ++block) {
       if (kShared && (unit * Stage::kBlocks + block) % kAWarps != number) continue;
-      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + ((own_matrix ? number * boxes : 0) + block * (f32 ? 2 : 1)) * box_bytes;
+      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + block * (f32 ? 2 : 1) * box_bytes;
       const unsigned x = stage.memory + kStagesAt + stage.stage * Stage::kXBytes + block * (N * 128) + of_x;
 #pragma unroll
       for (int k = 0; k < kBlock / 16; ++k) {
         unsigned rows[kTiles][4], columns[N / 16][4];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const unsigned tile = a + (kShared ? i * boxes * box_bytes : min((first_tile + i * tile_step) * tile_bytes, box_bytes - tile_bytes));
+          const unsigned tile = a + (kShared ? 0 : min((number + i * kAWarps) * tile_bytes, box_bytes - tile_bytes));
           if (!f32) {
             load_matrices(rows[i], (tile + of_a) ^ 32 * k);
             continue;
@@ -229,9 +224,9 @@ __device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>&
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int own = (kShared ? 0 : first_tile + i * tile_step) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
-        const int j = own + (kShared ? (number * kTiles + i) * kTileRows : own_matrix ? number * (box_bytes / 128) : 0);
-        const float z = own < rank ? (kShared ? task.w[i].scale : part.scale) * acc[i][n][k] : 0;
+        const int own = (kShared ? 0 : number + i * kAWarps) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
+        const int j = own + (kShared ? number * kTileRows : 0);
+        const float z = own < rank ? part.scale * acc[i][n][k] : 0;
         *reinterpret_cast<T*>(task.bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(z);
       }
     }
@@ -252,8 +247,8 @@ __device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task,
     return;
   }
   if (task.shares_a()) {
-    task.gated ? multiply_tiles_of_a<T, kNf4, N, 2, true>(task, stage, z_phase) : multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
-  } else if (!task.gated && task.w->R <= kAWarps * kTileRows) {
+    multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
+  } else if (task.w->R <= kAWarps * kTileRows) {
     multiply_tiles_of_a<T, kNf4, N, 1, false>(task, stage, z_phase);
   } else {
     multiply_tiles_of_a<T, kNf4, N, 2, false>(task, stage, z_phase);
@@ -430,26 +425,23 @@ bool plan_groups(const KernelRows& rows, const GroupExtras& extras, GroupPlan& g
   Plan& plan = group.plan;
   plan = plan_of(rows, kGroupRows, nf4, groups);
   group.extras = extras;
-  if (extras.gated) {
-    const KernelRowsPart &gate = rows.parts[0], &up = rows.parts[1];
-    const bool alike = rows.count == 2 && gate.rows == up.rows && (gate.a == nullptr) == (up.a == nullptr) && gate.R == up.R &&
-                       gate.lora_f32 == up.lora_f32 && gate.nf4.quant_map == up.nf4.quant_map && gate.nf4.nested_quant_map == up.nf4.nested_quant_map &&
-                       (gate.nf4.nested_absmax == nullptr) == (up.nf4.nested_absmax == nullptr) && plan.nested_shift[0] == plan.nested_shift[1];
-    if (!alike || gate.R > kMostRank / 2 || rows.y_f32) return false;
-    groups = plan.w_tiles[0] = static_cast<int>(ceil_div(gate.rows, kHalf));
-    plan.w_tiles[1] = 0;
-  }
+  if (extras.gated && (rows.count != 2 || rows.parts[0].rows != rows.parts[1].rows || rows.y_f32)) return false;
   const auto at_most = [](int value, int most) { return value < most ? value : most; };
   group.units = plan.blocks / Stage::kBlocks;
   if (group.units == 0) return false;
-  group.pieces = at_most(kMostPiecesOfGroup, group.units);
-  while (group.pieces > 1 && clusters_at_once<T, kNf4, N>(group.pieces) < groups) --group.pieces;
-  group.tasks = groups * group.pieces;
+  if (extras.gated) {
+    group.pieces = 2;
+    group.tasks = groups;
+  } else {
+    group.pieces = at_most(kMostPiecesOfGroup, group.units);
+    while (group.pieces > 1 && clusters_at_once<T, kNf4, N>(group.pieces) < groups) --group.pieces;
+    group.tasks = groups * group.pieces;
+  }
 
   for (int64_t i = 0; i < rows.count; ++i) {
     const KernelRowsPart& part = rows.parts[i];
     if (part.a == nullptr) continue;
-    const int boxes = Stage::kBlocks * (part.lora_f32 ? 2 : 1) * (extras.gated ? 2 : 1);
+    const int boxes = Stage::kBlocks * (part.lora_f32 ? 2 : 1);
     const int bytes = static_cast<int>(ceil_div(part.R, kTileRows)) * kTileRows * 128 * boxes;
     if (bytes > group.a_bytes) group.a_bytes = bytes;
   }
@@ -458,7 +450,7 @@ bool plan_groups(const KernelRows& rows, const GroupExtras& extras, GroupPlan& g
   bool fits = true;
   if constexpr (kNf4) {
     // Words of a row's scales are an odd number, so that eight rows are in different banks.
-    group.scale_stride = static_cast<int>(ceil_div(group.units, group.pieces) + 3 | 1) * 4;
+    group.scale_stride = static_cast<int>((extras.gated ? group.units : ceil_div(group.units, group.pieces)) + 3 | 1) * 4;
     group.w_at = kScalesAt + (kGroupRows * group.scale_stride + 1023) / 1024 * 1024;
     // Stages of A lie behind those of x or of W, where more have room.
     constexpr int kForX = kPairsAt - kStagesAt;

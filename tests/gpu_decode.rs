@@ -455,12 +455,7 @@ fn layers_are_few_launches() {
                 let label =
                     format!("{name}, 4-bit {load_in_4bit}, for inference {for_inference}, r {r}, {m} rows");
                 let layers = decoder.config.layers.len();
-                // The activation has a launch of its own in NF4, and where A has more tiles than the product holds.
-                let expected = if m <= 8 {
-                    (1, 0, 0)
-                } else {
-                    (0, 4 * layers, if load_in_4bit || r > 32 { layers } else { 0 })
-                };
+                let expected = if m <= 8 { (1, 0, 0) } else { (0, 4 * layers, 0) };
                 let found =
                     (launches("decode_kernel"), launches("groups_kernel"), launches("swiglu_forward"));
                 assert_eq!(found, expected, "{label}");
