@@ -256,7 +256,7 @@ __device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task,
   z_phase ^= 1;
 }
 
-// The table of pairs and the map of scales, by the threads `first` .. `first` + kThreads of the block.
+// The table of pairs and the map of scales, by kThreads threads, of which this is `thread`.
 template <typename T, int kThreads>
 __device__ __forceinline__ void fill_maps(const KernelNf4& nf4, char* bytes, int thread) {
   if (nf4.nested_absmax != nullptr) {
