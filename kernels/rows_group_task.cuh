@@ -1,5 +1,5 @@
-// defines: GroupPlan, StageOf, GroupTask: what a thread block of rows_groups.cuh has to do, where that lies in shared memory, and what becomes of
-// its sums.
+// defines: GroupPlan, StageOf, GroupTask: what a thread block of rows_groups_kernel.cuh has to do, where that lies in shared memory, and what
+// becomes of its sums.
 #pragma once
 
 #include "activation.cuh"
@@ -279,10 +279,11 @@ struct GroupTask {
   __device__ void finish(const float (&acc)[N / 2], unsigned memory) const {
     float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
     const float* const roots = group.extras.x_squares == nullptr ? nullptr : reinterpret_cast<const float*>(bytes + kRootsAt);
-    const int M = static_cast<int>(p.M), quads = kGroupRows / 4, first = piece * M / pieces;
-    const int all = ((piece + 1) * M / pieces - first) * quads, rounds = (all + kMultipliers - 1) / kMultipliers;
-    const auto column = [&](int i) { return first + i / quads; };
-    const auto row_of = [&](int i) { return i % quads * 4; };
+    constexpr int kQuads = kGroupRows / 4;
+    const int M = static_cast<int>(p.M), first = piece * M / pieces;
+    const int all = ((piece + 1) * M / pieces - first) * kQuads, rounds = (all + kMultipliers - 1) / kMultipliers;
+    const auto column = [&](int i) { return first + i / kQuads; };
+    const auto row_of = [&](int i) { return i % kQuads * 4; };
     // What lies there is read no more.
     meet_group();
     float* const own = sums + thread % 4 * 2 * kSumsStride + thread / 32 * 16 + thread % 32 / 4;

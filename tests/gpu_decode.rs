@@ -1,171 +1,28 @@
-//! Decoding on the GPU: the products of few rows, attention over pages, drawing, and the engine beside the trainer's forward.
+//! Decoding on the GPU: attention over pages, drawing, and the engine beside the trainer's forward.
 
 use std::collections::HashMap;
 
-use ferrotune::device;
 use ferrotune::generate::{
     Engine, EngineOptions, EventKind, KvBudget, Request, RequestId, Sampler, SamplingParams,
 };
-use ferrotune::models::FastLanguageModel;
-use ferrotune::models::{Config, Decoder, DeviceRows, NewRows};
+use ferrotune::models::{Config, Decoder, FastLanguageModel, NewRows};
 use ferrotune::nn::LoadOptions;
-use ferrotune::ops::{self, Draw, Linear, Lora, LoraRun, Nf4, Part, PartWeight, Pass, Weight};
+use ferrotune::ops::{self, Draw};
 use tch::{Device, Kind, Tensor};
 
 use crate::generate::{MIXED, mixed_pass};
 use crate::golden::{Flat, logits};
 use crate::gpu::gpu;
-use crate::less_memory::check_kept_inputs;
-use crate::tolerance::{What, assert_close, f64_on_cpu, rel};
+use crate::tolerance::{What, assert_close, rel};
 
-/// What a part of a projection is made of.
-#[derive(Debug, Clone, Copy)]
-enum Stored {
-    Dense,
-    Nf4,
-}
-
-/// What it is made of, rows, and LoRA's rank.
-type PartOf = (Stored, i64, i64);
-
-struct Projection {
-    linear: Linear,
-    /// W + sum of scale B A, f64 on the CPU.
-    merged: Tensor,
-    bias: Option<Tensor>,
-}
-
-fn projection(
-    parts: &[PartOf],
-    k: i64,
-    kind: Kind,
-    lora_kind: Kind,
-    bias: bool,
-    device: Device,
-) -> Projection {
-    let random = |shape: &[i64], kind| (Tensor::randn(shape, (Kind::Float, device)) * 0.05).to_kind(kind);
-    let (mut weights, mut named, mut merged) = (Vec::new(), Vec::new(), Vec::new());
-    for &(stored, rows, rank) in parts {
-        let dense = random(&[rows, k], kind);
-        let (weight, value) = match stored {
-            Stored::Dense => (PartWeight::Dense(dense.shallow_clone()), f64_on_cpu(&dense)),
-            Stored::Nf4 => {
-                let nf4 = Nf4::quantize(&dense).unwrap();
-                let value = nf4.dequantize(Kind::Double).unwrap().to_device(Device::Cpu);
-                (PartWeight::Nf4(nf4), value)
-            }
-        };
-        let lora = (rank > 0).then(|| Lora {
-            a: random(&[rank, k], lora_kind),
-            b: random(&[rows, rank], lora_kind),
-            scale: 0.5,
-            dropout: 0.0,
-        });
-        let update = lora.as_ref().map(|lora| f64_on_cpu(&lora.b).matmul(&f64_on_cpu(&lora.a)) * lora.scale);
-        merged.push(update.map_or(value.shallow_clone(), |update| value + update));
-        weights.push(weight);
-        named.push(Part { name: String::new(), rows, lora });
-    }
-    let all_dense = parts.iter().all(|(stored, ..)| matches!(stored, Stored::Dense));
-    let weight = if all_dense {
-        let dense: Vec<Tensor> = weights
-            .iter()
-            .map(|weight| match weight {
-                PartWeight::Dense(tensor) => tensor.shallow_clone(),
-                PartWeight::Nf4(_) => unreachable!(),
-            })
-            .collect();
-        Weight::Joined(Tensor::cat(&dense, 0))
-    } else {
-        Weight::Parts(weights)
-    };
-    let rows: i64 = parts.iter().map(|(_, rows, _)| rows).sum();
-    let bias = bias.then(|| random(&[rows], kind));
-    let linear = Linear { weight, bias: bias.as_ref().map(Tensor::shallow_clone), parts: named };
-    Projection { linear, merged: Tensor::cat(&merged, 0), bias }
-}
-
-#[test]
-fn products_of_few_rows() {
-    let Some(device) = gpu("products of few rows") else { return };
-    let _no_grad = tch::no_grad_guard();
-    use Stored::{Dense, Nf4};
-    let cases: [(&[PartOf], i64); 11] = [
-        (&[(Nf4, 128, 0)], 64),
-        (&[(Nf4, 512, 16), (Nf4, 128, 16), (Nf4, 128, 16)], 1024),
-        (&[(Nf4, 200, 64), (Nf4, 72, 8)], 1472),
-        (&[(Nf4, 300, 0), (Dense, 130, 16), (Nf4, 30, 0)], 576),
-        (&[(Dense, 513, 0)], 2048),
-        (&[(Dense, 512, 32), (Dense, 128, 16), (Dense, 144, 0)], 768),
-        (&[(Nf4, 4096, 16)], 14_336),
-        (&[(Dense, 4096, 16)], 4096),
-        // More groups of 256 rows than a GPU has processors.
-        (&[(Nf4, 36_000, 16)], 256),
-        (&[(Dense, 36_000, 16)], 320),
-        // K that the kernel does not take.
-        (&[(Nf4, 64, 16)], 96),
-    ];
-    for (parts, k) in cases {
-        for kind in [Kind::BFloat16, Kind::Half] {
-            for (m, lora_kind, bias) in [
-                (1, Kind::Float, false),
-                (2, kind, true),
-                (3, Kind::Float, false),
-                (8, Kind::Float, true),
-                (9, kind, false),
-                (16, Kind::Float, true),
-                (17, Kind::Float, false),
-                (32, kind, true),
-                (33, Kind::Float, false),
-                (64, Kind::Float, true),
-                (65, Kind::Float, true),
-            ] {
-                let Projection { linear, merged, bias } = projection(parts, k, kind, lora_kind, bias, device);
-                let x = Tensor::randn([m, k], (kind, device));
-                let reference = f64_on_cpu(&x).matmul(&merged.tr());
-                let plain = x.matmul(&merged.to_kind(kind).to_device(device).tr());
-                let (reference, plain) = match &bias {
-                    Some(bias) => (reference + f64_on_cpu(bias), plain + bias),
-                    None => (reference, plain),
-                };
-                let label = format!("{parts:?}, K {k}, {m} rows, LoRA {lora_kind:?}");
-                for again in 0..3 {
-                    let y = ops::linear(&x, &linear, Pass::INFERENCE).unwrap();
-                    assert_close(&format!("{label}, call {again}"), What::Value, &y, &plain, &reference);
-                }
-            }
-        }
-    }
-}
-
-/// To the bit: a row among up to eight is the row alone.
-#[test]
-fn a_row_of_eight_is_the_row_alone() {
-    let Some(device) = gpu("rows side by side") else { return };
-    let _no_grad = tch::no_grad_guard();
-    for rank in [8, 16, 64] {
-        let parts = [(Stored::Nf4, 4096, rank), (Stored::Nf4, 1040, rank)];
-        let Projection { linear, .. } = projection(&parts, 4096, Kind::BFloat16, Kind::Float, false, device);
-        let x = Tensor::randn([8, 4096], (Kind::BFloat16, device));
-        let of = |x: &Tensor| ops::linear(x, &linear, Pass::INFERENCE).unwrap();
-        let all = of(&x);
-        for rows in 1..8 {
-            for first in [0, 8 - rows] {
-                let some = of(&x.narrow(0, first, rows).copy());
-                assert_eq!(some, all.narrow(0, first, rows), "LoRA r {rank}, {rows} rows from {first} on");
-            }
-        }
-    }
-}
-
-fn shape(json: &str) -> Config {
+pub fn shape(json: &str) -> Config {
     let base = r#""vocab_size": 512, "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 3,
         "max_position_embeddings": 16384, "initializer_range": 0.05"#;
     Config::from_json(&format!("{{{base}, {json}}}")).unwrap()
 }
 
 /// Head sizes, groups, windows, softcaps and norms of the kernel.
-fn shapes() -> Vec<(&'static str, Config)> {
+pub fn shapes() -> Vec<(&'static str, Config)> {
     vec![
         (
             "D 64, groups of 4",
@@ -312,163 +169,6 @@ fn a_pass_of_every_kind_of_sequence() {
                 let [ours, plain] = pass(kind, device).map(|logits| logits.to_kind(kind));
                 let label = format!("{name}, {plan:?}, {kind:?}");
                 assert_close(&label, What::Value, &ours, &plain, &reference);
-            }
-        }
-    }
-}
-
-/// Without zeros in biases and, where r is not 0, in LoRA on all projections; on every device the same.
-fn with_lora(config: &Config, options: LoadOptions, r: u32) -> Decoder {
-    let mut model = FastLanguageModel::untrained(config.clone(), options, 7).unwrap();
-    if r > 0 {
-        let arguments = ferrotune::train::TrainingArguments { r, ..Default::default() };
-        model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
-    }
-    let lora = model.decoder.trainable().into_iter().map(|parameter| parameter.tensor);
-    let weights = model.decoder.state_dict(options.kind).unwrap();
-    let biases = weights.into_iter().filter(|(name, _)| name.ends_with(".bias")).map(|(_, tensor)| tensor);
-    let _no_grad = tch::no_grad_guard();
-    for mut tensor in lora.chain(biases) {
-        let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Int64, Device::Cpu)).square();
-        tensor.copy_(&((numbers.remainder(197) / 197.0 - 0.5) * 0.2).view(&tensor.size()[..]));
-    }
-    model.for_inference().unwrap();
-    model.decoder
-}
-
-/// Of more than 64 rows o and down add themselves, with the model's LoRA or without any, to the residual; adapters of single rows, biases and
-/// norms behind them have launches of their own. Sequences with one new row, and prompts beside them: by the tolerance rule, and in 4 bits
-/// beside the forward pass.
-#[test]
-fn projections_of_many_rows_add_to_the_residual() {
-    let Some(device) = gpu("products that add to the residual") else { return };
-    check_kept_inputs(Kind::BFloat16, device, 2e-2);
-    let heads = r#""model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2"#;
-    let biases = ("biases", shape(&format!(r#"{heads}, "attention_bias": true, "mlp_bias": true"#)));
-    let taken = ["D 64, groups of 4", "norms of heads", "D 256, softcap, a window"];
-    let singles = |count: usize| -> Vec<(usize, usize)> { (0..count).map(|at| (at % 19, 1)).collect() };
-    let plans = [singles(65), singles(256), [singles(70), vec![(0, 30), (9, 20), (0, 2)]].concat()];
-    for (name, config) in shapes().into_iter().filter(|(name, _)| taken.contains(name)).chain([biases]) {
-        for r in [0, 16] {
-            let exact = with_lora(&config, LoadOptions::new(Kind::Double, Device::Cpu), r);
-            let references = plans.each_ref().map(|plan| mixed_pass(&exact, plan, &[])[0].shallow_clone());
-            for load_in_4bit in [false, true] {
-                let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
-                let decoder = with_lora(&config, options, r);
-                for (plan, reference) in plans.iter().zip(&references) {
-                    let rows: usize = plan.iter().map(|(_, new)| new).sum();
-                    let own = [0..rows / 2, rows / 2..rows].map(|rows| LoraRun { rows, adapter: None });
-                    for runs in [&[], &own[..]] {
-                        let [ours, plain] =
-                            mixed_pass(&decoder, plan, runs).map(|logits| logits.to_kind(Kind::BFloat16));
-                        let label =
-                            format!("{name}, r {r}, 4-bit {load_in_4bit}, {rows} rows, {} runs", runs.len());
-                        if load_in_4bit {
-                            let apart = rel(&ours, &plain)[0];
-                            assert!(apart < 3e-2, "{label}: {apart:.2e}");
-                        } else {
-                            assert_close(&label, What::Value, &ours, &plain, reference);
-                        }
-                    }
-                }
-                let tables: Vec<[i32; 1]> = (0..65).map(|page| [page]).collect();
-                let rows = tables.iter().map(|pages| NewRows { input_ids: &[3], past: 0, length: 1, pages });
-                let (rows, pages) = (rows.collect::<Vec<_>>(), decoder.kv_pages(65).unwrap());
-                let mut ropes = ferrotune::nn::RopeTables::default();
-                let mut decode = || decoder.decode(&rows, &pages, &mut ropes, &[]).map(drop);
-                decode().unwrap();
-                let kernels = device::profile(device, decode).unwrap();
-                let adds = |name: &str| name.contains("add_kernel") || name.contains("CUDAFunctor_add");
-                let sums = kernels.iter().filter(|kernel| adds(&kernel.name)).count();
-                let apart = ["biases", "D 256, softcap, a window"].contains(&name);
-                assert_eq!(sums > 0, apart, "{name}, r {r}, 4-bit {load_in_4bit}: {sums} launches that add");
-            }
-        }
-    }
-}
-
-/// Up to eight rows go through all layers in one launch and up to 64 in five a layer (seven with norms of heads), with LoRA, on both kinds of weights: what
-/// the layers give one by one.
-#[test]
-fn layers_are_few_launches() {
-    let Some(device) = gpu("all layers in a few launches") else { return };
-    let taken = ["D 64, groups of 4", "norms of heads", "a window"];
-    for (name, config) in shapes().into_iter().filter(|(name, _)| taken.contains(name)) {
-        for (load_in_4bit, for_inference, r) in
-            [(false, false, 16), (false, true, 24), (true, false, 40), (true, true, 16), (true, true, 64)]
-        {
-            tch::manual_seed(7);
-            let options = LoadOptions { load_in_4bit, ..LoadOptions::new(Kind::BFloat16, device) };
-            let mut model = FastLanguageModel::untrained(config.clone(), options, 7).unwrap();
-            let arguments = ferrotune::train::TrainingArguments { r, ..Default::default() };
-            model.get_peft_model(arguments.adapter_config("x"), 1).unwrap();
-            let _no_grad = tch::no_grad_guard();
-            for mut parameter in model.decoder.trainable() {
-                let _ = parameter.tensor.normal_(0.0, 0.05);
-            }
-            if for_inference {
-                model.for_inference().unwrap();
-            }
-            let decoder = &model.decoder;
-            let pages = decoder.kv_pages(64 * 64).unwrap();
-            for m in [1, 2, 3, 5, 8, 9, 16, 19, 32, 64] {
-                let mut ropes = ferrotune::nn::RopeTables::default();
-                let sequences: Vec<(Vec<i64>, Vec<i32>)> = (0..m)
-                    .map(|at| {
-                        let length = [300, 1, 17, 700, 256, 16, 513, 64][at % 8] + at as i64 / 8;
-                        let ids = (0..length).map(|i| (i * i + at as i64) % 512);
-                        (ids.collect(), (0..64).map(|page| (page * 64 + at) as i32).collect())
-                    })
-                    .collect();
-                let prompts = sequences.iter().filter(|(ids, _)| ids.len() > 1).map(|(ids, table)| {
-                    let past = ids.len() - 1;
-                    let pages = &table[..past.div_ceil(16)];
-                    NewRows { input_ids: &ids[..past], past: 0, length: ids.len(), pages }
-                });
-                let prompts: Vec<NewRows> = prompts.collect();
-                let _ = decoder.decode(&prompts, &pages, &mut ropes, &[]).unwrap();
-                let words = |of: fn(&[i64]) -> i64| {
-                    Tensor::from_slice(&sequences.iter().map(|(ids, _)| of(ids)).collect::<Vec<_>>())
-                        .to_device(device)
-                };
-                let tables: Vec<i64> =
-                    sequences.iter().flat_map(|(_, table)| table).map(|&page| page.into()).collect();
-                let rows = DeviceRows {
-                    input_ids: words(|ids| ids[ids.len() - 1]),
-                    positions: words(|ids| ids.len() as i64 - 1),
-                    lengths: words(|ids| ids.len() as i64),
-                    tables: Tensor::from_slice(&tables).view([m as i64, 64]).to_device(device),
-                    longest: 1024,
-                };
-                let angles = config
-                    .ropes
-                    .iter()
-                    .enumerate()
-                    .map(|(index, rope)| ropes.table(index, rope, device, 1024, 1024).unwrap());
-                let (angles, mut hidden): (Vec<_>, _) = (angles.collect(), None);
-                let kernels = device::profile(device, || {
-                    hidden = Some(decoder.decode_on_device(&rows, &pages, &angles, &[])?);
-                    Ok(())
-                })
-                .unwrap();
-                let launches = |of: &str| kernels.iter().filter(|kernel| kernel.name.contains(of)).count();
-                let label =
-                    format!("{name}, 4-bit {load_in_4bit}, for inference {for_inference}, r {r}, {m} rows");
-                let layers = decoder.config.layers.len();
-                let expected = if m <= 8 { (1, 0, 0) } else { (0, 4 * layers, 0) };
-                let found =
-                    (launches("decode_kernel"), launches("groups_kernel"), launches("swiglu_forward"));
-                assert_eq!(found, expected, "{label}");
-                let ours = decoder.logits(&hidden.unwrap()).unwrap();
-                let expected: Vec<Tensor> = sequences
-                    .iter()
-                    .map(|(ids, _)| {
-                        logits(decoder, &Flat::new([&ids[..]])).narrow(0, ids.len() as i64 - 1, 1)
-                    })
-                    .collect();
-                let apart = rel(&ours, &Tensor::cat(&expected, 0))[0];
-                println!("{label}: {apart:.2e}");
-                assert!(apart < 3e-2, "{label}: {apart:.2e}");
             }
         }
     }
