@@ -13,9 +13,8 @@ constexpr int kDecodeWarps = kStripWarps, kDecodeThreads = kStripThreads;
 constexpr int kMostLayers = 56;
 // Tiles of a thread block in one product, scales of scales of a tile, pieces of a tile of A.
 constexpr int kMostTiles = 36, kNestedOfTile = 32;
-// Tiles of A of a product, and their sums: 2^-28 to 2^25, above the number of pieces that are in them.
-constexpr int kMostATiles = 3 * kMostRank / kTileRows, kPieceBits = 10;
-constexpr float kFixed = 268435456.0f;
+// Tiles of A of a product.
+constexpr int kMostATiles = 3 * kMostRank / kTileRows;
 // The thread that waits for other blocks, of the warp that has neither weights nor copies under way: its loads and fences would wait for them.
 constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
@@ -136,12 +135,6 @@ struct Barrier {
     __syncthreads();
   }
 };
-
-__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
-  unsigned long long v;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
-  return v;
-}
 
 // A line of 128 bytes into the second-level cache.
 __device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

@@ -4,8 +4,8 @@
 //               which commutes with W, A and B. x w is rounded once, where a norm by itself rounds x / rms(x) and then that times w.
 //   rotation    in attention (paged_attention.cu)
 //   activation  gate and up of the same columns are two thread blocks beside each other
-// The first layer's norm is a launch, and so are norms of query and key, and the activation where gate and up are one matrix with LoRA or in 4 bits.
-// Moves: the weights once, keys and values once.
+//   order       what a product of NF4 reads is stored as it wants it (nf4_order.cuh)
+// What the first layer's product reads is a launch, and so are norms of query and key. Moves: the weights once, keys and values once.
 //
 // Measured on H200s, Llama-3.1-8B, LoRA r 16, a step of 32 rows, ms: NF4 3.85 layer by layer, 3.74 with the norms; bf16 5.33, 5.18 with the
 // norms, 5.20 with the activation, 5.06 with both. A layer of four, us: NF4 105.4 with the activation as a launch, 100.2 without; bf16 145.
@@ -14,6 +14,8 @@
 // block's stages to twice as many) or is there (5.06 to 5.16), NF4 the same in all cases.
 #include "chain.cuh"
 #include "decode_groups.h"
+#include "nf4_order.cuh"
+#include "rows.cuh"
 #include "rows_groups.h"
 
 namespace ferrotune {
@@ -21,11 +23,42 @@ namespace {
 
 constexpr int64_t kArrivedBytes = 64 * 1024, kMostRows = 64, kRowsOfGroup = 256;
 
+// normed = x (weight + offset) and sums of x^2 over runs of 128 columns, [runs, 64]: what o and down leave for the product behind a norm. A thread
+// block a row.
+__global__ void __launch_bounds__(512) first_norm_kernel(const __nv_bfloat16* x, const __nv_bfloat16* weight, float offset, __nv_bfloat16* normed,
+                                                         float* squares, int C, int runs, bool nf4_order) {
+  using T = __nv_bfloat16;
+  const int row = static_cast<int>(blockIdx.x), lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
+  next_may_start();
+  inputs_ready();
+  for (int run = static_cast<int>(threadIdx.x) / 32; run < runs; run += warps) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = run * 128 + 64 * i + 2 * lane;
+      if (column >= C) continue;
+      const Vector<T, 2> two = load<2>(x + int64_t{row} * C, column / 2), w = load<2>(weight, column / 2);
+      Vector<T, 2> out;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float v = to_float(two.v[k]);
+        sum += v * v;
+        out.v[k] = from_float<T>(v * (to_float(w.v[k]) + offset));
+      }
+      store<2>(normed + int64_t{row} * C, (nf4_order ? in_nf4_order(column) : column) / 2, out);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+    if (lane == 0) squares[run * kMostRows + row] = sum;
+  }
+}
+
 // Where what passes from launch to launch lies. Counters of attention stand first, zero between launches.
 struct Places {
   int32_t* arrived;
-  char *qkv, *turned, *attended, *gate_up, *product, *normed, *h[2];
+  char *qkv, *turned, *attended, *product, *normed, *h[2];
   float *rstd, *squares, *partial;
+  void* counters;  // of products
   int64_t all;
 
   explicit Places(const KernelDecode& d) {
@@ -37,10 +70,10 @@ struct Places {
       return place;
     };
     arrived = reinterpret_cast<int32_t*>(base);
+    counters = take(kCounterBytes);
     qkv = take(d.M * (d.H + 2 * d.K) * d.D * 2);
     turned = take(d.M * (d.H + d.K) * d.D * 2);
     attended = take(d.M * d.H * d.D * 2);
-    gate_up = take(d.M * 2 * d.F * 2);
     product = take(d.M * d.F * 2);
     normed = take(d.M * d.C * 2);
     h[0] = take(d.M * d.C * 2), h[1] = take(d.M * d.C * 2);
@@ -67,7 +100,7 @@ struct Layers {
     for (int64_t i = 0; i < count; ++i) p.rows.parts[i] = parts[i];
     p.rows.count = count;
     p.rows.M = d.M, p.rows.K = p.rows.x_stride = K, p.rows.y_stride = width;
-    p.rows.x = x, p.rows.y = y, p.rows.bias = bias, p.rows.dtype = d.dtype;
+    p.rows.x = x, p.rows.y = y, p.rows.bias = bias, p.rows.dtype = d.dtype, p.rows.workspace = at.counters;
     return p;
   }
   // x is at.normed, still to be divided by its root.
@@ -84,7 +117,7 @@ struct Layers {
   Product qkv(int64_t layer) const {
     const KernelDecodeLayer& l = d.layers[layer];
     Product p = product(l.qkv, l.qkv_count, l.qkv_bias, at.normed, d.C, at.qkv, (d.H + 2 * d.K) * d.D);
-    return layer > 0 ? behind_norm(p) : p;
+    return behind_norm(p);
   }
   Product o(int64_t layer) const {
     const KernelDecodeLayer& l = d.layers[layer];
@@ -92,17 +125,33 @@ struct Layers {
     p.rows.residual = residual_of(layer), p.rows.residual_stride = d.C;
     return before_norm(p, l.mlp_norm);
   }
-  Product gate_up(int64_t layer, bool gated) const {
-    const KernelDecodeLayer& l = d.layers[layer];
-    KernelRowsPart parts[2] = {l.gate_up[0], l.gate_up[1]};
-    int64_t count = l.gate_up_count;
-    if (count == 1 && parts[0].w != nullptr && parts[0].a == nullptr) {
-      count = 2, parts[0].rows /= 2, parts[1] = parts[0];
-      parts[1].w = static_cast<const char*>(parts[0].w) + parts[0].rows * parts[0].w_stride * 2;
+  // Rows `first` .. `first` + `rows` of a part that has K columns. False where the scales of its scales are not cut there.
+  static bool cut(KernelRowsPart& part, int64_t first, int64_t rows, int64_t K) {
+    const auto behind = [](const void* pointer, int64_t bytes) { return pointer == nullptr ? nullptr : static_cast<const char*>(pointer) + bytes; };
+    KernelNf4& nf4 = part.nf4;
+    if (part.w == nullptr) {
+      const int64_t scales = first * K / nf4.blocksize;
+      const bool nested = nf4.nested_absmax != nullptr;
+      if (nested && scales % nf4.nested_blocksize != 0) return false;
+      nf4.packed = static_cast<const uint8_t*>(nf4.packed) + first * K / 2;
+      nf4.absmax = behind(nf4.absmax, scales * (nested ? 1 : 4));
+      if (nested) nf4.nested_absmax += scales / nf4.nested_blocksize;
+      nf4.rows = rows;
     }
-    Product p = product(parts, count, l.gate_up_bias, at.normed, d.C, gated ? at.product : at.gate_up, gated ? d.F : 2 * d.F);
-    if (gated) p.extras.gated = 1 + d.activation;
-    return behind_norm(p);
+    part.w = behind(part.w, first * part.w_stride * 2);
+    part.b = behind(part.b, first * part.R * (part.lora_f32 ? 4 : 2));
+    part.rows = rows;
+    return true;
+  }
+  // False where gate and up are one matrix that cannot be cut in two.
+  bool gate_up(int64_t layer, Product& p) const {
+    const KernelDecodeLayer& l = d.layers[layer];
+    KernelRowsPart parts[2] = {l.gate_up[0], l.gate_up[l.gate_up_count - 1]};
+    if (l.gate_up_count == 1 && (!cut(parts[0], 0, d.F, d.C) || !cut(parts[1], d.F, d.F, d.C))) return false;
+    p = product(parts, 2, l.gate_up_bias, at.normed, d.C, at.product, d.F);
+    p.extras.gated = 1 + d.activation;
+    behind_norm(p);
+    return true;
   }
   Product down(int64_t layer) const {
     const KernelDecodeLayer& l = d.layers[layer];
@@ -111,10 +160,7 @@ struct Layers {
     p.rows.residual = at.h[0], p.rows.residual_stride = d.C;
     return last ? p : before_norm(p, d.layers[layer + 1].input_norm);
   }
-  bool gates(int64_t layer) const {
-    const Product p = gate_up(layer, true);
-    return groups_take(p.rows, p.extras);
-  }
+  bool nf4() const { return d.layers[0].o.w == nullptr; }
 
   KernelPaged attention(int64_t layer) const {
     const KernelDecodeLayer& l = d.layers[layer];
@@ -127,7 +173,7 @@ struct Layers {
     p.pool_k = l.pool_k, p.pool_v = l.pool_v, p.out = at.attended;
     p.tables = d.tables, p.lengths = d.lengths, p.cos = l.cos, p.sin = l.sin, p.rotary = d.R;
     p.sequences = d.M, p.H = d.H, p.K = d.K, p.D = d.D, p.width = d.width, p.page_size = 16;
-    p.window = l.window, p.longest = d.longest, p.scale = d.scale, p.softcap = d.softcap, p.dtype = d.dtype;
+    p.window = l.window, p.longest = d.longest, p.scale = d.scale, p.softcap = d.softcap, p.dtype = d.dtype, p.nf4_order = nf4();
     return p;
   }
 
@@ -138,19 +184,20 @@ struct Layers {
       const KernelPaged paged = attention(i);
       if (l.input_norm == nullptr || l.mlp_norm == nullptr || (l.q_norm == nullptr) != (l.k_norm == nullptr)) return false;
       if (paged_attention_workspace(&paged) == 0) return false;
-      for (const Product& p : {qkv(i), o(i), down(i)}) {
-        if (!groups_take(p.rows, p.extras)) return false;
+      Product gated;
+      if (!gate_up(i, gated)) return false;
+      for (const Product& p : {qkv(i), o(i), gated, down(i)}) {
+        if ((p.rows.parts[0].w == nullptr) != nf4() || !groups_take(p.rows, p.extras)) return false;
       }
-      if (gates(i)) continue;
-      const Product plain = gate_up(i, false);
-      if (!groups_take(plain.rows, plain.extras)) return false;
     }
     return true;
   }
 
   int run(void* stream) const {
-    int error = rms_norm_forward(d.x, d.layers[0].input_norm, at.normed, at.rstd, d.M, 1, d.C, d.C, d.C, d.eps, d.norm_offset, {}, d.dtype, d.dtype,
-                                 stream);
+    using T = __nv_bfloat16;
+    int error = launch_chained(true, first_norm_kernel, dim3(static_cast<unsigned>(d.M)), dim3(512), 0, stream, static_cast<const T*>(d.x),
+                               static_cast<const T*>(d.layers[0].input_norm), d.norm_offset, reinterpret_cast<T*>(at.normed), at.squares,
+                               static_cast<int>(d.C), Places::squares_rows(d), nf4());
     const auto then = [&](auto&& step) {
       if (error == cudaSuccess) error = step();
     };
@@ -170,9 +217,9 @@ struct Layers {
       const KernelPaged paged = attention(i);
       then([&] { return paged_attention(&paged, at.partial, at.arrived, stream); });
       multiply(o(i));
-      const bool gated = gates(i);
-      multiply(gate_up(i, gated));
-      if (!gated) then([&] { return swiglu_forward(at.gate_up, at.product, d.M, d.F, 2 * d.F, d.F, {}, d.activation, d.dtype, stream); });
+      Product gated;
+      gate_up(i, gated);
+      multiply(gated);
       multiply(down(i));
     }
     return error;

@@ -65,7 +65,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int c = 2 * t + i % 2;
-      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, (static_cast<unsigned long long>(__float2ll_rn((sum[i] + odd[i]) * kFixed)) << kPieceBits) + 1);
+      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(sum[i] + odd[i]));
     }
   }
 
@@ -93,13 +93,13 @@ struct Products : ProductInputs<T, MP, kNf4> {
               sums[i] = load_relaxed(z_sums(phase) + ((a_tile + j / kTileRows) * kEight + c) * kTileRows + j % kTileRows);
             }
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) all = all && static_cast<int>(sums[i] & ((1 << kPieceBits) - 1)) == pieces;
+            for (int i = 0; i < kAtOnce; ++i) all = all && in_fixed_point(sums[i]) == pieces;
           } while (!all);
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             const int own = first + 32 * i;
             if (own >= ranks * s.M) break;
-            z(p, own / ranks)[own % ranks] = part.scale * (__ll2float_rn(static_cast<long long>(sums[i]) >> kPieceBits) * (1 / kFixed));
+            z(p, own / ranks)[own % ranks] = part.scale * of_fixed_point(sums[i]);
           }
         }
       }

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 17
+#define FERROTUNE_KERNELS_ABI 18
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -145,7 +145,7 @@ struct KernelRows {
 // One new row of each of `sequences` sequences over pages. q [sequences, H, D], k and v [sequences, K, D] with token strides;
 // pools [pages, page_size, K, D]; tables [sequences, width] int64: of each sequence its pages in order; lengths [sequences]
 // int64: keys of each, the new one included; 0 for a row that belongs to none. cos and sin [sequences, rotary / 2] f32 turn q and k as rope does;
-// null where they are turned. out [sequences, H, D], its rows out_stride apart.
+// null where they are turned. out [sequences, H, D], its rows out_stride apart, their elements in the order of kernels/nf4_order.cuh where nf4_order.
 struct KernelPaged {
   const void *q, *k, *v;
   void *pool_k, *pool_v, *out;
@@ -154,7 +154,7 @@ struct KernelPaged {
   int64_t rotary, sequences, H, K, D, q_stride, k_stride, v_stride, out_stride, width, page_size, window;
   int64_t longest;  // at least any of lengths
   float scale, softcap;
-  int dtype;
+  int dtype, nf4_order;
 };
 
 // One layer of decode: parts of q, k, v (or one), of o, of gate and up (or one) and of down, as in rows_linear. Biases may be null, and

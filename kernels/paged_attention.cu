@@ -11,6 +11,7 @@
 // pages are asked for before the kernel ahead has ended, whose new key is put into its tile from where that left it, and up to 512 keys are one run.
 #include <algorithm>
 
+#include "nf4_order.cuh"
 #include "paged_attention.cuh"
 
 namespace ferrotune {
@@ -57,12 +58,17 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
   const int length = static_cast<int>(p.lengths[sequence]), window = static_cast<int>(p.window);
   const int low = window > 0 && length > window ? length - window : 0;
   const int begin = max(low, run * kRunKeys), end = min(length, (run + 1) * kRunKeys);
-  T* const out = static_cast<T*>(p.out) + sequence * p.out_stride + head * group * D;
+  // Elements i and i + 1 of the group's heads.
+  const auto put = [&](int i, float first, float second) {
+    const unsigned column = head * group * D + i;
+    T* const to = static_cast<T*>(p.out) + sequence * p.out_stride + (p.nf4_order ? in_nf4_order(column) : column);
+    *reinterpret_cast<unsigned*>(to) = pack(first, second, T{});
+  };
   if (begin >= end) {
     inputs_ready();
     // A row that belongs to no sequence.
     if (length == 0 && run == 0) {
-      for (int i = threadIdx.x; i < group * D; i += kPagedThreads) out[i] = from_float<T>(0);
+      for (int i = 2 * threadIdx.x; i < group * D; i += 2 * kPagedThreads) put(i, 0, 0);
     }
     return;
   }
@@ -137,18 +143,19 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
   __syncthreads();
   const int first_run = low / kRunKeys, runs = (length - 1) / kRunKeys - first_run + 1;
   float* const partial = all_partial + (int64_t{sequence} * p.K + head) * group * gridDim.x * kLeft<D>;  // [group, runs, kLeft]
-  for (int i = threadIdx.x; i < group * D; i += kPagedThreads) {
+  for (int i = 2 * threadIdx.x; i < group * D; i += 2 * kPagedThreads) {
     const int row = i / D, d = i % D;
-    const float3 all = joined<D, kPagedWarps>(parts, statistics, group, row, d);
+    const float3 first = joined<D, kPagedWarps>(parts, statistics, group, row, d), second = joined<D, kPagedWarps>(parts, statistics, group, row, d + 1);
     if (runs == 1) {
-      out[i] = from_float<T>(all.x / all.z);
+      put(i, first.x / first.z, second.x / second.z);
       continue;
     }
     float* const mine = partial + (row * gridDim.x + run) * kLeft<D>;
-    __stcg(mine + d, all.x);
+    __stcg(mine + d, first.x);
+    __stcg(mine + d + 1, second.x);
     if (d == 0) {
-      __stcg(mine + D, all.y);
-      __stcg(mine + D + 1, all.z);
+      __stcg(mine + D, first.y);
+      __stcg(mine + D + 1, first.z);
     }
   }
   if (runs == 1) return;
@@ -162,9 +169,10 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
   __syncthreads();
   if (!*last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < group * D; i += kPagedThreads) {
-    const float3 all = joined_runs<D>(partial + (i / D * gridDim.x + first_run) * kLeft<D>, runs, i % D);
-    out[i] = from_float<T>(all.x / all.z);
+  for (int i = 2 * threadIdx.x; i < group * D; i += 2 * kPagedThreads) {
+    const float* const left = partial + (i / D * gridDim.x + first_run) * kLeft<D>;
+    const float3 first = joined_runs<D>(left, runs, i % D), second = joined_runs<D>(left, runs, i % D + 1);
+    put(i, first.x / first.z, second.x / second.z);
   }
 #endif
 }

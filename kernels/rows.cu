@@ -27,6 +27,40 @@
 namespace ferrotune {
 namespace {
 
+// x [M, K] in NF4's order, four columns a thread.
+template <typename T>
+__global__ void __launch_bounds__(256) order_kernel(const T* x, int64_t stride, T* ordered, int K) {
+  next_may_start();
+  inputs_ready();
+  const int column = 4 * static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), row = static_cast<int>(blockIdx.y);
+  if (column >= K) return;
+  const uint2 pairs = *reinterpret_cast<const uint2*>(x + row * stride + column);
+  T* const to = ordered + int64_t{row} * K;
+  *reinterpret_cast<unsigned*>(to + in_nf4_order(column)) = pairs.x;
+  *reinterpret_cast<unsigned*>(to + in_nf4_order(column + 2)) = pairs.y;
+}
+
+// What the workspace holds before x in NF4's order.
+int64_t sums_bytes() {
+  return kCounterBytes + kZBytes + int64_t{2} * device_attribute(cudaDevAttrMultiProcessorCount) * 128 * kMostColumns * 4;
+}
+
+// False where these kernels cannot.
+template <typename T, bool kNf4>
+bool launch_groups_alone(KernelRows rows, void* stream, int& error) {
+  if (kNf4) {
+    T* const ordered = reinterpret_cast<T*>(static_cast<char*>(rows.workspace) + sums_bytes());
+    const T* const x = static_cast<const T*>(rows.x);
+    const int64_t stride = rows.x_stride;
+    rows.x = ordered, rows.x_stride = rows.K;
+    if (!launch_groups<T, kNf4>(rows, {}, false, stream, error)) return false;
+    const int K = static_cast<int>(rows.K);
+    error = launch_chained(true, order_kernel<T>, dim3((K / 4 + 255) / 256, static_cast<unsigned>(rows.M)), dim3(256), 0, stream, x, stride, ordered, K);
+    if (error != cudaSuccess) return true;
+  }
+  return launch_groups<T, kNf4>(rows, {}, true, stream, error);
+}
+
 template <typename T>
 int launch(const KernelRows& rows, void* stream) {
   bool nf4;
@@ -53,7 +87,7 @@ int launch(const KernelRows& rows, void* stream) {
   }
   if (rows.M <= kEight && !nf4) return launch_eight<T>(plan, tiles, stream);
   int error = cudaSuccess;
-  if (rows.M > kEight && (nf4 ? launch_groups<T, true>(rows, {}, true, stream, error) : launch_groups<T, false>(rows, {}, true, stream, error))) return error;
+  if (rows.M > kEight && (nf4 ? launch_groups_alone<T, true>(rows, stream, error) : launch_groups_alone<T, false>(rows, stream, error))) return error;
   if (nf4 && fits_strips(rows)) return rows.M <= kEight ? launch_strips<T>(plan, stream) : launch_tiles<T>(plan, stream);
   return nf4 ? launch_many<T, true>(rows, stream) : launch_many<T, false>(rows, stream);
 }
@@ -91,7 +125,7 @@ int launch_groups(const KernelRows& rows, const GroupExtras& extras, void* strea
 }  // namespace ferrotune
 
 extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
-  constexpr int64_t kShared = 160 * 1024, kMostTiles = kCounterBytes / 4 - 2;
+  constexpr int64_t kShared = 160 * 1024, kMostTiles = kGroupZAt / 4 - 2;
   bool fits = rows->M <= kMostColumns && rows->K % kBlock == 0 && rows->x_stride % 8 == 0 && aligned16(rows->x) &&
               (rows->dtype == KERNEL_BF16 || rows->dtype == KERNEL_F16);
   int64_t tiles = 0;
@@ -110,8 +144,7 @@ extern "C" int64_t rows_linear_workspace(const KernelRows* rows) {
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kShared;
   if (!fits) return 0;
-  const int64_t sums = int64_t{2} * device_attribute(cudaDevAttrMultiProcessorCount);
-  return kCounterBytes + kZBytes + sums * 128 * kMostColumns * 4;
+  return sums_bytes() + (rows->M > kEight ? rows->M * rows->K * 2 : 0);
 }
 
 extern "C" int rows_linear(const KernelRows* rows, void* stream) {

@@ -18,7 +18,9 @@ constexpr int kTileRows = 16, kEight = 8, kSumStride = kTileRows + 4;
 constexpr int kMostPieces = 32;
 
 // What the workspace holds: counters, the products with A, sums of tiles that several thread blocks share.
-constexpr int64_t kCounterBytes = 64 * 1024;
+// Counters end with those of rows_groups_z.cuh, and with z.
+constexpr int kZTile = kMostColumns * kTileRows;
+constexpr int64_t kGroupZBytes = 256 + int64_t{3} * kMostRank / kTileRows * kZTile * 2, kGroupZAt = 64 * 1024, kCounterBytes = kGroupZAt + kGroupZBytes;
 constexpr int64_t kZBytes = int64_t{3} * kMostRank / kTileRows * kMostPieces * kTileRows * kMostColumns * 4;
 
 struct Plan {
@@ -60,6 +62,20 @@ __device__ inline int load_acquire(const int* counter) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
+}
+
+// Sums in fixed point, the same in any order, from 2^-28 to 2^25, above the number of those that are in them.
+constexpr int kPieceBits = 10;
+constexpr float kFixed = 268435456.0f;
+__device__ inline unsigned long long one_in_fixed_point(float value) {
+  return (static_cast<unsigned long long>(__float2ll_rn(value * kFixed)) << kPieceBits) + 1;
+}
+__device__ inline int in_fixed_point(unsigned long long sum) { return static_cast<int>(sum & ((1 << kPieceBits) - 1)); }
+__device__ inline float of_fixed_point(unsigned long long sum) { return __ll2float_rn(static_cast<long long>(sum) >> kPieceBits) * (1 / kFixed); }
+__device__ inline unsigned long long load_relaxed(const unsigned long long* from) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
 }
 
 __device__ inline uint4 load_once(const uint4* from) {

@@ -5,41 +5,46 @@
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "hopper.cuh"
+#include "nf4_order.cuh"
 #include "rows.cuh"
 #include "rows_groups.h"
 
 namespace ferrotune {
 namespace {
 
-// Warps behind those that multiply by W: one whose first thread brings stages, those that multiply by A, one that adds up squares of x.
-constexpr int kGroupRows = 256, kHalf = kGroupRows / 2, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kAWarps = 2, kGroupThreads = kMultipliers + 128;
+// Warps behind those that multiply: one whose first thread brings stages, those that make or fetch z, one that adds up squares of x.
+constexpr int kMostGroupRows = 256, kLeastGroupRows = 128, kLeastUnitsForZ = 18, kRunOfSquares = 128, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kZWarps = 2, kGroupThreads = kMultipliers + 128;
 constexpr int kMapThreads = kGroupThreads - kMultipliers - 32;
 constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
 // Offsets in shared memory from the start of its address space (a block of a cluster has one of its own), of which up to 1024 are not ours. NF4:
 // stages of x, the table of pairs, where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales
-// in 16 bits, stages of W. Else: stages of x and of W. Stages of A lie behind those of x or of W.
+// in 16 bits, stages of W. Else: stages of x and of W.
 constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZFullAt = kEmptyAt + 8 * kMostStages, kZEmptyAt = kZFullAt + 8;
 constexpr int kRootsFullAt = kZEmptyAt + 8, kRootsAt = kRootsFullAt + 8;
 constexpr int kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
 constexpr int kScaleMapAt = kStagesAt - 1024, kPairsAt = 0x10000, kScalesAt = kPairsAt + 256 * 256;
 static_assert(kStagesAt % 1024 == 0 && kRootsAt + kMostColumns * 4 <= kZAt);
 // Sums of a piece, [columns, rows] in f32, columns so far apart that lanes write to different banks; they lie where stages (NF4: pairs) were.
-constexpr int kSumsStride = kGroupRows + 4;
+constexpr int kSumsStride = kMostGroupRows + 4;
 
 template <int N, bool kNf4>
 struct GroupStage {
   static constexpr int kBlocks = kNf4 ? kRun / kBlock : 1;  // of 64 columns
-  static constexpr int kWBytes = kGroupRows * (kNf4 ? kRun / 2 : kBlock * 2), kXBytes = kBlocks * N * 128;
+  static constexpr int kRowBytes = kNf4 ? kRun / 2 : kBlock * 2, kXBytes = kBlocks * N * 128;
   static constexpr int kSumsAt = kNf4 ? kPairsAt : kStagesAt;
 };
 
 struct GroupPlan {
   CUtensorMap w[3], a[3], x;  // boxes of a stage; those of x and A have rows of 128 bytes
   Plan plan;                  // tiles of W are groups
-  int pieces, tasks, stages, units;            // units: runs, or blocks of 64 columns of 16-bit weights
-  int scale_stride, w_at, a_at, a_bytes, all;  // bytes; a_bytes: of a stage
-  bool lora, by_fours;                         // whether any part has LoRA; whether four rows of y and of what is added to it are one access
+  int rows, pieces, tasks, stages, units;               // rows: of a group, 16 a warp; units: runs, or blocks of 64 columns of 16-bit weights
+  int scale_stride, w_at, w_bytes, a_at, a_bytes, all;  // bytes; w_bytes and a_bytes: of a stage
+  int z_blocks;                                         // the first ones, which make z for all others; 0 where each makes its own
+  bool a_in_stages;
+  void* z;                                              // [tiles of A, kMostColumns, kTileRows]
+  int* z_counters;                                      // how many blocks have left z, how many warps have read it
+  bool by_fours;                                        // whether four rows of y and of what is added to it are one access
   GroupExtras extras;
 };
 
@@ -70,6 +75,11 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
+__device__ __forceinline__ char* shared_bytes() {
+  extern __shared__ uint4 dynamic[];
+  return reinterpret_cast<char*>(dynamic) - (shared_address(dynamic) & 0xffffff);
+}
+
 // A piece of a group, rows of one part. Of gate and up the pieces of a group are the rows of one and of the other.
 template <typename T, bool kNf4, int N>
 struct GroupTask {
@@ -97,15 +107,19 @@ struct GroupTask {
       }
     }
     w = &p.parts[part];
-    first_row = int64_t{local} * kGroupRows;
+    first_row = int64_t{local} * group.rows;
     from = gated ? 0 : piece * group.units / pieces;
     to = gated ? group.units : (piece + 1) * group.units / pieces;
   }
-  __device__ bool has_lora() const { return w->a != nullptr; }
-  __device__ int64_t row(int r) const { return min(first_row + r, w->rows - 1); }
+  // Warps of the warpgroups that have rows. Of those some may have none: all of a warpgroup multiply.
+  __device__ static int warps_of(const GroupPlan& group) { return (group.rows + 63) / 64 * 4; }
+  __device__ bool has_row(int r) const { return r < group.rows && first_row + r < w->rows; }
+  // Where z is that of all columns one piece of a group adds it, that with the fewest units.
+  __device__ bool adds_lora() const { return w->a != nullptr && (group.z_blocks == 0 || gated || piece == 0); }
   // Of A 64 columns in 16 bits or 32 in f32, rows up to a multiple of a tile's.
-  __device__ int a_box_bytes() const { return (static_cast<int>(w->R) + kTileRows - 1) / kTileRows * (kTileRows * 128); }
-
+  __device__ int a_box_bytes() const { return tiles_of_z(part) * (kTileRows * 128); }
+  __device__ int a_boxes() const { return group.a_in_stages && w->a != nullptr ? Stage::kBlocks * (w->lora_f32 ? 2 : 1) : 0; }
+  __device__ int64_t row(int r) const { return min(first_row + r, w->rows - 1); }
   // The scales of a row in 16 bits, four at a time, which start at a multiple of four blocks.
   __device__ int first_scale() const { return 2 * from & ~3; }
   __device__ int fours() const { return (2 * to - first_scale() + 3) / 4; }
@@ -153,11 +167,12 @@ struct GroupTask {
     }
   }
 
-  // Whether a tile of A is all of it; z is then in two, of every other block of columns each.
-  __device__ bool shares_a() const { return w->R <= kTileRows; }
+  __device__ int tiles_of_z(int of_part) const { return plan.a_tiles[of_part]; }
+  // Whether a tile of A is all of it and two warps multiply by it; z is then in two, of every other block of columns each.
+  __device__ bool shares_a() const { return group.a_in_stages && w->R <= kTileRows; }
   // acc += B z^T of 64 rows; b: its first sixteen ranks. Tiles of z lie side by side.
   __device__ void add_lora(float (&acc)[N / 2], unsigned (&b)[4], unsigned memory, unsigned& phase) const {
-    const int tiles = (static_cast<int>(w->R) + kTileRows - 1) / kTileRows;
+    const int tiles = tiles_of_z(part);
     wait_phase(memory + kZFullAt, phase);
     phase ^= 1;
     const uint64_t z = uniform_matrix(kZAt);
@@ -187,7 +202,7 @@ struct GroupTask {
   }
   // y of row r of the group and column c.
   __device__ void store(int r, int c, float value) const {
-    if (first_row + r >= w->rows || c >= p.M) return;
+    if (!has_row(r) || c >= p.M) return;
     const int64_t at = out_row + first_row + r;
     value += added(at, c);
     if (p.y_f32) {
@@ -208,7 +223,7 @@ struct GroupTask {
   __device__ Beside load_beside(int r, int c) const {
     Beside beside{};
     const int64_t at = out_row + first_row + r;
-    if (!group.by_fours || first_row + r >= w->rows) return beside;
+    if (!group.by_fours || !has_row(r)) return beside;
     const auto four = [](const void* from, int64_t first) { return *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + first); };
     if (p.bias != nullptr) {
       beside.bias = four(p.bias, at);
@@ -221,12 +236,28 @@ struct GroupTask {
   // Rows r .. r + 3 of y, and what the norm behind it takes.
   __device__ void store_four(int r, int c, float4 v, float4 up, const Beside& beside) const {
     const GroupExtras& extras = group.extras;
-    const bool inside = first_row + r < w->rows;
+    const bool inside = has_row(r);
     const int64_t at = out_row + first_row + r;
     if (!group.by_fours) {
       store(r, c, v.x), store(r + 1, c, v.y), store(r + 2, c, v.z), store(r + 3, c, v.w);
       return;
     }
+    // What a product of NF4 reads next stands in its order.
+    const auto put = [&](void* to, const uint2& pairs) {
+      T* const row = static_cast<T*>(to) + c * p.y_stride;
+      if constexpr (kNf4) {
+        // A warp has 128 columns, and each lane of them what is eight bytes there; what products of NF4 read is a multiple of that.
+        const int lane = thread % 32, from = lane % 2 * 16 + lane / 4;
+        uint2 own;
+        for (int i = 0; i < 2; ++i) {
+          const unsigned first = __shfl_sync(0xffffffff, pairs.x, from + 8 * i), second = __shfl_sync(0xffffffff, pairs.y, from + 8 * i);
+          (i == 0 ? own.x : own.y) = lane / 2 % 2 == 0 ? first : second;
+        }
+        *reinterpret_cast<uint2*>(row + at) = own;
+      } else {
+        *reinterpret_cast<uint2*>(row + at) = pairs;
+      }
+    };
     if (inside) {
       add_four(v, beside.bias);
       if (gated) {
@@ -246,7 +277,11 @@ struct GroupTask {
         *reinterpret_cast<float4*>(static_cast<float*>(p.y) + c * p.y_stride + at) = v;
       } else {
         const uint2 pairs = make_uint2(pack(v.x, v.y, T{}), pack(v.z, v.w, T{}));
-        *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = pairs;
+        if (gated) {
+          put(p.y, pairs);
+        } else {
+          *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + c * p.y_stride + at) = pairs;
+        }
         v = make_float4(0, 0, 0, 0);
         add_four(v, pairs);
       }
@@ -257,13 +292,12 @@ struct GroupTask {
       squares = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
       float4 weight = make_float4(extras.next_offset, extras.next_offset, extras.next_offset, extras.next_offset);
       add_four(weight, beside.weight);
-      *reinterpret_cast<uint2*>(static_cast<T*>(extras.normed) + c * p.y_stride + at) =
-          make_uint2(pack(v.x * weight.x, v.y * weight.y, T{}), pack(v.z * weight.z, v.w * weight.w, T{}));
+      put(extras.normed, make_uint2(pack(v.x * weight.x, v.y * weight.y, T{}), pack(v.z * weight.z, v.w * weight.w, T{})));
     }
     // A warp has half of a column.
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(0xffffffff, squares, lanes);
-    if (thread % 32 == 0) extras.squares[(number * 2 + r / kHalf) * kMostColumns + c] = squares;
+    if (thread % 32 == 0) extras.squares[(number * 2 + r / kRunOfSquares) * kMostColumns + c] = squares;
   }
 
   // y of a task whose block has another one: stages are in use.
@@ -279,7 +313,7 @@ struct GroupTask {
   __device__ void finish(const float (&acc)[N / 2], unsigned memory) const {
     float* const sums = reinterpret_cast<float*>(bytes + Stage::kSumsAt);
     const float* const roots = group.extras.x_squares == nullptr ? nullptr : reinterpret_cast<const float*>(bytes + kRootsAt);
-    constexpr int kQuads = kGroupRows / 4;
+    constexpr int kQuads = kMostGroupRows / 4;
     const int M = static_cast<int>(p.M), first = piece * M / pieces;
     const int all = ((piece + 1) * M / pieces - first) * kQuads, rounds = (all + kMultipliers - 1) / kMultipliers;
     const auto column = [&](int i) { return first + i / kQuads; };
@@ -287,6 +321,7 @@ struct GroupTask {
     // What lies there is read no more.
     meet_group();
     float* const own = sums + thread % 4 * 2 * kSumsStride + thread / 32 * 16 + thread % 32 / 4;
+    // Rows that a group does not have are there for all that follows, and nobody looks at them.
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
       float* const to = own + 8 * n * kSumsStride;

@@ -6,6 +6,7 @@
 namespace ferrotune {
 
 struct GroupExtras {
+  // With NF4 weights x is in the order of nf4_order.cuh, and so is what a product of NF4 reads next: y where `gated`, normed.
   // Of two parts with equal rows: y [M, rows of one] = act(x W_0^T) x W_1^T, with the activation less one; 0: y as it is.
   int gated;
   // Rows of x are still to be divided by the root of their mean square, whose sums over pieces are [squares_rows, 64].

@@ -1,19 +1,18 @@
-// defines: groups_kernel: 9 to 64 rows of x on Hopper. A thread block has a group of 256 rows of W, or a piece of the group's columns where
+// defines: groups_kernel: 9 to 64 rows of x on Hopper. A thread block has a group of at most 256 rows of W, or a piece of the group's columns where
 // groups are fewer than processors; each of its four warpgroups multiplies 64 rows of W by all columns of x (hopper.cuh). One thread more
-// brings W and x through stages in shared memory, and two warps multiply x as it passes by A. The sum of LoRA's products over pieces is the
-// product's own: each piece adds B z^T of its columns. Pieces of a group are a cluster of thread blocks, which add their sums up in order
-// through each other's shared memory; where gate and up are to be multiplied with each other, blocks of the same rows of both are one.
+// brings W and x through stages in shared memory. LoRA's z is made beside it or by other blocks (rows_groups_z.cuh). Pieces of a group are a
+// cluster of thread blocks, which add their sums up in order through each other's shared memory; where gate and up are to be multiplied with each
+// other, blocks of the same rows of both are one.
 //
 // NF4 comes in runs of 128 columns, 64 bytes a row, becomes pairs by the table and these times their scale: map, scale and product are rounded
-// to 16 bits. A word of a row is eight columns, of which lane t of the row has pair t, as products want it: all four lanes read all
-// words, which shared memory gives them at once.
+// to 16 bits. x stands in the order of nf4_order.cuh, in which a lane has 16 bytes of a row of W for itself.
 //
-// What bounds NF4, cycles of a processor's path to shared memory for 16 x 128 weights: 32 accesses to the table of pairs, 24 for W in and
-// out, 8 to 32 for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 6 for A and x beside it
-// (16 ranks, 32 rows), 4 for scales.
+// What NF4 takes of a processor's path to shared memory, cycles for 16 x 128 weights: 32 accesses to the table of pairs, 16 for W in and out, 8 to 32
+// for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 4 for scales. But a unit of 256 x 128 takes about 0.9 us whichever of these is left out
+// (docs/serving.md): x comes anew for each block, as many bytes for 32 rows as half of W's, and with W and A fills the way from the second-level cache.
 #pragma once
 
-#include "rows_group_task.cuh"
+#include "rows_groups_z.cuh"
 
 namespace ferrotune {
 namespace {
@@ -45,24 +44,20 @@ __device__ __forceinline__ void add_squares(const GroupTask<T, kNf4, N>& task, u
 // By the thread that brings a task's stages: W and A of the next one.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_w(const GroupTask<T, kNf4, N>& task, int unit, StageOf& stage) {
-  using Stage = GroupStage<N, kNf4>;
-  const bool f32 = task.w->lora_f32 != 0;
-  const int boxes = task.has_lora() ? Stage::kBlocks * (f32 ? 2 : 1) : 0, first_row = static_cast<int>(task.first_row);
+  const int boxes = task.a_boxes(), first_row = static_cast<int>(task.first_row), columns_of_a = task.w->lora_f32 ? kBlock / 2 : kBlock;
   wait_phase(stage.empty(), stage.phase ^ 1);
-  arrive_with_boxes(stage.full(), Stage::kWBytes + Stage::kXBytes + boxes * static_cast<int>(task.w->R) * 128);
+  arrive_with_boxes(stage.full(), task.group.w_bytes + GroupStage<N, kNf4>::kXBytes + boxes * static_cast<int>(task.w->R) * 128);
   const CUtensorMap* const w = task.group.w + task.part;
-  const unsigned to = stage.memory + task.group.w_at + stage.stage * Stage::kWBytes;
+  const unsigned to = stage.memory + task.group.w_at + stage.stage * task.group.w_bytes;
   const int column = unit * (kNf4 ? kRun / 2 : kBlock);
   copy_box(to, w, column, first_row, stage.full());
-  copy_box(to + Stage::kWBytes / 2, w, column, first_row + kHalf, stage.full());
+  copy_box(to + task.group.w_bytes / 2, w, column, first_row + task.group.rows / 2, stage.full());
   unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes;
-  for (int i = 0; i < boxes; ++i, a += task.a_box_bytes()) {
-    copy_box(a, task.group.a + task.part, (unit * boxes + i) * (f32 ? kBlock / 2 : kBlock), 0, stage.full());
-  }
+  for (int i = 0; i < boxes; ++i, a += task.a_box_bytes()) copy_box(a, task.group.a + task.part, (unit * boxes + i) * columns_of_a, 0, stage.full());
   stage.next(task.group.stages);
 }
 
-// x, and W of the stages that were not free at first.
+// x, and W of the stages that were not asked for at first.
 template <typename T, bool kNf4, int N>
 __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, StageOf& x) {
   using Stage = GroupStage<N, kNf4>;
@@ -87,42 +82,37 @@ template <typename T, int N>
 __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, int to, int first_scale, float (&acc)[N / 2], StageOf& stage) {
   using Stage = GroupStage<N, true>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = group.stages;
-  const unsigned table = stage.memory + kPairsAt + lane * 4, own_byte = 0x7604 | t << 4;
+  const unsigned table = stage.memory + kPairsAt + lane * 4, of_block = t < 2 ? 0x1010 : 0x3232;
   // Piece q of a row's 64 bytes lies at q ^ (row / 2 % 4).
-  const unsigned w = stage.memory + group.w_at + (16 * warp + g) * (kRun / 2) + g / 2 * 16;
+  const unsigned w = stage.memory + group.w_at + (16 * warp + g) * (kRun / 2) + (g / 2 ^ t) * 16;
   unsigned scales = stage.memory + kScalesAt + (16 * warp + g) * group.scale_stride + (2 * from - first_scale) * 2;
   const unsigned below = 8 * group.scale_stride;
-  unsigned a[2][4][2];  // of a quarter of a run, by turns: its pairs of the rows above and below
+  unsigned a[2][4][2];  // of a word, by turns: its pairs of the rows above and below
 #pragma unroll 1
   for (int unit = from; unit < to; ++unit) {
     unsigned scale_above, scale_below;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_above) : "r"(scales));
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_below) : "r"(scales + below));
     scales += 4;
-    const unsigned w_at = w + stage.stage * Stage::kWBytes;
+    const unsigned w_at = w + stage.stage * group.w_bytes;
     const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
     wait_phase(stage.full(), stage.phase);
-    uint4 above = load_shared_4(w_at), under = load_shared_4(w_at + 8 * (kRun / 2));
+    const unsigned scale[2] = {__byte_perm(scale_above, 0, of_block), __byte_perm(scale_below, 0, of_block)};
+    const uint4 above = load_shared_4(w_at), under = load_shared_4(w_at + 8 * (kRun / 2));
+    const unsigned words[4][2] = {{above.x, under.x}, {above.y, under.y}, {above.z, under.z}, {above.w, under.w}};
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      unsigned(&pairs)[4][2] = a[quarter % 2];
-      const unsigned words[4][2] = {{above.x, under.x}, {above.y, under.y}, {above.z, under.z}, {above.w, under.w}};
+    for (int word = 0; word < 4; ++word) {
+      unsigned(&pairs)[4][2] = a[word % 2];
       // The products that read these registers are done.
       wait_products<1>();
-      if (quarter == 1 && unit > from && lane == 0) stage.leave_last(stages);
+      if (word == 1 && unit > from && lane == 0) stage.leave_last(stages);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][i]) : "r"(__byte_perm(words[j][i], table, own_byte)));
+          asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][i]) : "r"(__byte_perm(words[word][i], table, 0x7604 | j << 4)));
         }
       }
-      if (quarter < 3) {
-        above = load_shared_4(w_at ^ (quarter + 1) * 16);
-        under = load_shared_4((w_at ^ (quarter + 1) * 16) + 8 * (kRun / 2));
-      }
-      const unsigned of_block = quarter < 2 ? 0x1010 : 0x3232;
-      const unsigned scale[2] = {__byte_perm(scale_above, 0, of_block), __byte_perm(scale_below, 0, of_block)};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -132,7 +122,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const unsigned of_k[4] = {pairs[2 * k][0], pairs[2 * k][1], pairs[2 * k + 1][0], pairs[2 * k + 1][1]};
-        wgmma(acc, of_k, x + quarter / 2 * (N * 128 >> 4) + 2 * (quarter % 2 * 2 + k), T{});
+        wgmma(acc, of_k, x + word / 2 * (N * 128 >> 4) + 2 * (word % 2 * 2 + k), T{});
       }
       commit_products();
     }
@@ -148,7 +138,7 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
   const int stages = task.group.stages, lane = threadIdx.x % 32, warpgroup = threadIdx.x / 128;
 #pragma unroll 1
   for (int unit = task.from; unit < task.to; ++unit) {
-    const uint64_t w = uniform_matrix(task.group.w_at + stage.stage * Stage::kWBytes + warpgroup * (64 * 128));
+    const uint64_t w = uniform_matrix(task.group.w_at + stage.stage * task.group.w_bytes + warpgroup * (64 * 128));
     const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
     wait_phase(stage.full(), stage.phase);
     begin_products();
@@ -161,97 +151,6 @@ __device__ __forceinline__ void multiply_dense(const GroupTask<T, false, N>& tas
   }
   wait_products<0>();
   if (lane == 0) stage.leave_last(stages);
-}
-
-// z = scale x A^T of a task's columns, which come with those of W and x. A warp has kTiles tiles of A, each kAWarps further; where A has but one,
-// each warp has every second block of 64 columns, and z is the sum of two.
-template <typename T, bool kNf4, int N, int kTiles, bool kShared>
-__device__ __forceinline__ void multiply_tiles_of_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned z_phase) {
-  using Stage = GroupStage<N, kNf4>;
-  const int number = threadIdx.x / 32 - kGroupWarps - 1, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = task.group.stages;
-  const KernelRowsPart& part = *task.w;
-  const int rank = static_cast<int>(part.R), tile_bytes = kTileRows * 128, box_bytes = task.a_box_bytes();
-  const bool f32 = part.lora_f32 != 0;
-  // Where the rows lie that this lane names for four 8x8 matrices: of A those of one sixteen of columns, of x of two eights of rows. Columns 16 k
-  // further are at this xor 32 k.
-  const unsigned of_a = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16, of_x = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
-  float acc[kTiles][N / 8][4] = {};
-#pragma unroll 1
-  for (int unit = task.from; unit < task.to; ++unit) {
-    wait_phase(stage.full(), stage.phase);
-    if (unit > task.from && lane == 0) stage.leave_last(stages);
-#pragma unroll 1
-    for (int block = 0; block < Stage::kBlocks; ++block) {
-      if (kShared && (unit * Stage::kBlocks + block) % kAWarps != number) continue;
-      const unsigned a = stage.memory + task.group.a_at + stage.stage * task.group.a_bytes + block * (f32 ? 2 : 1) * box_bytes;
-      const unsigned x = stage.memory + kStagesAt + stage.stage * Stage::kXBytes + block * (N * 128) + of_x;
-#pragma unroll
-      for (int k = 0; k < kBlock / 16; ++k) {
-        unsigned rows[kTiles][4], columns[N / 16][4];
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          const unsigned tile = a + (kShared ? 0 : min((number + i * kAWarps) * tile_bytes, box_bytes - tile_bytes));
-          if (!f32) {
-            load_matrices(rows[i], (tile + of_a) ^ 32 * k);
-            continue;
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint2 pair = load_shared_2(tile + k / 2 * box_bytes + (g + j % 2 * 8) * 128 + ((4 * (k % 2) + t / 2 + j / 2 * 2) ^ g) * 16 + t % 2 * 8);
-            rows[i][j] = pack(__uint_as_float(pair.x), __uint_as_float(pair.y), T{});
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < N / 16; ++n) load_matrices(columns[n], (x + n * 2048) ^ 32 * k);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-          for (int n = 0; n < N / 8; ++n) multiply(acc[i][n], rows[i], columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1], T{});
-        }
-      }
-    }
-    stage.next(stages);
-    __syncwarp();
-  }
-  if (lane == 0) stage.leave_last(stages);
-  // z of the task before is read no more.
-  wait_phase(stage.memory + kZEmptyAt, z_phase ^ 1);
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int own = (kShared ? 0 : number + i * kAWarps) * kTileRows + g + k / 2 * 8, column = 8 * n + 2 * t + k % 2;
-        const int j = own + (kShared ? number * kTileRows : 0);
-        const float z = own < rank ? part.scale * acc[i][n][k] : 0;
-        *reinterpret_cast<T*>(task.bytes + kZAt + column * 128 + (j / 8 ^ column % 8) * 16 + j % 8 * 2) = from_float<T>(z);
-      }
-    }
-  }
-  make_visible();
-  __syncwarp();
-  if (lane == 0) arrive(stage.memory + kZFullAt);
-}
-
-template <typename T, bool kNf4, int N>
-__device__ __forceinline__ void multiply_by_a(const GroupTask<T, kNf4, N>& task, StageOf& stage, unsigned& z_phase) {
-  if (!task.has_lora()) {
-    for (int unit = task.from; unit < task.to; ++unit) {
-      wait_phase(stage.full(), stage.phase);
-      if (threadIdx.x % 32 == 0) arrive(stage.empty());
-      stage.next(task.group.stages);
-    }
-    return;
-  }
-  if (task.shares_a()) {
-    multiply_tiles_of_a<T, kNf4, N, 1, true>(task, stage, z_phase);
-  } else if (task.w->R <= kAWarps * kTileRows) {
-    multiply_tiles_of_a<T, kNf4, N, 1, false>(task, stage, z_phase);
-  } else {
-    multiply_tiles_of_a<T, kNf4, N, 2, false>(task, stage, z_phase);
-  }
-  z_phase ^= 1;
 }
 
 // The table of pairs and the map of scales, by kThreads threads, of which this is `thread`.
@@ -316,22 +215,29 @@ __device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& 
 
 #endif
 
-template <typename T, bool kNf4, int N>
+// kA: whether blocks make z of their own, for which there is another kernel, as that leaves the others fewer registers.
+template <typename T, bool kNf4, int N, bool kA>
 __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_constant__ GroupPlan group) {
 #ifdef FERROTUNE_HOPPER
   extern __shared__ uint4 dynamic[];
   using Task = GroupTask<T, kNf4, N>;
   const unsigned offset = shared_address(dynamic) & 0xffffff, memory = shared_address(dynamic) - offset;
   char* const bytes = reinterpret_cast<char*>(dynamic) - offset;
-  const int warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+  const int warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.x) - group.z_blocks, step = static_cast<int>(gridDim.x) - group.z_blocks;
   next_may_start();
+  if constexpr (!kA) {
+    if (first < 0) {
+      make_z<T, kNf4, N>(group, static_cast<int>(blockIdx.x));
+      return;
+    }
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < group.stages; ++i) {
       init_barrier(memory + kFullAt + 8 * i, 1);
-      init_barrier(memory + kEmptyAt + 8 * i, kGroupWarps + (group.lora ? kAWarps : 0));
+      init_barrier(memory + kEmptyAt + 8 * i, Task::warps_of(group) + (kA ? kZWarps : 0));
     }
-    init_barrier(memory + kZFullAt, kAWarps);
-    init_barrier(memory + kZEmptyAt, kGroupWarps);
+    init_barrier(memory + kZFullAt, kZWarps);
+    init_barrier(memory + kZEmptyAt, Task::warps_of(group));
     init_barrier(memory + kRootsFullAt, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -342,7 +248,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   unsigned z_phase = 0;
   if (warp < kGroupWarps) {
     // Those that multiply by A need more registers, and those by W fewer.
-    if constexpr (!kNf4 || N == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    if constexpr (kA && N == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    const bool multiplies = warp < Task::warps_of(group);
     int part = -1;
     for (int number = first; number < group.tasks; number += step) {
       float acc[N / 2] = {};
@@ -350,8 +257,9 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       {
         const Task task(group, bytes, number);
         if constexpr (kNf4) prepare(task, part);
-        if (task.has_lora()) task.load_b(b, 0);
-        if constexpr (kNf4) {
+        if (multiplies && task.adds_lora()) task.load_b(b, 0);
+        if (!multiplies) {
+        } else if constexpr (kNf4) {
           multiply_nf4<T, N>(group, task.from, task.to, task.first_scale(), acc, stage);
         } else {
           multiply_dense<T, N>(task, acc, stage);
@@ -359,11 +267,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       }
       const Task task(group, bytes, anew(number));
       inputs_ready();
-      if (task.has_lora()) task.add_lora(acc, b, stage.memory, z_phase);
+      if (multiplies && task.adds_lora()) task.add_lora(acc, b, stage.memory, z_phase);
       group.tasks > step ? task.finish_alone(acc) : task.finish(acc, memory);
     }
   } else {
-    if constexpr (!kNf4 || N == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if constexpr (kA && N == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
     if constexpr (kNf4) {
       // A block has a task at least.
       if (warp > kGroupWarps) {
@@ -379,9 +287,18 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
         for (int unit = task.from; unit < min(task.to, task.from + group.stages); ++unit) bring_w(task, unit, first_stages);
         bring_x(task, stage);
       }
-    } else if (group.lora && warp > kGroupWarps && warp <= kGroupWarps + kAWarps) {
-      for (int number = first; number < group.tasks; number += step) multiply_by_a<T, kNf4, N>(Task(group, bytes, number), stage, z_phase);
-    } else if (group.extras.x_squares != nullptr && warp == kGroupWarps + kAWarps + 1) {
+    } else if (warp > kGroupWarps && warp <= kGroupWarps + kZWarps) {
+      if constexpr (kA) {
+        for (int number = first; number < group.tasks; number += step) multiply_by_a<T, kNf4, N>(Task(group, bytes, number), stage, z_phase);
+      } else if (group.z_blocks > 0) {
+        inputs_ready();
+        for (int number = first; number < group.tasks; number += step) {
+          const Task task(group, bytes, number);
+          if (task.adds_lora()) fetch_z(task, memory, z_phase);
+        }
+        leave_z(group, step);
+      }
+    } else if (group.extras.x_squares != nullptr && warp == kGroupWarps + kZWarps + 1) {
       add_squares<T, kNf4, N>(Task(group, bytes, first), memory);
     }
   }
