@@ -81,12 +81,14 @@ __device__ __forceinline__ void bring_x(const GroupTask<T, kNf4, N>& task, Stage
 template <typename T, int N>
 __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, int to, int first_scale, float (&acc)[N / 2], StageOf& stage) {
   using Stage = GroupStage<N, true>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stages = group.stages;
+  const int warp = threadIdx.x / 32, lane = anew(threadIdx.x % 32), g = lane / 4, t = lane % 4, stages = group.stages;
   const unsigned table = stage.memory + kPairsAt + lane * 4, of_block = t < 2 ? 0x1010 : 0x3232;
   // Piece q of a row's 64 bytes lies at q ^ (row / 2 % 4).
   const unsigned w = stage.memory + group.w_at + (16 * warp + g) * (kRun / 2) + (g / 2 ^ t) * 16;
   unsigned scales = stage.memory + kScalesAt + (16 * warp + g) * group.scale_stride + (2 * from - first_scale) * 2;
   const unsigned below = 8 * group.scale_stride;
+  unsigned last = 0;   // barrier of the stage before
+  uint64_t x = 0;
   unsigned a[2][4][2];  // of a word, by turns: its pairs of the rows above and below
 #pragma unroll 1
   for (int unit = from; unit < to; ++unit) {
@@ -94,8 +96,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_above) : "r"(scales));
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_below) : "r"(scales + below));
     scales += 4;
-    const unsigned w_at = w + stage.stage * group.w_bytes;
-    const uint64_t x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
+    const unsigned w_at = w + stage.stage * (kMostGroupRows * Stage::kRowBytes);
     wait_phase(stage.full(), stage.phase);
     const unsigned scale[2] = {__byte_perm(scale_above, 0, of_block), __byte_perm(scale_below, 0, of_block)};
     const uint4 above = load_shared_4(w_at), under = load_shared_4(w_at + 8 * (kRun / 2));
@@ -105,7 +106,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
       unsigned(&pairs)[4][2] = a[word % 2];
       // The products that read these registers are done.
       wait_products<1>();
-      if (word == 1 && unit > from && lane == 0) stage.leave_last(stages);
+      if (word == 1 && unit > from && lane == 0) arrive(last);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -113,6 +114,8 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
           asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[j][i]) : "r"(__byte_perm(words[word][i], table, 0x7604 | j << 4)));
         }
       }
+      // By all lanes at once, while pairs are on their way.
+      if (word == 0) x = uniform_matrix(kStagesAt + stage.stage * Stage::kXBytes);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -126,6 +129,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
       }
       commit_products();
     }
+    last = stage.empty();
     stage.next(stages);
   }
   wait_products<0>();
