@@ -8,7 +8,8 @@
 // without conflicts. The products of a block of 64 are summed by themselves and then multiplied by its scale in f32. (The
 // training path rounds map * scale to 16 bits, this one the map: one rounding a weight in both.)
 //
-// Nine rows of x and more have a kernel of their own on Hopper (rows_groups.cuh), which scales the weights in 16 bits before the product. All layers of
+// Nine rows of x and more have a kernel of their own on Hopper (rows_groups.cuh), which scales the weights in 16 bits before the product; with NF4 a
+// launch before it puts x in the order that it reads (nf4_order.cuh). All layers of
 // a decoder are more than their products there (decode_groups.cu).
 //
 // Work is cut into units, 64 columns of a tile of rows. Up to eight rows of x (rows_strips.cuh, and rows_eight.cuh for 16-bit weights) a
@@ -17,7 +18,7 @@
 // the order of the blocks. The products with A are cut into pieces of K.
 //
 // Measured on H200s, Llama-3.1-8B's four products of a layer with LoRA r 16, us: 64 NF4 and 126 in bf16 for one row, 84 to 88 and 131 for
-// 32 (149 and 228 without rows_groups.cuh); the bytes of the weights alone take 28 and 109 at 4 TB/s.
+// 32 (149 and 228 without rows_groups.cuh, and before x was put in order); the bytes of the weights alone take 28 and 109 at 4 TB/s.
 #include "rows_eight.cuh"
 #include "rows_groups.cuh"
 #include "rows_many.cuh"

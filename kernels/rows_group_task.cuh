@@ -13,13 +13,15 @@ namespace ferrotune {
 namespace {
 
 // Warps behind those that multiply: one whose first thread brings stages, those that make or fetch z, one that adds up squares of x.
-constexpr int kMostGroupRows = 256, kLeastGroupRows = 128, kLeastUnitsForZ = 18, kRunOfSquares = 128, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kZWarps = 2, kGroupThreads = kMultipliers + 128;
+constexpr int kMostGroupRows = 256, kLeastGroupRows = 128, kGroupWarps = 16, kMultipliers = 32 * kGroupWarps, kZWarps = 2, kGroupThreads = kMultipliers + 128;
+// Units of a piece in whose time other blocks have made z; rows whose squares are summed up together.
+constexpr int kLeastUnitsForZ = 18, kRunOfSquares = 128;
 constexpr int kMapThreads = kGroupThreads - kMultipliers - 32;
 constexpr int kRun = 128, kMostStages = 8, kMostPiecesOfGroup = 8;
 
 // Offsets in shared memory from the start of its address space (a block of a cluster has one of its own), of which up to 1024 are not ours. NF4:
 // stages of x, the table of pairs, where that of byte i has the address kPairsAt + 256 i + 4 lane, which one permutation of bytes makes, the scales
-// in 16 bits, stages of W. Else: stages of x and of W.
+// in 16 bits, stages of W. Else: stages of x and of W. Stages of A lie behind those of x or of W.
 constexpr int kFullAt = 1024, kEmptyAt = kFullAt + 8 * kMostStages, kZFullAt = kEmptyAt + 8 * kMostStages, kZEmptyAt = kZFullAt + 8;
 constexpr int kRootsFullAt = kZEmptyAt + 8, kRootsAt = kRootsFullAt + 8;
 constexpr int kZAt = 2048, kStagesAt = kZAt + kMostColumns * 128 + 1024;
@@ -40,8 +42,8 @@ struct GroupPlan {
   Plan plan;                  // tiles of W are groups
   int rows, pieces, tasks, stages, units;               // rows: of a group, 16 a warp; units: runs, or blocks of 64 columns of 16-bit weights
   int scale_stride, w_at, w_bytes, a_at, a_bytes, all;  // bytes; w_bytes and a_bytes: of a stage
-  int z_blocks;                                         // the first ones, which make z for all others; 0 where each makes its own
-  bool a_in_stages;
+  int z_blocks;                                         // the first ones, which make z for all others
+  bool a_in_stages;                                     // each makes its own z, of A that comes with x
   void* z;                                              // [tiles of A, kMostColumns, kTileRows]
   int* z_counters;                                      // how many blocks have left z, how many warps have read it
   bool by_fours;                                        // whether four rows of y and of what is added to it are one access
