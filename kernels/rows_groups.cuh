@@ -43,7 +43,7 @@ void shape_groups(const KernelRows& rows, bool lora, GroupPlan& group) {
     for (int64_t i = 0; i < (gated ? 1 : rows.count); ++i) sum += ceil_div(rows.parts[i].rows, of_group);
     return static_cast<int>(sum);
   };
-  // Whether others make z, which takes as long as some units.
+  // Whether others make z, where there is room for them: it takes as long as some units.
   const auto apart = [&](int pieces) { return lora && (gated || ceil_div(group.units, pieces) >= kLeastUnitsForZ); };
   const auto free = [&](int of_group, int pieces) { return clusters_at_once<T, kNf4, N>(pieces) - groups(of_group); };
   group.rows = kMostGroupRows;
@@ -54,10 +54,11 @@ void shape_groups(const KernelRows& rows, bool lora, GroupPlan& group) {
     group.pieces = kMostPiecesOfGroup < group.units ? kMostPiecesOfGroup : group.units;
     while (group.pieces > 1 && free(group.rows, group.pieces) < apart(group.pieces)) --group.pieces;
   }
-  if (!apart(group.pieces)) return;
+  const int some = free(group.rows, group.pieces);
+  if (!apart(group.pieces) || some <= 0) return;
   int tiles = 0;
   for (int64_t i = 0; i < rows.count; ++i) tiles += rows.parts[i].a == nullptr ? 0 : static_cast<int>(ceil_div(rows.parts[i].R, kTileRows));
-  const int some = free(group.rows, group.pieces), clusters = some > 0 && some < tiles ? some : tiles;
+  const int clusters = some < tiles ? some : tiles;
   const int64_t turns = ceil_div(rows.K / kZChunk, group.pieces * (kZWarpsOfBlock / ceil_div(tiles, clusters)) * chunks_at_once<N>);
   if (turns <= kMostZTurns) group.z_blocks = clusters * group.pieces;
 }
@@ -145,8 +146,8 @@ bool launch_groups_of(const KernelRows& rows, const GroupExtras& extras, bool la
   if (!plan_groups<T, kNf4, N>(rows, extras, group)) return false;
   if (!launches) return true;
   // Pieces of a group are launched together, and then a block has one of them.
-  const int processors = device_attribute(cudaDevAttrMultiProcessorCount), all = group.tasks + group.z_blocks;
-  const unsigned blocks = group.pieces > 1 || all < processors ? all : processors;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const unsigned blocks = group.pieces > 1 || group.tasks < processors ? group.tasks + group.z_blocks : processors;
   const auto kernel = group.a_in_stages ? groups_kernel<T, kNf4, N, true> : groups_kernel<T, kNf4, N, false>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, group.all);
   if (error == cudaSuccess) error = launch_clusters(kernel, dim3(blocks), dim3(kGroupThreads), group.all, stream, group.pieces, group);

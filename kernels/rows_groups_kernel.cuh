@@ -87,7 +87,7 @@ __device__ __forceinline__ void multiply_nf4(const GroupPlan& group, int from, i
   const unsigned w = stage.memory + group.w_at + (16 * warp + g) * (kRun / 2) + (g / 2 ^ t) * 16;
   unsigned scales = stage.memory + kScalesAt + (16 * warp + g) * group.scale_stride + (2 * from - first_scale) * 2;
   const unsigned below = 8 * group.scale_stride;
-  unsigned last = 0;   // barrier of the stage before
+  unsigned last = 0;  // barrier of the stage before
   uint64_t x = 0;
   unsigned a[2][4][2];  // of a word, by turns: its pairs of the rows above and below
 #pragma unroll 1
