@@ -15,7 +15,7 @@ int clusters_at_once(int size) {
   static const auto counts = [] {
     std::array<int, kMostPiecesOfGroup + 1> found{};
     const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (cudaFuncSetAttribute(groups_kernel<T, kNf4, N, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return found;
+    if (cudaFuncSetAttribute(groups_kernel<T, kNf4, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return found;
     for (int i = 1; i <= kMostPiecesOfGroup; ++i) {
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -26,7 +26,7 @@ int clusters_at_once(int size) {
       config.dynamicSmemBytes = shared;
       config.attrs = &cluster;
       config.numAttrs = 1;
-      if (cudaOccupancyMaxActiveClusters(&found[i], groups_kernel<T, kNf4, N, false>, &config) != cudaSuccess) found[i] = 0, cudaGetLastError();
+      if (cudaOccupancyMaxActiveClusters(&found[i], groups_kernel<T, kNf4, N>, &config) != cudaSuccess) found[i] = 0, cudaGetLastError();
     }
     return found;
   }();
@@ -148,7 +148,7 @@ bool launch_groups_of(const KernelRows& rows, const GroupExtras& extras, bool la
   // Pieces of a group are launched together, and then a block has one of them.
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const unsigned blocks = group.pieces > 1 || group.tasks < processors ? group.tasks + group.z_blocks : processors;
-  const auto kernel = group.a_in_stages ? groups_kernel<T, kNf4, N, true> : groups_kernel<T, kNf4, N, false>;
+  const auto kernel = groups_kernel<T, kNf4, N>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, group.all);
   if (error == cudaSuccess) error = launch_clusters(kernel, dim3(blocks), dim3(kGroupThreads), group.all, stream, group.pieces, group);
   return true;

@@ -172,10 +172,10 @@ __device__ __forceinline__ void fill_maps(const KernelNf4& nf4, char* bytes, int
   }
 }
 
-// The scales of a task by the warps that multiply, each its rows'. Maps are those of part `part`, or, where it is -1, the first task's, which other
-// warps make meanwhile.
+// The scales of a task by the warps that multiply, each its rows', and b, the first ranks of B. Maps are those of part `part`, or, where it is -1, the first
+// task's, which other warps make meanwhile.
 template <typename T, int N>
-__device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& part) {
+__device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& part, unsigned (&b)[4]) {
   constexpr int kAtOnce = 4;
   const KernelNf4& nf4 = task.w->nf4;
   const int lane = task.thread % 32, r = task.thread / 32 * 16 + lane % 16, fours = task.fours();
@@ -187,6 +187,7 @@ __device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& 
     }
   };
   load(lane / 16);
+  if (task.adds_lora()) task.load_b(b, 0);
   if (part < 0) {
     meet_all();
   } else {
@@ -219,8 +220,9 @@ __device__ __forceinline__ void prepare(const GroupTask<T, true, N>& task, int& 
 
 #endif
 
-// kA: whether blocks make z of their own, for which there is another kernel, as that leaves the others fewer registers.
-template <typename T, bool kNf4, int N, bool kA>
+// One kernel for whoever makes z: instructions of another one would have to be fetched anew by the next product (8B, NF4, 32 rows: 93.6 us a layer with a
+// kernel for products that make z of their own and one for the others, 89.9 with this).
+template <typename T, bool kNf4, int N>
 __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_constant__ GroupPlan group) {
 #ifdef FERROTUNE_HOPPER
   extern __shared__ uint4 dynamic[];
@@ -229,16 +231,14 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   char* const bytes = reinterpret_cast<char*>(dynamic) - offset;
   const int warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.x) - group.z_blocks, step = static_cast<int>(gridDim.x) - group.z_blocks;
   next_may_start();
-  if constexpr (!kA) {
-    if (first < 0) {
-      make_z<T, kNf4, N>(group, static_cast<int>(blockIdx.x));
-      return;
-    }
+  if (first < 0) {
+    make_z<T, kNf4, N>(group, static_cast<int>(blockIdx.x));
+    return;
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < group.stages; ++i) {
       init_barrier(memory + kFullAt + 8 * i, 1);
-      init_barrier(memory + kEmptyAt + 8 * i, Task::warps_of(group) + (kA ? kZWarps : 0));
+      init_barrier(memory + kEmptyAt + 8 * i, Task::warps_of(group) + (group.a_in_stages ? kZWarps : 0));
     }
     init_barrier(memory + kZFullAt, kZWarps);
     init_barrier(memory + kZEmptyAt, Task::warps_of(group));
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
   unsigned z_phase = 0;
   if (warp < kGroupWarps) {
     // Those that multiply by A need more registers, and those by W fewer.
-    if constexpr (kA && N == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    if constexpr (N == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
     const bool multiplies = warp < Task::warps_of(group);
     int part = -1;
     for (int number = first; number < group.tasks; number += step) {
@@ -260,12 +260,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       unsigned b[4];
       {
         const Task task(group, bytes, number);
-        if constexpr (kNf4) prepare(task, part);
-        if (multiplies && task.adds_lora()) task.load_b(b, 0);
-        if (!multiplies) {
-        } else if constexpr (kNf4) {
-          multiply_nf4<T, N>(group, task.from, task.to, task.first_scale(), acc, stage);
-        } else {
+        if constexpr (kNf4) {
+          prepare(task, part, b);
+          if (multiplies) multiply_nf4<T, N>(group, task.from, task.to, task.first_scale(), acc, stage);
+        } else if (multiplies) {
+          if (task.adds_lora()) task.load_b(b, 0);
           multiply_dense<T, N>(task, acc, stage);
         }
       }
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
       group.tasks > step ? task.finish_alone(acc) : task.finish(acc, memory);
     }
   } else {
-    if constexpr (kA && N == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if constexpr (N == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
     if constexpr (kNf4) {
       // A block has a task at least.
       if (warp > kGroupWarps) {
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) groups_kernel(const __grid_c
         bring_x(task, stage);
       }
     } else if (warp > kGroupWarps && warp <= kGroupWarps + kZWarps) {
-      if constexpr (kA) {
+      if (group.a_in_stages) {
         for (int number = first; number < group.tasks; number += step) multiply_by_a<T, kNf4, N>(Task(group, bytes, number), stage, z_phase);
       } else if (group.z_blocks > 0) {
         inputs_ready();
