@@ -153,6 +153,17 @@ struct Eight {
   }
 };
 
+// Eight elements of 16 bits, rounded to them where they are f32.
+template <typename T>
+__device__ __forceinline__ uint4 load_rounded(const void* from, bool f32) {
+  const auto* const vectors = static_cast<const uint4*>(from);
+  const uint4 low = __ldg(vectors);
+  if (!f32) return low;
+  const uint4 high = __ldg(vectors + 1);
+  const auto pair = [](unsigned even, unsigned odd) { return pack(__uint_as_float(even), __uint_as_float(odd), T{}); };
+  return make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+}
+
 // Elements 8 vector .. of a head of q or k: divided by its root mean square where `norm` is not null, which takes the D / 8 lanes that
 // have the head, then turned (kernels/rope.cu) by angles [R / 2] cos, [R / 2] sin.
 template <typename T, int D>
@@ -271,9 +282,11 @@ struct DecodeAttention {
     seek();
     if (begin >= end) return;
     if (warp < kPageWarps) {
+#pragma unroll 1
       for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
     } else {
       const int half = s.R / 2;
+#pragma unroll 1
       for (int i = thread - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
         angles()[i] = layer().cos[sequence * half + i];
         angles()[half + i] = layer().sin[sequence * half + i];
@@ -292,6 +305,7 @@ struct DecodeAttention {
       if (begin >= end) {
         // A row that belongs to no sequence.
         if (length == 0 && run == 0) {
+#pragma unroll 1
           for (int i = thread; i < group * D; i += kDecodeThreads) out[i] = from_float<T>(0);
         }
         continue;
@@ -379,6 +393,7 @@ struct DecodeAttention {
     }
     __syncthreads();
     if (!*last()) return;
+#pragma unroll 1
     for (int i = thread; i < group * D; i += kDecodeThreads) {
       const float3 all = joined_runs<D>(partial + (i / D * s.runs + low / run_keys) * kLeft<D>, runs, i % D);
       out[i] = from_float<T>(all.x / all.z);

@@ -88,22 +88,22 @@ struct ProductInputs {
     __syncthreads();
   }
 
-  // Scales of 16 rows and eight units: this lane has those of units 2 t and 2 t + 1 of rows g and g + 8.
+  // Scales of 16 rows and eight units: this lane has those of units 4 h .. of row lane / 2, h = lane % 2.
   static constexpr int kScaledUnits = 8;
   struct Scales {
-    unsigned of[2][2];
+    unsigned of[4];
   };
   Scales first_scales;
   __device__ __forceinline__ void fetch_scales(Scales& to, int local, int first) const {
     const DecodeTile& tile = tile_at(min(local, max(count - 1, 0)));
-    const int blocks = columns / kBlock;
-    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + g} * (blocks / 4);
+    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + lane / 2} * units;
+    first += lane % 2 * 4;
+    if (units % 4 == 0) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(absmax + min(first, units - 4)));
+      to.of[0] = four.x, to.of[1] = four.y, to.of[2] = four.z, to.of[3] = four.w;
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        to.of[half][i] = __ldg(absmax + half * 8 * (blocks / 4) + min(first + 2 * t + i, units - 1));
-      }
+      for (int i = 0; i < 4; ++i) to.of[i] = __ldg(absmax + min(first + i, units - 1));
     }
   }
 
@@ -121,12 +121,15 @@ struct ProductInputs {
     first_tile = own.tile, first_unit = own.unit, left = own.count;
     if (count * units < kDecodeWarps) {
       float* const slots = reinterpret_cast<float*>(shared_at(s.at.slots));
+#pragma unroll 1
       for (int i = thread; i < (kDecodeWarps + count) * kSlot; i += kDecodeThreads) slots[i] = 0;
     }
     if (warp == kDecodeWarps - 1) fetch_a();
+#pragma unroll 1
     for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
     if (phase == kQkv || phase == kGateUp) {
       const auto* const norm = static_cast<const uint4*>(layer().norms[phase == kGateUp]);
+#pragma unroll 1
       for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(norm_weight(i)), norm + i, true);
     }
     commit_copies();
@@ -153,6 +156,7 @@ struct ProductInputs {
     if (part.b != nullptr) {
       const int row_bytes = part.R * (s.lora_f32 ? 4 : 2);
       const char* const b = static_cast<const char*>(part.b) + int64_t{tile.row} * row_bytes;
+#pragma unroll 1
       for (int i = lane * 128; i < kTileRows * row_bytes; i += 32 * 128) prefetch_line(b + i);
     }
   }
@@ -165,6 +169,7 @@ struct ProductInputs {
     const int element = s.lora_f32 ? 4 : 2, shift = s.lora_f32 ? 4 : 3;  // vectors of a row: a power of two
     const char* const from = static_cast<const char*>(part.a) + int64_t{piece.unit} * kBlock * element;
     const unsigned to = shared_address(shared_at(s.at.a));
+#pragma unroll 1
     for (int i = lane; i < piece.units * kTileRows << shift; i += 32) {
       const int vector = i & (1 << shift) - 1, row = i >> shift & kTileRows - 1, unit = i >> shift + 4;
       copy_16_bytes(to + (unit * kTileRows + row) * s.a_row + vector * 16,
@@ -207,7 +212,7 @@ struct ProductInputs {
   __device__ __forceinline__ void copy_row(const void* from) const {
     const bool norm = phase == kQkv || phase == kGateUp;
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = thread; i < columns / 8; i += kDecodeThreads) {
       const uint4 raw = __ldcg(static_cast<const uint4*>(from) + i);
       *x_vector(0, i) = raw;
@@ -227,6 +232,7 @@ struct ProductInputs {
   // There it is: as it was, or divided by its rows' root mean squares.
   __device__ __forceinline__ void stage() {
     // The next product's sums begin at zero.
+#pragma unroll 1
     for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
       z_sums(phase + 1)[i] = 0;
     }
@@ -273,7 +279,7 @@ struct ProductInputs {
     for (int turn = 0; turn < turns; ++turn) {
       const int own = norm_place(turn), i = min(own, vectors - 1);
       const Eight<T> w(reinterpret_cast<const T*>(norm_weight(i)));
-#pragma unroll 4
+#pragma unroll(kOne ? 1 : 4)
       for (int c = first; c < last; ++c) {
         const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
         Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));

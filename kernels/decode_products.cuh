@@ -43,27 +43,21 @@ struct Products : ProductInputs<T, MP, kNf4> {
     const bool shared = s.x_shared[phase], a_shared = s.a_shared;
     const int element = s.lora_f32 ? 4 : 2;
     float sum[4] = {}, odd[4] = {};
-    const auto pairs = [&](const char* from, unsigned (&out)[8]) { pairs_of_a<T>(s.lora_f32, from, out); };
-    const auto row = [&](int r, int unit) {
+    const auto row = [&](int r, int unit) -> const char* {
+      if (a_shared) return shared_at(s.at.a + (unit * kTileRows + r) * s.a_row + 16 * t * element);
       return static_cast<const char*>(part.a) + (int64_t{min(piece.row + r, part.R - 1)} * columns + (piece.unit + unit) * kBlock + 16 * t) * element;
     };
 #pragma unroll 1
     for (int unit = 0; unit < piece.units; ++unit) {
       unsigned top[8], bottom[8];
-      if (a_shared) {
-        const char* const own = shared_at(s.at.a + (unit * kTileRows + g) * s.a_row + 16 * t * element);
-        pairs(own, top);
-        pairs(own + 8 * s.a_row, bottom);
-      } else {
-        pairs(row(g, unit), top);
-        pairs(row(g + 8, unit), bottom);
-      }
+      pairs_of_a<T>(s.lora_f32, row(g, unit), top);
+      pairs_of_a<T>(s.lora_f32, row(g + 8, unit), bottom);
       multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, piece.unit + unit));
     }
     // In fixed point, the same sum in any order, above the number of the pieces that are in it.
     unsigned long long* const to = z_sums(phase) + piece.a_tile * (kEight * kTileRows) + g;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; i += MP == 1 ? 2 : 1) {
       const int c = 2 * t + i % 2;
       if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(sum[i] + odd[i]));
     }
@@ -72,16 +66,18 @@ struct Products : ProductInputs<T, MP, kNf4> {
   __device__ __forceinline__ void multiply_by_a() const {
     if (has_piece()) multiply_piece();
     if (s.a_pieces[phase] == 0 || count == 0) return;
-    s.lora_f32 ? multiply_by_b<float>() : multiply_by_b<T>();
+    multiply_by_b();
   }
   // z of this thread block's parts, once all pieces are there.
   __device__ __forceinline__ void wait_for_z() const {
     const int pieces = s.pieces[phase];
+#pragma unroll 1
     for (int p = 0, a_tile = 0; p <= tile_at(count - 1).part; ++p) {
       const DecodePart& part = part_at(p);
       const int of_part = part.a == nullptr ? 0 : (part.R + kTileRows - 1) / kTileRows, ranks = of_part * kTileRows;
       if (p >= tile_at(0).part) {
-        constexpr int kAtOnce = 4;
+        constexpr int kAtOnce = MP == 1 ? 1 : 4;
+#pragma unroll 1
         for (int first = lane; first < ranks * s.M; first += 32 * kAtOnce) {
           unsigned long long sums[kAtOnce];
           bool all;
@@ -89,7 +85,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
             all = true;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-              const int own = min(first + 32 * i, ranks * s.M - 1), c = own / ranks, j = own % ranks;
+              const int own = min(first + 32 * i, ranks * s.M - 1), c = MP == 1 ? 0 : own / ranks, j = own - c * ranks;
               sums[i] = load_relaxed(z_sums(phase) + ((a_tile + j / kTileRows) * kEight + c) * kTileRows + j % kTileRows);
             }
 #pragma unroll
@@ -99,7 +95,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
           for (int i = 0; i < kAtOnce; ++i) {
             const int own = first + 32 * i;
             if (own >= ranks * s.M) break;
-            z(p, own / ranks)[own % ranks] = part.scale * of_fixed_point(sums[i]);
+            const int c = MP == 1 ? 0 : own / ranks;
+            z(p, c)[own - c * ranks] = part.scale * of_fixed_point(sums[i]);
           }
         }
       }
@@ -111,13 +108,12 @@ struct Products : ProductInputs<T, MP, kNf4> {
   // [MP, kTileRows] of a tile.
   __device__ __forceinline__ float* lora_sums(int local) const { return reinterpret_cast<float*>(shared_at(s.at.lora)) + local * (MP * kLoraStride); }
   // z B^T of all tiles: a lane has one row, of every second tile or of half of the columns.
-  template <typename Element>
   __device__ __forceinline__ void multiply_by_b() const {
     constexpr int kTiles = MP == 1 ? 2 : 1, kColumns = MP == 1 ? 1 : MP / 2;
     const int row = lane % kTileRows, half = lane / kTileRows, column = MP == 1 ? 0 : half * kColumns;
     // The rows of several tiles are on their way at a time, the first ones before z is there.
-    constexpr int kAtOnce = MP <= 2 ? 4 : 2, kRanks = 16, kFours = kRanks / 4;
-    Vector<Element, 4> b[kAtOnce][kFours];
+    constexpr int kAtOnce = 2, kRanks = 16, kEights = kRanks / 8;
+    uint4 b[kAtOnce][kEights];
     float sums[kAtOnce][kColumns] = {};
     const auto load = [&](int first, int j) {
       bool any = false;
@@ -125,11 +121,11 @@ struct Products : ProductInputs<T, MP, kNf4> {
       for (int i = 0; i < kAtOnce; ++i) {
         const DecodeTile& tile = tile_at(min(first + i * kTiles, count - 1));
         const DecodePart& part = part_at(tile.part);
-        const auto* const from = static_cast<const Element*>(part.b) + int64_t{tile.row + row} * part.R + j;
+        const auto* const from = static_cast<const char*>(part.b) + (int64_t{tile.row + row} * part.R + j << 1 + s.lora_f32);
 #pragma unroll
-        for (int k = 0; k < kFours; ++k) {
-          const bool own = part.b != nullptr && j + 4 * k < part.R;
-          b[i][k] = own ? *reinterpret_cast<const Vector<Element, 4>*>(from + 4 * k) : Vector<Element, 4>{};
+        for (int k = 0; k < kEights; ++k) {
+          const bool own = part.b != nullptr && j + 8 * k < part.R;
+          b[i][k] = own ? load_rounded<T>(from + (k << 4 + s.lora_f32), s.lora_f32) : make_uint4(0, 0, 0, 0);
           any = any || own;
         }
       }
@@ -144,15 +140,14 @@ struct Products : ProductInputs<T, MP, kNf4> {
       for (int i = 0; i < kAtOnce; ++i) {
         const int part = tile_at(min(first + i * kTiles, count - 1)).part;
 #pragma unroll
-        for (int k = 0; k < kFours; ++k) {
-          if (j + 4 * k >= part_at(part).R) break;
+        for (int k = 0; k < kEights; ++k) {
+          if (j + 8 * k >= part_at(part).R) break;
+          const Eight<T> own(reinterpret_cast<const T*>(&b[i][k]));
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
-            const float4 of_z = *reinterpret_cast<const float4*>(z(part, column + c) + j + 4 * k);
-            sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[0]))) * of_z.x;
-            sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[1]))) * of_z.y;
-            sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[2]))) * of_z.z;
-            sums[i][c] += to_float(from_float<T>(to_float(b[i][k].v[3]))) * of_z.w;
+            const float* const of_z = z(part, column + c) + j + 8 * k;
+#pragma unroll
+            for (int r = 0; r < 8; ++r) sums[i][c] += own.v[r] * of_z[r];
           }
         }
       }
@@ -235,7 +230,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
     constexpr bool kAhead = MP < 8;
     const auto fetch_next_scales = [&] {
       const int behind = unit / kScaledUnits * kScaledUnits + kScaledUnits;
-      behind < units ? fetch_scales(next_scales, local, behind) : fetch_scales(next_scales, local + 1, 0);
+      fetch_scales(next_scales, local + (behind >= units), behind < units ? behind : 0);
     };
     if (kAhead) fetch_next_scales();
     const float* nested;
@@ -253,10 +248,9 @@ struct Products : ProductInputs<T, MP, kNf4> {
       uint4 own[4];
       stream.take(own, last_product);
       if (!Use::kXOfRun) load(unit * 512);
-      const int from = lane & 28 | unit % kScaledUnits / 2;
-      const bool odd_unit = unit % 2 == 1;
-      const unsigned absmax[2] = {__shfl_sync(0xffffffff, odd_unit ? scales.of[0][1] : scales.of[0][0], from),
-                                  __shfl_sync(0xffffffff, odd_unit ? scales.of[1][1] : scales.of[1][0], from)};
+      const int from = 2 * g + unit % kScaledUnits / 4;
+      const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
+      const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
       const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> shift], nested[top_block + 8 * blocks + unit * kGroupBlocks >> shift]};
       const auto scale = [&](int half, int of_group) {
         const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
