@@ -86,7 +86,7 @@ struct WeightStream {
       const unsigned barrier = barriers + 8 * place;
       arrive_with_boxes(barrier, kBoxBytes);
       // Boxes begin at multiples of 1024.
-      copy_box((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + cursor().map), at, 0, 0, barrier);
+      copy_box_once((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + cursor().map), at, 0, 0, barrier);
     }
     ++at, --until;
     return true;

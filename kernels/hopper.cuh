@@ -49,11 +49,14 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* matrix,
                : "memory");
 }
 
-// Of three dimensions, the first of which is the box's.
-__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* matrix, int second, int third, int first, unsigned barrier) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-               "l"(matrix), "r"(first), "r"(second), "r"(third), "r"(barrier)
-               : "memory");
+// Of three dimensions, the first of which is the box's, and read once: it leaves the second-level cache before what is read again.
+__device__ __forceinline__ void copy_box_once(unsigned to, const CUtensorMap* matrix, int second, int third, int first, unsigned barrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(matrix), "r"(first), "r"(second), "r"(third), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 #ifdef FERROTUNE_HOPPER

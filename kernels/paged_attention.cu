@@ -17,13 +17,17 @@
 namespace ferrotune {
 namespace {
 
-constexpr int kPagedWarps = 4, kPagedThreads = 32 * kPagedWarps, kPagedStages = 2, kRunPages = 32, kRunKeys = kRunPages * kPage;
+constexpr int kPagedWarps = 4, kPagedThreads = 32 * kPagedWarps, kLeastStages = 2, kMostStages = 3, kRunPages = 32, kRunKeys = kRunPages * kPage;
 
 // q, stages of keys and values of each warp; m and l of each warp's heads; whether this run came last.
 template <int D>
-constexpr int kPagedTileBytes = (1 + 2 * kPagedStages * kPagedWarps) * kTileElements<D> * 2;
+__host__ __device__ constexpr int paged_tile_bytes(int stages) {
+  return (1 + 2 * stages * kPagedWarps) * kTileElements<D> * 2;
+}
 template <int D>
-constexpr int kPagedBytes = kPagedTileBytes<D> + kPagedWarps * kMostHeads * 8 + 16;
+constexpr int paged_bytes(int stages) {
+  return paged_tile_bytes<D>(stages) + kPagedWarps * kMostHeads * 8 + 16;
+}
 
 // Eight elements of a head, turned by the row's angles as rope.cu does.
 template <typename T>
@@ -47,7 +51,8 @@ __device__ __forceinline__ uint4 turned(const KernelPaged& p, int sequence, cons
 }
 
 template <typename T, int D, int kEights>
-__global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __grid_constant__ KernelPaged p, float* all_partial, int32_t* all_arrived) {
+__global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __grid_constant__ KernelPaged p, int stages, float* all_partial,
+                                                                       int32_t* all_arrived) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ float4 shared[];
   constexpr int kVectors = D / 8;
@@ -73,10 +78,10 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
     return;
   }
   T* const tiles = reinterpret_cast<T*>(shared);
-  auto* const statistics = reinterpret_cast<float2*>(reinterpret_cast<char*>(shared) + kPagedTileBytes<D>);  // [warps, heads]: m, l
+  auto* const statistics = reinterpret_cast<float2*>(reinterpret_cast<char*>(shared) + paged_tile_bytes<D>(stages));  // [warps, heads]: m, l
   int* const last = reinterpret_cast<int*>(statistics + kPagedWarps * kMostHeads);
   const PaddedTile<T, D> q_tile{tiles};
-  const auto key_tile = [&](int stage) { return PaddedTile<T, D>{tiles + (1 + 2 * (kPagedStages * warp + stage)) * kTileElements<D>}; };
+  const auto key_tile = [&](int stage) { return PaddedTile<T, D>{tiles + (1 + 2 * (stages * warp + stage)) * kTileElements<D>}; };
   const auto value_tile = [&](int stage) { return PaddedTile<T, D>{key_tile(stage).base + kTileElements<D>}; };
   const int64_t* const table = p.tables + sequence * p.width;
   T *const pool_k = static_cast<T*>(p.pool_k) + head * D, *const pool_v = static_cast<T*>(p.pool_v) + head * D;
@@ -98,8 +103,8 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
     commit_copies();
   };
   int page = begin / kPage + warp;
-#pragma unroll
-  for (int stage = 0; stage < kPagedStages; ++stage) fetch(page + stage * kPagedWarps, stage);
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) fetch(page + stage * kPagedWarps, stage);
 
   inputs_ready();
   const T* const q = static_cast<const T*>(p.q) + sequence * p.q_stride + head * group * D;
@@ -123,7 +128,7 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
   PagedSums<D, kEights> sums;
   int stage = 0;
   for (; page <= last_page; page += kPagedWarps) {
-    wait_copies<kPagedStages - 1>();
+    stages == kMostStages ? wait_copies<kMostStages - 1>() : wait_copies<kLeastStages - 1>();
     if (newest && page == last_page) {
       *reinterpret_cast<uint4*>(key_tile(stage).at(new_row, lane)) = key;
       *reinterpret_cast<uint4*>(value_tile(stage).at(new_row, lane)) = value;
@@ -131,8 +136,8 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
     __syncwarp();
     add_page<T, D, kEights>(sums, q_tile, key_tile(stage), value_tile(stage), page * kPage, begin, end, p.scale, p.softcap);
     __syncwarp();
-    fetch(page + kPagedStages * kPagedWarps, stage);
-    stage = (stage + 1) % kPagedStages;
+    fetch(page + stages * kPagedWarps, stage);
+    if (++stage == stages) stage = 0;
   }
   wait_copies<0>();
   __syncthreads();
@@ -179,13 +184,12 @@ __global__ void __launch_bounds__(kPagedThreads) paged_attention_kernel(const __
 
 // ---- launchers
 
-// So much that a processor has no more of few blocks than its share: else those that start while the kernel ahead still runs crowd on the processors
-// that it has left free.
-int shared_of_block(int64_t blocks, int least) {
+// What a block has of a processor's shared memory if all run at once.
+int share_of_block(int64_t blocks) {
   constexpr int kReservedOfBlock = 1024;
   const int64_t share = ceil_div(blocks, device_attribute(cudaDevAttrMultiProcessorCount));
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / share - kReservedOfBlock;
-  return static_cast<int>(std::max<int64_t>(least, most));
+  return static_cast<int>(std::min<int64_t>(most, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
 }
 
 // Calls body(T{}, Width<D>{}).
@@ -221,7 +225,7 @@ extern "C" int64_t paged_attention_workspace(const KernelPaged* p) {
     const bool fits = turns && p->page_size == kPage && p->H / p->K <= kMostHeads && aligned(p->q, p->q_stride) &&
                       aligned(p->k, p->k_stride) && aligned(p->v, p->v_stride) && aligned(p->pool_k, 0) && aligned(p->pool_v, 0) &&
                       p->sequences < 65536 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kPagedBytes<D>;
+                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= paged_bytes<D>(kLeastStages);
     return fits ? p->sequences * p->H * ceil_div(p->longest, kRunKeys) * kLeft<D> : 0;
   });
 }
@@ -232,10 +236,13 @@ extern "C" int paged_attention(const KernelPaged* p, float* partial, int32_t* ar
     constexpr int D = decltype(dim)::value;
     const auto kernel = p->H / p->K > 8 ? paged_attention_kernel<decltype(t), D, 2> : paged_attention_kernel<decltype(t), D, 1>;
     const int64_t runs = ceil_div(p->longest, kRunKeys), blocks = runs * p->K * p->sequences;
-    const int shared = shared_of_block(blocks, kPagedBytes<D>);
+    // More stages where that leaves no block out, and so much that a processor has no more of few blocks than its share: else those that start while the
+    // kernel ahead still runs crowd on the processors that it has left free.
+    const int share = share_of_block(blocks), stages = paged_bytes<D>(kMostStages) <= share ? kMostStages : kLeastStages;
+    const int shared = std::max(share, paged_bytes<D>(stages));
     const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(runs), static_cast<unsigned>(p->K), static_cast<unsigned>(p->sequences));
-    return launch_chained(true, kernel, grid, dim3(kPagedThreads), shared, stream, *p, partial, arrived);
+    return launch_chained(true, kernel, grid, dim3(kPagedThreads), shared, stream, *p, stages, partial, arrived);
   }));
 }
