@@ -17,7 +17,7 @@
 // What did not help: weights of the next product into the second-level cache while blocks wait (3 % slower in bf16: from there they come no
 // faster than from memory); fewer, longer pieces of A (one warp among fifteen takes too long for four units: 2.48 ms for 2.23); a quarter
 // of the codes by permutations of bytes and not by the table (3 % slower, half of them 9 %); rows that flow from block to block in words of two
-// elements and the layer's number, without a fence; z added up where x is made; halves of units, for even shares (docs/serving.md).
+// elements and the layer's number, without a fence; z added up where x is made; halves of units, for even shares (docs/decoding.md).
 #include <algorithm>
 
 #include "decode_groups.h"

@@ -10,7 +10,7 @@
 // Measured on H200s, Llama-3.1-8B, LoRA r 16, a step of 32 rows, ms: NF4 3.85 layer by layer, 3.74 with the norms; bf16 5.33, 5.18 with the
 // norms, 5.20 with the activation, 5.06 with both. A layer of four, us: NF4 105.4 with the activation as a launch, 100.2 without; bf16 145;
 // since x is in NF4's order and z of long products made by few blocks 94 and 141, and since all products are one kernel 90.7 and 140.
-// Tried: all products between two attentions in one launch (bf16 158 to 173 us, NF4 124; docs/serving.md); the first stages of the next product's
+// Tried: all products between two attentions in one launch (bf16 158 to 173 us, NF4 124; docs/decoding.md); the first stages of the next product's
 // weights and its scales asked for into the second-level cache, when the last stage of this has been asked for (bf16 5.10 to 5.40 ms for half of a
 // block's stages to twice as many) or is there (5.06 to 5.16), NF4 the same in all cases.
 #include "chain.cuh"

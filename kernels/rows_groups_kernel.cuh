@@ -9,7 +9,7 @@
 //
 // What NF4 takes of a processor's path to shared memory, cycles for 16 x 128 weights: 32 accesses to the table of pairs, 16 for W in and out, 8 to 32
 // for x of 16 to 64 rows (a fragment of x serves 64 rows of W), 4 for scales. But a unit of 256 x 128 takes about 0.9 us whichever of these is left out
-// (docs/serving.md): x comes anew for each block, as many bytes for 32 rows as half of W's, and with W and A fills the way from the second-level cache.
+// (docs/decoding.md): x comes anew for each block, as many bytes for 32 rows as half of W's, and with W and A fills the way from the second-level cache.
 #pragma once
 
 #include "rows_groups_z.cuh"
