@@ -192,6 +192,9 @@ fn what_does_not_fit_is_refused_and_what_waits_is_served() {
     assert!(format!("{error:#}").contains("no adapter named none"), "{error:#}");
     let too_little = EngineOptions::new(KvBudget::Bytes(100), 1);
     assert!(Engine::new(&decoder, too_little).is_err());
+    let no_rows = EngineOptions { max_num_batched_tokens: 0, ..EngineOptions::new(KvBudget::Tokens(48), 4) };
+    let error = Engine::new(&decoder, no_rows).err().unwrap();
+    assert!(format!("{error:#}").contains("max_num_batched_tokens is 0"), "{error:#}");
     assert!(engine.is_idle());
 
     let ids: Vec<_> =

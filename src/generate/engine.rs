@@ -119,8 +119,11 @@ impl Engine {
     /// An engine for `decoder`, which takes the memory of its budget at once (on the CPU, as it is needed).
     ///
     /// # Errors
-    /// A budget of less than a page.
+    /// A budget of less than a page, no sequence or passes of no row.
     pub fn new(decoder: &Decoder, options: EngineOptions) -> Result<Engine> {
+        if options.max_num_batched_tokens == 0 {
+            bail!("max_num_batched_tokens is 0, expected at least 1");
+        }
         let pages = pages_of(options, decoder);
         if pages == 0 || options.max_num_seqs == 0 {
             bail!(

@@ -36,7 +36,7 @@ const MOST_APART: usize = 8;
 impl Engine {
     fn most_rows(&self, decoder: &Decoder) -> usize {
         let exact = decoder.device == Device::Cpu && decoder.kind == Kind::Float;
-        let most = self.options.max_num_batched_tokens.max(1);
+        let most = self.options.max_num_batched_tokens;
         if exact { most.min(64) } else { most }
     }
 
