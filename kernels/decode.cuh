@@ -158,10 +158,7 @@ template <typename T>
 __device__ __forceinline__ uint4 load_rounded(const void* from, bool f32) {
   const auto* const vectors = static_cast<const uint4*>(from);
   const uint4 low = __ldg(vectors);
-  if (!f32) return low;
-  const uint4 high = __ldg(vectors + 1);
-  const auto pair = [](unsigned even, unsigned odd) { return pack(__uint_as_float(even), __uint_as_float(odd), T{}); };
-  return make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+  return f32 ? pack_words<T>(low, __ldg(vectors + 1)) : low;
 }
 
 // Elements 8 vector .. of a head of q or k: divided by its root mean square where `norm` is not null, which takes the D / 8 lanes that

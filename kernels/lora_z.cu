@@ -81,13 +81,9 @@ struct RowsOfA {
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const uint4 low = load_early(runs[j] + at), high = load_early(runs[j] + at + 16);
-      to[j] = make_uint4(pack_bits(low.x, low.y), pack_bits(low.z, low.w), pack_bits(high.x, high.y), pack_bits(high.z, high.w));
+      to[j] = pack_words<T>(load_early(runs[j] + at), load_early(runs[j] + at + 16));
     }
   }
-
- private:
-  __device__ static unsigned pack_bits(unsigned low, unsigned high) { return pack(__uint_as_float(low), __uint_as_float(high), T{}); }
 };
 
 // acc += x A^T of a unit; top and bottom: eight columns of rows g and g + 8.

@@ -120,5 +120,14 @@ __device__ inline unsigned pack(float low, float high, __half) {
   const __half2 both = __floats2half2_rn(low, high);
   return reinterpret_cast<const unsigned&>(both);
 }
+// The same of f32 as their words, of two neighbours and of eight.
+template <typename T>
+__device__ inline unsigned pack_words(unsigned low, unsigned high) {
+  return pack(__uint_as_float(low), __uint_as_float(high), T{});
+}
+template <typename T>
+__device__ inline uint4 pack_words(const uint4& low, const uint4& high) {
+  return make_uint4(pack_words<T>(low.x, low.y), pack_words<T>(low.z, low.w), pack_words<T>(high.x, high.y), pack_words<T>(high.z, high.w));
+}
 
 }  // namespace ferrotune

@@ -32,7 +32,6 @@ __device__ __forceinline__ unsigned place_in_a(int box_bytes, bool f32) {
 }
 template <typename T, bool kNf4>
 __device__ __forceinline__ void load_rows_of_a(unsigned (&rows)[4], unsigned at, int box_bytes, bool f32, int step) {
-  const auto pair = [](unsigned low, unsigned high) { return pack(__uint_as_float(low), __uint_as_float(high), T{}); };
   if (!kNf4 && !f32) {
     load_matrices(rows, at ^ 32 * step);
     return;
@@ -45,12 +44,12 @@ __device__ __forceinline__ void load_rows_of_a(unsigned (&rows)[4], unsigned at,
       rows[half] = own.x, rows[2 + half] = own.y;
     } else if (kNf4) {
       const uint4 own = load_shared_4(row ^ step * 16);
-      rows[half] = pair(own.x, own.y), rows[2 + half] = pair(own.z, own.w);
+      rows[half] = pack_words<T>(own.x, own.y), rows[2 + half] = pack_words<T>(own.z, own.w);
     } else {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint2 own = load_shared_2((row ^ (4 * (step % 2) + 2 * j) * 16) + step / 2 * box_bytes);
-        rows[2 * j + half] = pair(own.x, own.y);
+        rows[2 * j + half] = pack_words<T>(own.x, own.y);
       }
     }
   }
@@ -170,8 +169,7 @@ __device__ __forceinline__ void make_z(const GroupPlan& group, int block) {
       const int64_t at = int64_t{min(row + of_row, static_cast<int>(part.R) - 1)} * K + column;
       if (!part.lora_f32) return load_early(static_cast<const T*>(part.a) + at);
       const uint4 low = load_early(static_cast<const float*>(part.a) + at), high = load_early(static_cast<const float*>(part.a) + at + 4);
-      const auto pair = [](unsigned first, unsigned second) { return pack(__uint_as_float(first), __uint_as_float(second), T{}); };
-      return make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+      return pack_words<T>(low, high);
     };
     const auto load_x = [&](int of_row, int chunk) {
       const T* const from_x = static_cast<const T*>(p.x) + of_row * p.x_stride + chunk * kChunk;

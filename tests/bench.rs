@@ -114,3 +114,20 @@ fn what_trains_is_chosen_and_the_cpu_has_no_budget() {
         assert_eq!(trains, method.contains(&"--full-finetuning"), "{report}");
     }
 }
+
+#[test]
+fn values_that_are_too_small_are_named() {
+    for (arguments, message) in [
+        (&["generate", "--shape", "llama-3.2-1b", "--batch", "0"][..], "--batch is 0, expected at least 1"),
+        (&["train", "--shape", "llama-3.2-1b", "--packing", "9,1"], "--packing is 1, expected at least 2"),
+        (
+            &["grpo", "--shape", "llama-3.2-1b", "--num-generations", "1"],
+            "--num-generations is 1, expected at least 2",
+        ),
+    ] {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_ferrotune")).arg("bench").args(arguments).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && error.contains(message), "{arguments:?}: {error}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng};
@@ -20,7 +20,6 @@ use super::progress::BARS;
 use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::data::Batch;
 use crate::device;
-use crate::error::Error;
 use crate::models::Config;
 use crate::nn::LoadOptions;
 use crate::train::floor::{self, Floor};
@@ -159,16 +158,18 @@ fn measure(args: &BenchTrainArgs) -> Result<Report> {
     let start = Instant::now();
     let (name, config) = args.shape.config()?;
     let sample_lengths = if args.packing.is_empty() { vec![args.rows.seq] } else { args.packing.clone() };
-    for (flag, zero) in [
-        ("--batch", args.rows.batch == 0),
-        ("--steps", args.steps == 0),
-        ("--warm-up", args.warm_up == 0),
-        ("--gradient-accumulation-steps", args.gradient_accumulation_steps == 0),
-        ("--seq and --packing", sample_lengths.iter().any(|&length| length < 2)),
+    for (flag, value, least) in [
+        ("--batch", args.rows.batch, 1),
+        ("--steps", args.steps, 1),
+        ("--warm-up", args.warm_up, 1),
+        ("--gradient-accumulation-steps", args.gradient_accumulation_steps, 1),
+        (
+            if args.packing.is_empty() { "--seq" } else { "--packing" },
+            sample_lengths.iter().copied().min().unwrap_or(0),
+            2,
+        ),
     ] {
-        if zero {
-            bail!(Error::Usage(format!("{flag}: too small")));
-        }
+        super::at_least(flag, value, least)?;
     }
     args.method.check()?;
     let device = args.machine.init()?;

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +14,6 @@ use super::format::{bytes, percent, rate};
 use super::model_args::{MachineArgs, kind_of, name_of};
 use super::shapes::{ShapeArgs, WeightsArgs};
 use crate::device;
-use crate::error::Error;
 use crate::generate::{Engine, EngineOptions, EventKind, KvBudget, Request, SamplingParams};
 use crate::io::adapter::InitLoraWeights;
 use crate::models::FastLanguageModel;
@@ -106,9 +105,7 @@ fn measure(args: &BenchGenerateArgs) -> Result<Report> {
     for (flag, value) in
         [("--batch", args.batch), ("--requests", requests), ("--prompt", args.prompt), ("--new", args.new)]
     {
-        if value == 0 {
-            bail!(Error::Usage(format!("{flag}: too small")));
-        }
+        super::at_least(flag, value, 1)?;
     }
     let device = args.machine.init()?;
     let kind = kind_of(args.dtype, device, config.overflows_f16());

@@ -219,18 +219,16 @@ fn arguments(args: &BenchGrpoArgs, config: &Config) -> Result<GrpoArguments> {
     args.method.check()?;
     let rows = args.per_device_train_batch_size.unwrap_or(args.num_generations);
     let context = config.max_position_embeddings.max(0) as usize;
-    for (flag, wrong) in [
-        ("--num-generations", args.num_generations < 2),
-        ("--per-device-train-batch-size", rows == 0),
-        ("--gradient-accumulation-steps", args.gradient_accumulation_steps == 0),
-        ("--prompt", args.prompt == 0),
-        ("--completion", args.completion == 0),
-        ("--steps", args.steps == 0),
-        ("--warm-up", args.warm_up == 0),
+    for (flag, value, least) in [
+        ("--num-generations", args.num_generations, 2),
+        ("--per-device-train-batch-size", rows, 1),
+        ("--gradient-accumulation-steps", args.gradient_accumulation_steps, 1),
+        ("--prompt", args.prompt, 1),
+        ("--completion", args.completion, 1),
+        ("--steps", args.steps, 1),
+        ("--warm-up", args.warm_up, 1),
     ] {
-        if wrong {
-            bail!(Error::Usage(format!("{flag}: too small")));
-        }
+        super::at_least(flag, value, least)?;
     }
     if args.prompt + args.completion > context {
         bail!(Error::Usage(format!("--prompt and --completion: the model's context is {context} tokens")));

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,6 @@ use super::banner::table;
 use super::format::{bytes, count};
 use super::model_args::{MachineArgs, kind_of, name_of};
 use crate::device;
-use crate::error::Error;
 use crate::ops::{self, Targets};
 use crate::train::Dtype;
 
@@ -63,9 +62,7 @@ fn measure(args: &BenchLossArgs) -> Result<Report> {
     for (flag, value) in
         [("--tokens", args.tokens), ("--hidden-size", args.hidden_size), ("--vocab-size", args.vocab_size)]
     {
-        if value == 0 {
-            bail!(Error::Usage(format!("{flag}: too small")));
-        }
+        super::at_least(flag, value, 1)?;
     }
     let device = args.machine.init()?;
     let kind = kind_of(args.dtype, device, false);

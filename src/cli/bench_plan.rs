@@ -17,7 +17,6 @@ use super::method_args::MethodArgs;
 use super::model_args::{MachineArgs, kind_of};
 use super::shapes::{RowsArgs, ShapeArgs, WeightsArgs};
 use crate::device;
-use crate::error::Error;
 use crate::nn::LoadOptions;
 use crate::train::plan::{Budget, Memory};
 use crate::train::{BaseDtype, Sft, Size, Stepper};
@@ -72,9 +71,8 @@ struct Row {
 const WARM_UP: usize = 4;
 
 pub fn run(args: BenchPlanArgs) -> Result<()> {
-    if args.budgets < 2 || args.steps == 0 {
-        bail!(Error::Usage("--budgets and --steps: too small".into()));
-    }
+    super::at_least("--budgets", args.budgets, 2)?;
+    super::at_least("--steps", args.steps, 1)?;
     args.method.check()?;
     let device = args.machine.init()?;
     if !device.is_cuda() {

@@ -45,7 +45,7 @@ pub mod train_serve;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
@@ -106,6 +106,15 @@ fn show<R: Serialize>(report: &R, json: bool, render: impl FnOnce(&R) -> String)
         println!("{}", serde_json::to_string_pretty(report)?);
     } else {
         print!("{}", render(report));
+    }
+    Ok(())
+}
+
+/// # Errors
+/// Usage: a flag's value below the least that makes sense.
+fn at_least(flag: &str, value: usize, least: usize) -> Result<()> {
+    if value < least {
+        bail!(Error::Usage(format!("{flag} is {value}, expected at least {least}")));
     }
     Ok(())
 }
