@@ -69,6 +69,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     reinterpret_cast<int64_t*>(shared_at(kCommonAt))[threadIdx.x] = reinterpret_cast<const int64_t*>(&s)[threadIdx.x];
   }
   if (threadIdx.x == 0) init_barrier(shared_address(shared_at(s.at.x_arrived)), 1);
+  if (threadIdx.x < kPageWarps) {
+    const unsigned at = static_cast<unsigned>(s.at.pages + threadIdx.x * kPagesBytes);
+    init_barrier(at, 1);
+    init_barrier(at + 8, 1);
+    *reinterpret_cast<int*>(shared_at(static_cast<int>(at) + 16)) = 0;
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
   inputs_ready();
   for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
@@ -298,6 +305,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
     take(at.x_arrived, 8);
     take(at.w_arrived, kDecodeWarps * kStreamBytes);
+    take(at.pages, kPageWarps * kPagesBytes);
     take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
     take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
     take(at.statistics, 16 * planned.MP * 4);

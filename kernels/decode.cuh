@@ -23,6 +23,9 @@ constexpr int kMostPages = 2048;
 constexpr int kPageWarps = 8, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
+// Of a warp that reads pages: the barriers of two stages, and their phases.
+constexpr int kPagesBytes = 24;
+
 // The first of a product's parts.
 __host__ __device__ constexpr int first_part(int phase) { return phase == kQkv ? 0 : phase + 2 + (phase == kDown); }
 
@@ -45,7 +48,7 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, x_arrived, w_arrived, shares, z, statistics, slots, lora, nested, a, x, attention, all;
+  int table, map, layers, sequences, x_arrived, w_arrived, shares, z, statistics, slots, lora, nested, a, x, pages, attention, all;
   int ring[2], first_rings;  // of so many warps one after another, and of the others
   int stages;                // of pages, of each warp in attention
 };
@@ -125,7 +128,7 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     __syncthreads();
     target += static_cast<int>(gridDim.x);
-    if (threadIdx.x == 0) add_release(arrived, 1);
+    if (threadIdx.x == kPoller) add_release(arrived, 1);
   }
   __device__ __forceinline__ void poll() const {
     while (load_acquire(arrived) < target) {}
@@ -161,49 +164,64 @@ __device__ __forceinline__ uint4 load_rounded(const void* from, bool f32) {
   return f32 ? pack_words<T>(low, __ldg(vectors + 1)) : low;
 }
 
-// Elements 8 vector .. of a head of q or k: divided by its root mean square where `norm` is not null, which takes the D / 8 lanes that
-// have the head, then turned (kernels/rope.cu) by angles [R / 2] cos, [R / 2] sin.
-template <typename T, int D>
-__device__ __forceinline__ uint4 turned(const T* head, int vector, const T* norm, float eps, float offset, const float* angles,
-                                        int R) {
-  Eight<T> own(head + 8 * vector);
-  const int half = R / 2, at = 8 * vector;
-  const bool turns = at < R, low = at < half;
-  const int other = turns ? (low ? at + half : at - half) : at;
-  Eight<T> partner(head + other);
-  if (norm != nullptr) {
-    float sum = 0;
+// What a lane has of a head of q or k that its warp turns (kernels/rope.cu), once known: elements p, p + 1 and other, other + 1, which are turned
+// together by angles c and s, or are not turned.
+template <int D>
+struct Turn {
+  int p, other;
+  bool own, turns;
+  float2 c{}, s{};
+
+  // Of angles [R / 2] cos, [R / 2] sin.
+  __device__ __forceinline__ Turn(int lane, int R, const float* cos, const float* sin) : own(4 * lane < D), turns(own && 4 * lane < R) {
+    const int half = R / 2;
+    p = turns ? 2 * lane : 2 * lane + half;
+    other = turns ? p + half : p + D / 2 - half;
+    if (!turns) return;
+    c = *reinterpret_cast<const float2*>(cos + p);
+    s = *reinterpret_cast<const float2*>(sin + p);
+  }
+  // Divided by the root mean square where `norm` is not null, turned, to shared memory and, unless it is null, to memory.
+  template <typename T>
+  __device__ __forceinline__ void make(const T* head, const T* norm, float eps, float offset, T* to, T* pool) const {
+    const auto pair_of = [](const T* at) {
+      const unsigned packed = __ldcg(reinterpret_cast<const unsigned*>(at));
+      const auto v = *reinterpret_cast<const Vector<T, 2>*>(&packed);
+      return make_float2(to_float(v.v[0]), to_float(v.v[1]));
+    };
+    float2 a{}, b{};
+    if (own) a = pair_of(head + p), b = pair_of(head + other);
+    if (norm != nullptr) {
+      float sum = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += own.v[i] * own.v[i];
-#pragma unroll
-    for (int step = 1; step < D / 8; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-    const float rstd = rsqrtf(sum / D + eps);
-    const Eight<T> w(norm + at), other_w(norm + other);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      own.v[i] = to_float(from_float<T>(own.v[i] * rstd * (offset + w.v[i])));
-      partner.v[i] = to_float(from_float<T>(partner.v[i] * rstd * (offset + other_w.v[i])));
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (own) {
+        const float rstd = rsqrtf(sum / D + eps);
+        const auto scaled = [&](float v, int i) { return to_float(from_float<T>(v * rstd * (offset + to_float(norm[i])))); };
+        a = {scaled(a.x, p), scaled(a.y, p + 1)}, b = {scaled(b.x, other), scaled(b.y, other + 1)};
+      }
     }
+    if (!own) return;
+    if (turns) {
+      const float2 first = a;
+      a = {a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y};
+      b = {b.x * c.x + first.x * s.x, b.y * c.y + first.y * s.y};
+    }
+    const unsigned pairs[2] = {pack(a.x, a.y, T{}), pack(b.x, b.y, T{})};
+    *reinterpret_cast<unsigned*>(to + p) = pairs[0], *reinterpret_cast<unsigned*>(to + other) = pairs[1];
+    if (pool != nullptr) *reinterpret_cast<unsigned*>(pool + p) = pairs[0], *reinterpret_cast<unsigned*>(pool + other) = pairs[1];
   }
-  if (turns) {
-    const int angle = low ? at : at - half;
-    float c[8], s[8];
-    load_float<8>(angles + angle, 0, c);
-    load_float<8>(angles + half + angle, 0, s);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) own.v[i] = low ? own.v[i] * c[i] - partner.v[i] * s[i] : own.v[i] * c[i] + partner.v[i] * s[i];
-  }
-  return own.rounded();
-}
+};
 
 // The attention of one sequence, key/value head and run of keys at a time. Half of a thread block's warps read pages, the first of them
-// before the new row is there, which goes into its tile from where it is made; the other half turns the queries.
+// before the new row is there, which goes into its tile from where it is made; the other half turns the queries, a warp a head. The copy engine brings
+// pages: loads would stand before the one that waits for other thread blocks.
 template <int D>
 constexpr int kDecodeTileBytes = kTileElements<D> * 2;
-// Tiles; m and l of each warp's heads; whether a run came last; angles.
+// Tiles; m and l of each warp's heads; whether a run came last.
 template <int D>
 inline int decode_attention_bytes(int stages) {
-  return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16 + D * 4;
+  return (1 + 2 * stages * kPageWarps) * kDecodeTileBytes<D> + kPageWarps * kMostHeads * 8 + 16;
 }
 
 template <typename T, int D>
@@ -212,6 +230,7 @@ struct DecodeAttention {
   const int layer_at, at = anew(s.at.attention);
   const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
+  unsigned phase_bits;
 
   __device__ DecodeAttention(const DecodeCommon& common, int of_layer)
       : s(common), layer_at(of_layer), group(common.H / common.K), heads(common.M * common.K), items(heads * common.runs), item(blockIdx.x) {}
@@ -221,9 +240,13 @@ struct DecodeAttention {
   __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
   __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
   __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * warp + of_stage)))}; }
+  // The new key and value, behind the queries.
+  __device__ T* new_row() const { return query_tile().at(kEight, 0); }
   __device__ float2* statistics() const { return reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps)); }
   __device__ int* last() const { return reinterpret_cast<int*>(statistics() + kPageWarps * kMostHeads); }
-  __device__ float* angles() const { return reinterpret_cast<float*>(last() + 4); }
+  // Of a warp: the barriers of its stages, and behind them their phases, a bit each.
+  __device__ unsigned arrived(int of_stage) const { return static_cast<unsigned>(s.at.pages + warp * kPagesBytes + 8 * of_stage); }
+  __device__ unsigned& phases() const { return *reinterpret_cast<unsigned*>(shared_at(static_cast<int>(arrived(2)))); }
   // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
   __device__ int64_t place(int of, int row) const {
     const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + kEight;
@@ -231,20 +254,23 @@ struct DecodeAttention {
     return (number * kPage + row) * (int64_t{s.K} * D) + head * D;
   }
 
-  // The new row is left out.
+  // The new row is left out: a lane for each row of keys, and for each of values, of which zeros stand for those that are not there.
   __device__ __forceinline__ void fetch(int of, int to_stage) const {
-    if (of <= last_page) {
-      const int64_t from = place(of, 0);
-      const T *const k = static_cast<const T*>(layer().pool_k) + from, *const v = static_cast<const T*>(layer().pool_v) + from;
-      const int rows = min(end, length - 1) - of * kPage;
-#pragma unroll 4
-      for (int i = lane; i < kPage * D / 8; i += 32) {
-        const int row = i / (D / 8), piece = i % (D / 8), at = row * s.K * D + piece * 8;
-        copy_16_bytes(shared_address(key_tile(to_stage).at(row, piece)), k + at, row < rows);
-        copy_16_bytes(shared_address(value_tile(to_stage).at(row, piece)), v + at, row < rows);
-      }
+    if (of > last_page) return;
+    const int row = lane % kPage, rows = min(end, length - 1) - of * kPage, count = max(0, min(kPage, rows));
+    const bool key = lane < kPage;
+    T* const to = (key ? key_tile(to_stage) : value_tile(to_stage)).at(row, 0);
+    if (lane == 0) arrive_with_boxes(arrived(to_stage), count * (2 * D * static_cast<int>(sizeof(T))));
+    __syncwarp();
+    if (row < count) {
+      const T* const from = static_cast<const T*>(key ? layer().pool_k : layer().pool_v) + place(of, row);
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
+                   "n"(D * 2), "r"(arrived(to_stage))
+                   : "memory");
+    } else if (!key) {
+#pragma unroll 1
+      for (int piece = 0; piece < D / 8; ++piece) reinterpret_cast<uint4*>(to)[piece] = make_uint4(0, 0, 0, 0);
     }
-    commit_copies();
   }
 
   __device__ __forceinline__ void seek() {
@@ -274,32 +300,26 @@ struct DecodeAttention {
     }
   }
 
-  // Before what the layer's projection wrote can be seen.
-  __device__ __forceinline__ void start() {
-    seek();
-    if (begin >= end) return;
-    if (warp < kPageWarps) {
-#pragma unroll 1
-      for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
-    } else {
-      const int half = s.R / 2;
-#pragma unroll 1
-      for (int i = thread - 32 * kPageWarps; i < half; i += 32 * kPageWarps) {
-        angles()[i] = layer().cos[sequence * half + i];
-        angles()[half + i] = layer().sin[sequence * half + i];
-      }
-    }
-  }
-
   // All of this thread block's share.
   __device__ __forceinline__ void run_all(const Barrier& barrier) {
     if (item >= items) barrier.wait();
 #pragma unroll 1
     for (bool first = true; item < items; item += static_cast<int>(gridDim.x), first = false) {
-      start();
+      seek();
+      const bool seen = begin < end, newest = seen && warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
+      // Before what the layer's projection wrote can be seen.
+      if (seen && warp < kPageWarps) {
+        phase_bits = phases();
+        // Behind what others wrote there comes what the copy engine does.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#pragma unroll 1
+        for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
+      }
+      const int half = s.R / 2;
+      const Turn<D> turn(lane, s.R, layer().cos + sequence * half, layer().sin + sequence * half);
       if (first) barrier.wait();
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
-      if (begin >= end) {
+      if (!seen) {
         // A row that belongs to no sequence.
         if (length == 0 && run == 0) {
 #pragma unroll 1
@@ -307,41 +327,32 @@ struct DecodeAttention {
         }
         continue;
       }
-      // The angles.
-      if (!first) __syncthreads();
-      const bool newest = warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
-      uint4 key = make_uint4(0, 0, 0, 0), value = key;
-      if (warp >= kPageWarps || newest) {
-        // Heads of the group, or the new key.
-        const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
-        constexpr int kVectors = kEight * D / 8;
-#pragma unroll 1
-        for (int i = newest ? lane : thread - 32 * kPageWarps; i < (newest ? 32 : kVectors); i += 32 * kPageWarps) {
-          const int of_group = newest ? 0 : i / (D / 8), piece = newest ? min(i, D / 8 - 1) : i % (D / 8);
-          const T* const from = row + (newest ? s.H + head : head * group + min(of_group, group - 1)) * D;
-          if (newest) value = reinterpret_cast<const uint4*>(from + s.K * D)[piece];
-          const uint4 made = turned<T, D>(from, piece, static_cast<const T*>(newest ? layer().k_norm : layer().q_norm), s.q_eps, s.q_norm_offset, angles(), s.R);
-          if (newest) {
-            key = made;
-          } else {
-            *reinterpret_cast<uint4*>(query_tile().at(of_group, piece)) = of_group < group ? made : make_uint4(0, 0, 0, 0);
-          }
+      const T* const row = static_cast<const T*>(s.qkv) + sequence * (s.H + 2 * s.K) * D;
+      if (newest) {
+        // The new key and value, into the pool and for when their page is there.
+        const int64_t in_pool = place(last_page, (length - 1) % kPage);
+        T* const own_key = new_row(), *const own_value = own_key + D;
+        turn.make(row + (s.H + head) * D, static_cast<const T*>(layer().k_norm), s.q_eps, s.q_norm_offset, own_key, static_cast<T*>(layer().pool_k) + in_pool);
+        if (lane < D / 8) {
+          const uint4 value = __ldcg(reinterpret_cast<const uint4*>(row + (s.H + s.K + head) * D) + lane);
+          reinterpret_cast<uint4*>(own_value)[lane] = value;
+          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + in_pool)[lane] = value;
         }
-        if (newest && lane < D / 8) {
-          const int64_t at = place(last_page, (length - 1) % kPage);
-          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_k) + at)[lane] = key;
-          reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + at)[lane] = value;
-        }
+      } else if (warp >= kPageWarps && warp - kPageWarps < group) {
+        const int own = warp - kPageWarps;
+        turn.make(row + (head * group + own) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(own, 0), static_cast<T*>(nullptr));
       }
       __syncthreads();
       PagedSums<D, 1> sums;
       if (warp < kPageWarps) {
 #pragma unroll 1
         for (; page <= last_page; page += kPageWarps) {
-          s.at.stages == 2 ? wait_copies<1>() : wait_copies<0>();
+          wait_phase(arrived(stage), phase_bits >> stage & 1);
+          phase_bits ^= 1u << stage;
           if (newest && page == last_page && lane < D / 8) {
-            *reinterpret_cast<uint4*>(key_tile(stage).at((length - 1) % kPage, lane)) = key;
-            *reinterpret_cast<uint4*>(value_tile(stage).at((length - 1) % kPage, lane)) = value;
+            const auto* const from = reinterpret_cast<const uint4*>(new_row());
+            *reinterpret_cast<uint4*>(key_tile(stage).at((length - 1) % kPage, lane)) = from[lane];
+            *reinterpret_cast<uint4*>(value_tile(stage).at((length - 1) % kPage, lane)) = from[lane + D / 8];
           }
           __syncwarp();
           add_page<T, D, 1>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap);
@@ -349,8 +360,8 @@ struct DecodeAttention {
           fetch(page + s.at.stages * kPageWarps, stage);
           if (++stage == s.at.stages) stage = 0;
         }
+        phases() = phase_bits;
       }
-      wait_copies<0>();
       __syncthreads();
       float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
       if (warp < kPageWarps) put_parts<D, 1>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);

@@ -216,7 +216,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
     int unit = first_unit, local = first_tile;
-    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + g;
+    const int row = stream.row_of(g);
+    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + row;
     const auto load = [&](int at) {
       if (!has) return;
 #pragma unroll
@@ -239,7 +240,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
     const auto rows_of_tile = [&] {
       nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
       const DecodeTile& tile = tile_at(local);
-      top_block = tile.nested_before + g * blocks;
+      top_block = tile.nested_before + row * blocks;
       offset = part_at(tile.part).nested_offset;
     };
     rows_of_tile();
@@ -248,7 +249,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
       uint4 own[4];
       stream.take(own, last_product);
       if (!Use::kXOfRun) load(unit * 512);
-      const int from = 2 * g + unit % kScaledUnits / 4;
+      const int from = 2 * row + unit % kScaledUnits / 4;
       const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
       const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
       const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> shift], nested[top_block + 8 * blocks + unit * kGroupBlocks >> shift]};

@@ -39,14 +39,18 @@ struct WeightStream {
 
   __device__ explicit WeightStream(const DecodeStack& stack) : maps(stack.w), s(stack.common) {}
 
+  // The row of a tile, beside row 8 behind it, that lanes 4 g .. have. Those of NF4 that are read at once, of g and g + 1, are four apart: pieces of
+  // 16 bytes from different halves of all banks.
+  __device__ __forceinline__ static int row_of(int g) { return kNf4 ? g / 2 + g % 2 * 4 : g; }
+
   // By every lane of a warp that has weights, once.
   __device__ __forceinline__ void begin(int warp) {
-    const int lane = thread_number() % 32, g = lane / 4, t = lane % 4;
+    const int lane = thread_number() % 32, row = row_of(lane / 4), t = lane % 4;
     const int own = warp < s.at.first_rings ? s.at.ring[0] + warp * s.depth * kBoxBytes : s.at.ring[1] + (warp - s.at.first_rings) * s.depth * kBoxBytes;
     barriers = static_cast<unsigned>(s.at.w_arrived + warp * kStreamBytes);
     free = s.depth;
     // Piece p of 16 bytes of row r lies at p ^ r % 8.
-    low = static_cast<unsigned>(own + g * 128 + (((kNf4 ? t : 2 * t) ^ g) << 4));
+    low = static_cast<unsigned>(own + row * 128 + (((kNf4 ? t : 2 * t) ^ row) << 4));
     if (lane == 0) {
       for (int i = 0; i < s.depth; ++i) init_barrier(barriers + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -95,7 +99,7 @@ struct WeightStream {
 #pragma unroll 1
     while (free > 0 && ask(slot - free + (slot < free ? s.depth : 0), last)) --free;
   }
-  // The next unit: pieces of rows g and g + 8.
+  // The next unit: pieces of this lane's row and of that 8 behind.
   __device__ __forceinline__ void take(uint4 (&to)[4], int last) {
     wait_phase(barriers + 8 * slot, parity);
     const unsigned box = low + slot * kBoxBytes, other = box ^ (kNf4 ? 64 : 16);
