@@ -322,6 +322,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
       const int64_t norm_bytes = phase == kQkv || phase == kGateUp ? s.columns[phase] * 2 : 0;
       if (s.x_shared[phase]) x_bytes = std::max(x_bytes, int64_t{s.M} * (s.columns[phase] * 2 + 16) + norm_bytes);
     }
+    // Vectors of a row are mixed by their addresses.
+    next = ceil_div(next, 64) * 64, behind = ceil_div(behind, 64) * 64;
     take(at.x, x_bytes);
     next = ceil_div(next, 1024) * 1024, behind = ceil_div(behind, 1024) * 1024;
     const int64_t ring = depth * kBoxBytes, before_table = wide ? (kTableAt - next) / ring : kDecodeWarps;

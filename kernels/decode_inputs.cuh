@@ -14,7 +14,9 @@ template <typename T, int MP, bool kNf4>
 struct ProductInputs {
   using Use = ColumnUse<MP>;
   static constexpr int kUnit = WeightStream<kNf4>::kUnit, kSlot = MP * kSumStride;
-  static constexpr int kPairBytes = Use::kWide ? 256 : 128;
+  // A wide table leaves room for all scales between its pairs.
+  static constexpr bool kWide = kNf4 && Use::kWide;
+  static constexpr int kPairBytes = kWide ? 256 : 128;
   // The threads copy one row, more are the copy engine's. In shared memory one row's vectors lie so that the lanes that have a group of 256
   // columns read different banks.
   static constexpr bool kOne = MP == 1, kMixed = kOne && kNf4;
@@ -88,16 +90,18 @@ struct ProductInputs {
     __syncthreads();
   }
 
-  // Scales of 16 rows and eight units: this lane has those of units 4 h .. of row lane / 2, h = lane % 2.
+  // Scales of 16 rows and eight units: this lane has those of units scaled_unit() .. of row scaled_row().
   static constexpr int kScaledUnits = 8;
   struct Scales {
     unsigned of[4];
   };
   Scales first_scales;
+  __device__ __forceinline__ int scaled_row() const { return kWide ? lane % kTileRows : lane / 2; }
+  __device__ __forceinline__ int scaled_unit() const { return kWide ? lane / kTileRows * 4 : lane % 2 * 4; }
   __device__ __forceinline__ void fetch_scales(Scales& to, int local, int first) const {
     const DecodeTile& tile = tile_at(min(local, max(count - 1, 0)));
-    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + lane / 2} * units;
-    first += lane % 2 * 4;
+    const auto* const absmax = static_cast<const unsigned*>(part_at(tile.part).absmax) + int64_t{tile.row + scaled_row()} * units;
+    first += scaled_unit();
     if (units % 4 == 0) {
       const uint4 four = __ldg(reinterpret_cast<const uint4*>(absmax + min(first, units - 4)));
       to.of[0] = four.x, to.of[1] = four.y, to.of[2] = four.z, to.of[3] = four.w;
@@ -105,6 +109,32 @@ struct ProductInputs {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to.of[i] = __ldg(absmax + min(first + i, units - 1));
     }
+  }
+
+  // Between the pairs of a wide table: of this warp, row r and block b of unit u at [u % kScaledUnits, r / 8] times 256 bytes, [r % 8, b] in f32.
+  __device__ __forceinline__ int scales_at() const { return s.at.table + 128 + warp * (2 * kScaledUnits * 256); }
+  // What fetch_scales got of those with unit `unit` of tile `local`. nested(i): the tile's scale of scales i.
+  template <typename Nested>
+  __device__ __forceinline__ void put_scales(const Scales& raw, int local, int unit, const Nested& nested) const {
+    static_assert(kMapCopies == 8);
+    const DecodeTile& tile = tile_at(local);
+    const float offset = part_at(tile.part).nested_offset;
+    const int row = scaled_row(), first = (unit & ~(kScaledUnits - 1)) + scaled_unit(), block = tile.nested_before + row * (columns / kBlock) + first * kGroupBlocks;
+    float4* const to = reinterpret_cast<float4*>(shared_at(scales_at() + row / 8 * 256 + row % 8 * 16 + scaled_unit() * 512));
+    const unsigned copy = lane % kMapCopies * 4;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float of_unit = nested(block + i * kGroupBlocks >> s.nested_shift);
+      const auto scale = [&](int of_group) {
+        const unsigned at = of_group == 0 ? raw.of[i] << 5 : raw.of[i] >> 8 * of_group - 5;
+        float value;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"((at & 255 << 5 | copy) + s.at.map));
+        return __fadd_rn(__fmul_rn(value, of_unit), offset);
+      };
+      to[i * 32] = make_float4(scale(0), scale(1), scale(2), scale(3));
+    }
+    __syncwarp();
   }
 
   // Whatever does not depend on the product's input is on its way. Nobody uses shared memory but for the shares, the layers and the rings.
@@ -136,6 +166,13 @@ struct ProductInputs {
     if (warp < kDecodeWarps) {
       stream.fill(last_product);
       if constexpr (kNf4) fetch_scales(first_scales, first_tile, first_unit / kScaledUnits * kScaledUnits);
+      if constexpr (kWide) {
+        // Before the copies of scales' scales can be seen by all.
+        const DecodeTile& tile = tile_at(first_tile);
+        const int blocks = columns / kBlock, last = tile.nested_before + kTileRows * blocks - 1 >> s.nested_shift;
+        const float* const nested = part_at(tile.part).nested + (int64_t{tile.row} * blocks >> s.nested_shift);
+        if (left > 0) put_scales(first_scales, first_tile, first_unit, [&](int i) { return __ldg(nested + min(i, last)); });
+      }
     }
   }
   __device__ __forceinline__ unsigned long long* z_sums(int of_phase) const {

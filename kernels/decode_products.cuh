@@ -16,10 +16,10 @@ struct Products : ProductInputs<T, MP, kNf4> {
   using Inputs::Inputs;
   using typename Inputs::Scales;
   using typename Inputs::Use;
-  using Inputs::kSlot, Inputs::kMixed, Inputs::kScaledUnits, Inputs::s, Inputs::stream, Inputs::warp, Inputs::lane, Inputs::g, Inputs::t;
+  using Inputs::kSlot, Inputs::kMixed, Inputs::kWide, Inputs::kScaledUnits, Inputs::s, Inputs::stream, Inputs::warp, Inputs::lane, Inputs::g, Inputs::t;
   using Inputs::phase, Inputs::last_product, Inputs::columns, Inputs::units, Inputs::count, Inputs::first_tile, Inputs::first_unit, Inputs::left;
   using Inputs::first_scales, Inputs::layer, Inputs::part_at, Inputs::share, Inputs::tile_at, Inputs::x_shared_row, Inputs::x_memory_row;
-  using Inputs::x_vector, Inputs::z_sums, Inputs::has_piece, Inputs::fetch_scales;
+  using Inputs::x_vector, Inputs::z_sums, Inputs::has_piece, Inputs::fetch_scales, Inputs::scales_at, Inputs::put_scales;
   static constexpr int kZ = kMostRank + 4, kLoraStride = kTileRows;
 
   float first_added;
@@ -206,57 +206,25 @@ struct Products : ProductInputs<T, MP, kNf4> {
   // As strips_kernel does: see there.
   template <bool kShared>
   __device__ __forceinline__ void multiply_nf4() {
-    const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
     const unsigned table = s.at.table + lane * 4;
-    const int blocks = columns / kBlock, shift = s.nested_shift;
     const bool has = Use::has(g, t) && g % MP < s.M;
-    const char* const shared = shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256);
+    const int row = stream.row_of(g), mixed = kMixed ? (2 * Use::run(g) + t / 2) * 16 : 0;
+    const unsigned shared = shared_address(shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256 + mixed));
     const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
-    const int mixed = kMixed ? 2 * Use::run(g) + t / 2 : 0;
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
-    int unit = first_unit, local = first_tile;
-    const int row = stream.row_of(g);
+    unsigned unit = first_unit;
+    int local = first_tile;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + row;
-    const auto load = [&](int at) {
+    const auto load = [&](unsigned at) {
       if (!has) return;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 four = kShared ? reinterpret_cast<const uint4*>(shared + at)[kMixed ? i ^ mixed : i] : reinterpret_cast<const uint4*>(memory + at)[i];
+        const uint4 four = kShared ? load_shared_4(kMixed ? shared + at ^ 16 * i : shared + at + 16 * i) : reinterpret_cast<const uint4*>(memory + at)[i];
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
       }
     };
-    Scales scales = first_scales, next_scales;
-    // The eight units behind these, of this tile or of the next. Eight rows leave no registers for them.
-    constexpr bool kAhead = MP < 8;
-    const auto fetch_next_scales = [&] {
-      const int behind = unit / kScaledUnits * kScaledUnits + kScaledUnits;
-      fetch_scales(next_scales, local + (behind >= units), behind < units ? behind : 0);
-    };
-    if (kAhead) fetch_next_scales();
-    const float* nested;
-    float offset;
-    int top_block;
-    const auto rows_of_tile = [&] {
-      nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
-      const DecodeTile& tile = tile_at(local);
-      top_block = tile.nested_before + row * blocks;
-      offset = part_at(tile.part).nested_offset;
-    };
-    rows_of_tile();
-#pragma unroll 1
-    for (; left > 0; --left) {
-      uint4 own[4];
-      stream.take(own, last_product);
-      if (!Use::kXOfRun) load(unit * 512);
-      const int from = 2 * row + unit % kScaledUnits / 4;
-      const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
-      const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
-      const float nested_of[2] = {nested[top_block + unit * kGroupBlocks >> shift], nested[top_block + 8 * blocks + unit * kGroupBlocks >> shift]};
-      const auto scale = [&](int half, int of_group) {
-        const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
-        return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
-      };
+    const auto multiply_unit = [&](const uint4 (&own)[4], const auto& scale) {
       GroupSums<MP> group_sums;
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
@@ -268,11 +236,75 @@ struct Products : ProductInputs<T, MP, kNf4> {
         group_sums.scale_run(run, t, acc, scale);
       }
       group_sums.scale_group(t, acc, scale);
+    };
+    // The eight units behind these, of this tile or of the next. Eight rows leave no registers for them; of one or two, shared memory has these.
+    constexpr bool kAhead = MP < 8;
+    Scales scales, next_scales;
+    if (!kWide) scales = first_scales;
+    const auto fetch_next = [&](Scales& to) {
+      const int behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
+      fetch_scales(to, local + (behind >= units), behind < units ? behind : 0);
+    };
+    if (kAhead) fetch_next(kWide ? scales : next_scales);
+    const int own_scales = scales_at() + row * 16 + (MP == 1 ? 8 * (t & 1) : 4 * t);
+    const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
+    const int blocks = columns / kBlock, shift = s.nested_shift;
+    const float* nested;
+    float offset;
+    int top_block;
+    const auto rows_of_tile = [&] {
+      nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
+      const DecodeTile& tile = tile_at(local);
+      top_block = tile.nested_before + row * blocks;
+      offset = part_at(tile.part).nested_offset;
+    };
+    if (!kWide) rows_of_tile();
+    // Of a wide kernel: the unit that shared memory has no scales of yet, 0 in the next tile.
+    const auto behind_scaled = [&] {
+      const unsigned behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
+      return behind < units ? behind : 0;
+    };
+    unsigned without = behind_scaled();
+#pragma unroll 1
+    for (; left > 0; --left) {
+      uint4 own[4];
+      stream.take(own, last_product);
+      if (!Use::kXOfRun) load(unit * 512);
+      if constexpr (kWide) {
+        if (unit == without) {
+          const float* const nested_of_tile = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
+          put_scales(scales, local, unit, [&](int i) { return nested_of_tile[i]; });
+          fetch_next(scales);
+          without = behind_scaled();
+        }
+        const auto* const at = reinterpret_cast<const float*>(shared_at(own_scales + unit % kScaledUnits * 512));
+        float of[2][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (MP == 1) {
+            const auto two = *reinterpret_cast<const float2*>(at + 64 * half);
+            of[half][0] = two.x, of[half][1] = two.y;
+          } else {
+            of[half][0] = at[64 * half];
+          }
+        }
+        multiply_unit(own, [&](int half, int of_group) { return of[half][MP == 1 ? of_group & 1 : 0]; });
+      } else {
+        const int from = 2 * row + unit % kScaledUnits / 4;
+        const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
+        const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
+        const int block = top_block + unit * kGroupBlocks;
+        const float nested_of[2] = {nested[block >> shift], nested[block + 8 * blocks >> shift]};
+        multiply_unit(own, [&](int half, int of_group) {
+          const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
+          return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
+        });
+      }
       ++unit;
       const bool over = unit == units;
       if (over || left == 1) {
         float total[4];
-        group_sums.add_blocks(acc, total);
+        GroupSums<MP>::add_blocks(acc, total);
         put(slot, total);
 #pragma unroll
         for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
@@ -281,12 +313,14 @@ struct Products : ProductInputs<T, MP, kNf4> {
       if (over) {
         unit = 0;
         ++local;
-        rows_of_tile();
+        if (!kWide) rows_of_tile();
       }
-      if (unit % kScaledUnits == 0) {
-        if (!kAhead) fetch_scales(next_scales, local, unit);
-        scales = next_scales;
-        if (kAhead) fetch_next_scales();
+      if (!kWide && unit % kScaledUnits == 0) {
+        if (!kAhead) fetch_scales(scales, local, unit);
+        if (kAhead) {
+          scales = next_scales;
+          fetch_next(next_scales);
+        }
       }
     }
   }

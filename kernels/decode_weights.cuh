@@ -13,14 +13,13 @@ namespace {
 // or four 4.20.
 constexpr int kMostDepth = 4, kLeastDepth = 2, kBoxBytes = kTileRows * 128;
 
-// Of what a warp asks for: a product (of all layers' products, by number), where its map lies behind the first, a tile of it, and the units that follow
-// those of this tile.
-struct alignas(16) WeightCursor {
-  int product, map, tile, left;
+// Of what a warp asks for: a product (of all layers' products, by number), a tile of it, and the units that follow those of this tile.
+struct WeightCursor {
+  int product, tile, left;
 };
 
 // Of a warp: the barriers of its boxes, and behind them its cursor, as registers are few.
-constexpr int kStreamBytes = kMostDepth * 8 + static_cast<int>(sizeof(WeightCursor));
+constexpr int kStreamBytes = kMostDepth * 8 + 16;
 
 template <bool kNf4>
 struct WeightStream {
@@ -33,9 +32,9 @@ struct WeightStream {
   // Used next.
   unsigned parity = 0;
   int slot = 0;
-  // Places in the ring that nothing is under way to. Asked for next, and how many follow one another. All lanes have the same, so that nobody
+  // Places in the ring that nothing is under way to. Asked for next, how many follow one another, and where their map lies behind the first. All lanes have the same, so that nobody
   // waits for one that counts.
-  int free, at = 0, until = 0;
+  int free, at = 0, until = 0, map = 0;
 
   __device__ explicit WeightStream(const DecodeStack& stack) : maps(stack.w), s(stack.common) {}
 
@@ -54,7 +53,7 @@ struct WeightStream {
     if (lane == 0) {
       for (int i = 0; i < s.depth; ++i) init_barrier(barriers + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      cursor() = {-1, 0, 0, 0};
+      cursor() = {-1, 0, 0};
     }
     __syncwarp();
   }
@@ -77,7 +76,7 @@ struct WeightStream {
     at = part.w + tile.row * s.row_steps[phase] + unit;
     until = min(s.columns[phase] / kUnit - unit, next.left);
     next.left -= until;
-    next.map = phase * static_cast<int>(sizeof(CUtensorMap));
+    map = phase * static_cast<int>(sizeof(CUtensorMap));
     __syncwarp();
     cursor() = next;
     __syncwarp();
@@ -90,7 +89,7 @@ struct WeightStream {
       const unsigned barrier = barriers + 8 * place;
       arrive_with_boxes(barrier, kBoxBytes);
       // Boxes begin at multiples of 1024.
-      copy_box_once((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + cursor().map), at, 0, 0, barrier);
+      copy_box_once((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + map), at, 0, 0, barrier);
     }
     ++at, --until;
     return true;
