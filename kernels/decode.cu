@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     // The product's scales and A, for all threads to see.
     wait_copies<0>();
     __syncthreads();
-    if (product.kOne) product.copy_row(from);
-    product.stage();
+    product.stage(from);
     product.run(residual);
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
@@ -308,7 +307,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     take(at.pages, kPageWarps * kPagesBytes);
     take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
     take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
-    take(at.statistics, 16 * planned.MP * 4);
+    take(at.statistics, 17 * planned.MP * 4);
     if (behind > kTableAt + 256 * 256) return false;
     at.attention = size(wide ? behind : next);
     take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);

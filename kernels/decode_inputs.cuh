@@ -239,93 +239,74 @@ struct ProductInputs {
   }
   // Vector i of the norm's weight, behind x.
   __device__ __forceinline__ uint4* norm_weight(int i) const { return reinterpret_cast<uint4*>(shared_at(s.at.x + s.M * (columns * 2 + 16) + 16 * i)); }
-  // Short rows are shared by twice as many threads, each with half of the rows. A thread's vector of a row, in turns.
-  static constexpr int kHalf = MP > 1 ? MP / 2 : 1;
-  __device__ __forceinline__ bool halves() const { return MP > 1 && 2 * (columns / 8) <= kDecodeThreads; }
-  __device__ __forceinline__ int norm_place(int turn) const {
-    return turn * kDecodeThreads + (halves() && thread >= columns / 8 ? thread - columns / 8 : thread);
+  static constexpr int kHalf = MP / 2;
+  __device__ __forceinline__ bool normed() const { return phase == kQkv || phase == kGateUp; }
+  // Sums of squares of warps, [MP, 16], and behind them what products are multiplied by: norms divide by the root mean square behind the product.
+  __device__ __forceinline__ float* statistics() const { return reinterpret_cast<float*>(shared_at(s.at.statistics)); }
+  __device__ __forceinline__ float& rstd(int c) const { return statistics()[16 * MP + c]; }
+  // Of column lane / 4, in these lanes.
+  __device__ __forceinline__ float rstd_of_lane() const {
+    const float4 four = reinterpret_cast<const float4*>(statistics())[min(lane, 4 * s.M - 1)];
+    float sum = four.x + four.y + (four.z + four.w);
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    return rsqrtf(sum / columns + s.eps);
   }
-  // One row into shared memory, once it is there.
-  __device__ __forceinline__ void copy_row(const void* from) const {
-    const bool norm = phase == kQkv || phase == kGateUp;
-    float sum = 0;
-#pragma unroll 2
-    for (int i = thread; i < columns / 8; i += kDecodeThreads) {
-      const uint4 raw = __ldcg(static_cast<const uint4*>(from) + i);
-      *x_vector(0, i) = raw;
-      if (!norm) continue;
-      const Eight<T> v(reinterpret_cast<const T*>(&raw));
+  // Vector i of a row whose norm the product is of, times the norm's weight; its squares are added to `sum`.
+  __device__ __forceinline__ uint4 weighted(const uint4& raw, int i, float& sum) const {
+    Eight<T> v(reinterpret_cast<const T*>(&raw));
+    const Eight<T> w(reinterpret_cast<const T*>(norm_weight(i)));
 #pragma unroll
-      for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
-    }
-    if (norm) {
+    for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k], v.v[k] *= s.norm_offset + w.v[k];
+    return v.rounded();
+  }
+  __device__ __forceinline__ void put_squares(int c, float sum) const {
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-      if (lane == 0) reinterpret_cast<float*>(shared_at(s.at.statistics))[warp] = sum;
-    }
-    __syncthreads();
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+    if (lane == 0) statistics()[c * 16 + warp] = sum;
   }
 
-  // There it is: as it was, or divided by its rows' root mean squares.
-  __device__ __forceinline__ void stage() {
+  // x into shared memory, once it is there: as it was, or times the norm's weight.
+  __device__ __forceinline__ void stage(const void* from) {
     // The next product's sums begin at zero.
 #pragma unroll 1
     for (int i = blockIdx.x * kDecodeThreads + thread; i < kMostATiles * kEight * kTileRows; i += gridDim.x * kDecodeThreads) {
       z_sums(phase + 1)[i] = 0;
     }
-    if (!kOne) wait_x();
-    if (phase == kO || phase == kDown) return;
     const int vectors = columns / 8;
-    float* const statistics = reinterpret_cast<float*>(shared_at(s.at.statistics));
-    const bool second = halves() && thread >= vectors;
-    const int first = second ? kHalf : 0, place = norm_place(0);
-    const auto sum_rows = [&](int from) {
-      float sums[kHalf] = {};
-      for (int i = place; i < vectors; i += kDecodeThreads) {
-        uint4 raw[kHalf];
+    if constexpr (kOne) {
+      float sum = 0;
+#pragma unroll 2
+      for (int i = thread; i < vectors; i += kDecodeThreads) {
+        const uint4 raw = __ldcg(static_cast<const uint4*>(from) + i);
+        *x_vector(0, i) = normed() ? weighted(raw, i, sum) : raw;
+      }
+      if (normed()) put_squares(0, sum);
+      __syncthreads();
+    } else {
+      wait_x();
+      if (!normed()) return;
+      // Short rows are shared by twice as many threads, each with half of the rows.
+      const bool halves = 2 * vectors <= kDecodeThreads, second = halves && thread >= vectors;
+      const int place = second ? thread - vectors : thread;
+      const auto some_rows = [&](int first) {
+        float sums[kHalf] = {};
+        for (int i = place; i < vectors; i += kDecodeThreads) {
 #pragma unroll
-        for (int c = 0; c < kHalf; ++c) raw[c] = *x_vector(min(from + c, s.M - 1), i);
-#pragma unroll
-        for (int c = 0; c < kHalf; ++c) {
-          const Eight<T> v(reinterpret_cast<const T*>(&raw[c]));
-#pragma unroll
-          for (int k = 0; k < 8; ++k) sums[c] += v.v[k] * v.v[k];
+          for (int c = 0; c < kHalf; ++c) {
+            uint4* const at = x_vector(min(first + c, s.M - 1), i);
+            const uint4 result = weighted(*at, i, sums[c]);
+            if (first + c < s.M) *at = result;
+          }
         }
-      }
 #pragma unroll
-      for (int c = 0; c < kHalf; ++c) {
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) sums[c] += __shfl_xor_sync(0xffffffff, sums[c], step);
-        if (lane == 0) statistics[(from + c) * 16 + warp] = sums[c];
-      }
-    };
-    if (!kOne) {
-      sum_rows(first);
-      if (!halves()) sum_rows(kHalf);
-      if (halves() && lane < kHalf) statistics[(kHalf - first + lane) * 16 + warp] = 0;
+        for (int c = 0; c < kHalf; ++c) put_squares(first + c, sums[c]);
+      };
+      some_rows(second ? kHalf : 0);
+      if (!halves) some_rows(kHalf);
+      if (halves && lane < kHalf) statistics()[((second ? 0 : kHalf) + lane) * 16 + warp] = 0;
       __syncthreads();
     }
-    // Every warp for itself: of column lane / 4 in these lanes.
-    const float4 four = reinterpret_cast<const float4*>(statistics)[min(lane, 4 * s.M - 1)];
-    float of_column = four.x + four.y + (four.z + four.w);
-    of_column += __shfl_xor_sync(0xffffffff, of_column, 1);
-    of_column += __shfl_xor_sync(0xffffffff, of_column, 2);
-    of_column = rsqrtf(of_column / columns + s.eps);
-    const int turns = (vectors + kDecodeThreads - 1) / kDecodeThreads, last = halves() ? min(s.M, first + kHalf) : s.M;
-#pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-      const int own = norm_place(turn), i = min(own, vectors - 1);
-      const Eight<T> w(reinterpret_cast<const T*>(norm_weight(i)));
-#pragma unroll(kOne ? 1 : 4)
-      for (int c = first; c < last; ++c) {
-        const float rstd = __shfl_sync(0xffffffff, of_column, 4 * c);
-        Eight<T> v(reinterpret_cast<const T*>(x_vector(c, i)));
-#pragma unroll
-        for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
-        if (own < vectors) *x_vector(c, i) = v.rounded();
-      }
-    }
-    __syncthreads();
   }
 };
 

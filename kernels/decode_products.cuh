@@ -54,12 +54,14 @@ struct Products : ProductInputs<T, MP, kNf4> {
       pairs_of_a<T>(s.lora_f32, row(g + 8, unit), bottom);
       multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, piece.unit + unit));
     }
+    const float own_rstd = this->normed() ? this->rstd_of_lane() : 1;
     // In fixed point, the same sum in any order, above the number of the pieces that are in it.
     unsigned long long* const to = z_sums(phase) + piece.a_tile * (kEight * kTileRows) + g;
 #pragma unroll
     for (int i = 0; i < 4; i += MP == 1 ? 2 : 1) {
       const int c = 2 * t + i % 2;
-      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(sum[i] + odd[i]));
+      const float factor = __shfl_sync(0xffffffff, own_rstd, 4 * c);
+      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(factor * (sum[i] + odd[i])));
     }
   }
 
@@ -328,6 +330,10 @@ struct Products : ProductInputs<T, MP, kNf4> {
   // residual: what finish adds.
   __device__ __forceinline__ void run(const void* residual) {
     if (warp == kDecodeWarps) {
+      if (this->normed()) {
+        const float own = this->rstd_of_lane();
+        if (lane % 4 == 0 && lane / 4 < MP) this->rstd(lane / 4) = own;
+      }
       multiply_by_a();
     } else if (left > 0) {
       if constexpr (kNf4) {
@@ -348,6 +354,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
     float value = 0;
 #pragma unroll 2
     for (int k = 0; k < tile.slots; ++k, slot += kSlot) value += *slot;
+    if (this->normed()) value *= this->rstd(c);
     if (part_at(tile.part).b != nullptr) value += lora_sums(local)[c * kLoraStride + row];
     const void* const bias = layer().bias[phase];
     if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
