@@ -28,8 +28,8 @@ namespace {
 
 // A function of its own: its sums need the registers that products have their weights in.
 template <typename T, int D>
-__device__ __noinline__ void attend(int layer, Barrier barrier) {
-  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(barrier);
+__device__ __noinline__ void attend(int layer, int arrivals) {
+  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(arrivals);
 }
 template <typename T, int D>
 __device__ __noinline__ void prefetch_pages(int layer) {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   if (shared_address(dynamic) != kReserved) __trap();
   const DecodeCommon& s = stack.common;
   Products<T, MP, kNf4> product(stack);
-  Barrier barrier(s.counters);
+  const Barrier barrier(s.counters);
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   constexpr int kLayerBytes = sizeof(DecodeLayer);
   // Arguments of a launch are slow to read for the first time: the layers' go to memory, and from there into shared memory one layer ahead.
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   if (s.tables_shared) {
     for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kEight + i] = static_cast<int>(s.tables[i]);
   }
-  barrier.wait();
+  barrier.wait(1);
   const auto fetch_layer = [&](int l) {
     if (l < s.layers && threadIdx.x < kLayerBytes / 8) {
       const unsigned to = shared_address(shared_at(s.at.layers + l % 2 * kLayerBytes)) + 8 * threadIdx.x;
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     }
     const void* const from = phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
     if (threadIdx.x == kPoller) {
-      if (step > 0) barrier.poll();
+      // Behind all products before, and the attention of their layers.
+      if (step > 0) barrier.poll(1 + step + (step + kPhases - 1) / kPhases);
       if (!product.kOne) product.fetch_x(from);
     }
     // The product's scales and A, for all threads to see.
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
     barrier.arrive();
     if (phase != kQkv) continue;
-    attend<T, D>(layer, barrier);
+    attend<T, D>(layer, 2 + step + step / kPhases);
     // Behind what attention left in the rings' place comes what the copy engine writes there.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier.arrive();
@@ -258,7 +259,11 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
       a_tiles_of[phase] = tiles;
     }
     to.norms[0] = from.input_norm, to.norms[1] = from.mlp_norm, to.q_norm = from.q_norm, to.k_norm = from.k_norm;
-    to.bias[kQkv] = from.qkv_bias, to.bias[kO] = from.o_bias, to.bias[kGateUp] = from.gate_up_bias, to.bias[kDown] = from.down_bias;
+    for (int phase = 0; phase < kPhases; ++phase) {
+      const void* const bias[kPhases] = {from.qkv_bias, from.o_bias, from.gate_up_bias, from.down_bias};
+      to.bias[phase] = bias[phase];
+      s.biased[phase] = s.biased[phase] || bias[phase] != nullptr;
+    }
     to.pool_k = from.pool_k, to.pool_v = from.pool_v, to.cos = from.cos, to.sin = from.sin, to.window = size(from.window);
   }
 
@@ -336,7 +341,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     return used <= end;
   };
   const auto fits = [&](bool all_x, bool a) {
-    for (int depth = kMostDepth; depth >= kLeastDepth; --depth) {
+    for (int depth = wide ? kLeastDepth : kMostDepth; depth >= kLeastDepth; --depth) {
       if (lay_out(depth, all_x, a)) return true;
     }
     return false;

@@ -60,7 +60,7 @@ struct DecodeCommon {
   int depth;  // boxes of W that a warp has room for
   int parts[kPhases], columns[kPhases], pieces[kPhases], a_pieces[kPhases];  // pieces of a tile of A, and of all: at most one a thread block
   int row_steps[kPhases];  // of W, 128 bytes each
-  bool lora_f32, tables_shared, a_shared, x_shared[kPhases];
+  bool lora_f32, tables_shared, a_shared, x_shared[kPhases], biased[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths;
@@ -120,21 +120,20 @@ struct DecodeShare {
   DecodeTile tiles[kMostTiles];
 };
 
-// All thread blocks, which are on the processors at once. What was written before `arrive` is seen behind `wait`.
+// All thread blocks, which are on the processors at once. What was written before the n-th `arrive` is seen behind `wait` for n.
 struct Barrier {
   int* const arrived;
-  int target = 0;
   __device__ explicit Barrier(int* counter) : arrived(counter) {}
-  __device__ __forceinline__ void arrive() {
+  __device__ __forceinline__ void arrive() const {
     __syncthreads();
-    target += static_cast<int>(gridDim.x);
     if (threadIdx.x == kPoller) add_release(arrived, 1);
   }
-  __device__ __forceinline__ void poll() const {
-    while (load_acquire(arrived) < target) {}
+  __device__ __forceinline__ void poll(int times) const {
+    const int all = times * static_cast<int>(gridDim.x);
+    while (load_acquire(arrived) < all) {}
   }
-  __device__ __forceinline__ void wait() const {
-    if (threadIdx.x == kPoller) poll();
+  __device__ __forceinline__ void wait(int times) const {
+    if (threadIdx.x == kPoller) poll(times);
     __syncthreads();
   }
 };
@@ -156,12 +155,15 @@ struct Eight {
   }
 };
 
-// Eight elements of 16 bits, rounded to them where they are f32.
-template <typename T>
-__device__ __forceinline__ uint4 load_rounded(const void* from, bool f32) {
-  const auto* const vectors = static_cast<const uint4*>(from);
-  const uint4 low = __ldg(vectors);
-  return f32 ? pack_words<T>(low, __ldg(vectors + 1)) : low;
+// Zeros where not `inside`, and `from` is then not read. Without a branch, at whose end the compiler would wait for loads before.
+__device__ __forceinline__ uint4 load_4_if(bool inside, const uint4* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"(static_cast<unsigned>(inside)));
+  return v;
 }
 
 // What a lane has of a head of q or k that its warp turns (kernels/rope.cu), once known: elements p, p + 1 and other, other + 1, which are turned
@@ -301,8 +303,9 @@ struct DecodeAttention {
   }
 
   // All of this thread block's share.
-  __device__ __forceinline__ void run_all(const Barrier& barrier) {
-    if (item >= items) barrier.wait();
+  __device__ __forceinline__ void run_all(int arrivals) {
+    const Barrier barrier(s.counters);
+    if (item >= items) barrier.wait(arrivals);
 #pragma unroll 1
     for (bool first = true; item < items; item += static_cast<int>(gridDim.x), first = false) {
       seek();
@@ -317,7 +320,7 @@ struct DecodeAttention {
       }
       const int half = s.R / 2;
       const Turn<D> turn(lane, s.R, layer().cos + sequence * half, layer().sin + sequence * half);
-      if (first) barrier.wait();
+      if (first) barrier.wait(arrivals);
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
       if (!seen) {
         // A row that belongs to no sequence.

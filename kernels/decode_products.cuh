@@ -49,19 +49,18 @@ struct Products : ProductInputs<T, MP, kNf4> {
     };
 #pragma unroll 1
     for (int unit = 0; unit < piece.units; ++unit) {
+      const XOfUnit x = x_unit(shared, piece.unit + unit);
       unsigned top[8], bottom[8];
       pairs_of_a<T>(s.lora_f32, row(g, unit), top);
       pairs_of_a<T>(s.lora_f32, row(g + 8, unit), bottom);
-      multiply_pairs<T>(sum, odd, top, bottom, x_unit(shared, piece.unit + unit));
+      multiply_pairs<T>(sum, odd, top, bottom, x);
     }
-    const float own_rstd = this->normed() ? this->rstd_of_lane() : 1;
     // In fixed point, the same sum in any order, above the number of the pieces that are in it.
     unsigned long long* const to = z_sums(phase) + piece.a_tile * (kEight * kTileRows) + g;
 #pragma unroll
     for (int i = 0; i < 4; i += MP == 1 ? 2 : 1) {
       const int c = 2 * t + i % 2;
-      const float factor = __shfl_sync(0xffffffff, own_rstd, 4 * c);
-      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(factor * (sum[i] + odd[i])));
+      if (c < s.M) atomicAdd(to + c * kTileRows + i / 2 * 8, one_in_fixed_point(sum[i] + odd[i]));
     }
   }
 
@@ -98,7 +97,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
             const int own = first + 32 * i;
             if (own >= ranks * s.M) break;
             const int c = MP == 1 ? 0 : own / ranks;
-            z(p, c)[own - c * ranks] = part.scale * of_fixed_point(sums[i]);
+            const float factor = this->normed() ? part.scale * this->rstd(c) : part.scale;
+            z(p, c)[own - c * ranks] = factor * of_fixed_point(sums[i]);
           }
         }
       }
@@ -115,7 +115,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
     const int row = lane % kTileRows, half = lane / kTileRows, column = MP == 1 ? 0 : half * kColumns;
     // The rows of several tiles are on their way at a time, the first ones before z is there.
     constexpr int kAtOnce = 2, kRanks = 16, kEights = kRanks / 8;
-    uint4 b[kAtOnce][kEights];
+    // Where they are f32, the second half of each eight is `high`.
+    uint4 b[kAtOnce][kEights], high[kAtOnce][kEights];
     float sums[kAtOnce][kColumns] = {};
     const auto load = [&](int first, int j) {
       bool any = false;
@@ -127,7 +128,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
 #pragma unroll
         for (int k = 0; k < kEights; ++k) {
           const bool own = part.b != nullptr && j + 8 * k < part.R;
-          b[i][k] = own ? load_rounded<T>(from + (k << 4 + s.lora_f32), s.lora_f32) : make_uint4(0, 0, 0, 0);
+          const auto* const vectors = reinterpret_cast<const uint4*>(from + (k << 4 + s.lora_f32));
+          b[i][k] = load_4_if(own, vectors), high[i][k] = load_4_if(own && s.lora_f32, vectors + 1);
           any = any || own;
         }
       }
@@ -144,7 +146,8 @@ struct Products : ProductInputs<T, MP, kNf4> {
 #pragma unroll
         for (int k = 0; k < kEights; ++k) {
           if (j + 8 * k >= part_at(part).R) break;
-          const Eight<T> own(reinterpret_cast<const T*>(&b[i][k]));
+          const uint4 rounded = s.lora_f32 ? pack_words<T>(b[i][k], high[i][k]) : b[i][k];
+          const Eight<T> own(reinterpret_cast<const T*>(&rounded));
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
             const float* const of_z = z(part, column + c) + j + 8 * k;
@@ -333,6 +336,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
       if (this->normed()) {
         const float own = this->rstd_of_lane();
         if (lane % 4 == 0 && lane / 4 < MP) this->rstd(lane / 4) = own;
+        __syncwarp();
       }
       multiply_by_a();
     } else if (left > 0) {
@@ -355,22 +359,26 @@ struct Products : ProductInputs<T, MP, kNf4> {
 #pragma unroll 2
     for (int k = 0; k < tile.slots; ++k, slot += kSlot) value += *slot;
     if (this->normed()) value *= this->rstd(c);
-    if (part_at(tile.part).b != nullptr) value += lora_sums(local)[c * kLoraStride + row];
-    const void* const bias = layer().bias[phase];
-    if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
+    // Zero of a part without LoRA.
+    if (s.a_pieces[phase] > 0) value += lora_sums(local)[c * kLoraStride + row];
+    if (s.biased[phase]) {
+      const void* const bias = layer().bias[phase];
+      if (bias != nullptr) value += to_float(static_cast<const T*>(bias)[tile.out + row]);
+    }
     return value;
   }
 
-  // A warp has the rows of a tile, of gate and up of two, and two columns of x at a time.
+  // A warp has the rows of a tile, of gate and up of two, and two columns of x at a time; of one column gate and up of a pair of tiles.
   static constexpr int kColumnPairs = (MP + 1) / 2;
   __device__ __forceinline__ int turns() const { return (count >> (phase == kGateUp)) * kColumnPairs; }
-  __device__ __forceinline__ int column_of(int turn) const { return turn % kColumnPairs * 2 + lane / kTileRows; }
+  __device__ __forceinline__ int column_of(int turn) const { return turn % kColumnPairs * 2 + (MP > 1 ? lane / kTileRows : 0); }
   __device__ __forceinline__ int64_t output(int turn) const {
     const int width = phase == kQkv ? (s.H + 2 * s.K) * s.D : phase == kGateUp ? s.F : s.C;
     return int64_t{column_of(turn)} * width + tile_at(turn / kColumnPairs << (phase == kGateUp)).out + lane % kTileRows;
   }
+  __device__ __forceinline__ bool has_output(int turn) const { return column_of(turn) < s.M && (MP > 1 || lane < kTileRows); }
   __device__ __forceinline__ float added(const void* residual, int turn) const {
-    return residual == nullptr || column_of(turn) >= s.M ? 0 : to_float(static_cast<const T*>(residual)[output(turn)]);
+    return residual == nullptr || !has_output(turn) ? 0 : to_float(static_cast<const T*>(residual)[output(turn)]);
   }
 
   // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
@@ -378,15 +386,18 @@ struct Products : ProductInputs<T, MP, kNf4> {
     const int all = turns(), row = lane % kTileRows;
 #pragma unroll 1
     for (int turn = warp; turn < all; turn += kDecodeWarps + 1) {
-      const int local = turn / kColumnPairs << (phase == kGateUp), c = column_of(turn);
-      if (c >= s.M) continue;
-      float v = value(local, row, c) + (turn == warp ? first_added : added(residual, turn));
-      if (phase == kGateUp) {
+      const bool pair = phase == kGateUp;
+      const int local = turn / kColumnPairs << pair, c = column_of(turn);
+      if (MP > 1 && c >= s.M) continue;
+      float v = value(local + (MP == 1 && pair ? lane / kTileRows : 0), row, c);
+      if (pair) {
         // Rounded as what stands in memory elsewhere.
-        const float gate = to_float(from_float<T>(v)), up = to_float(from_float<T>(value(local + 1, row, c)));
-        v = activated(s.activation, gate) * up;
+        const float up = to_float(from_float<T>(MP == 1 ? __shfl_down_sync(0xffffffff, v, kTileRows) : value(local + 1, row, c)));
+        v = activated(s.activation, make_float4(to_float(from_float<T>(v)), 0, 0, 0)).x * up;
+      } else {
+        v += turn == warp ? first_added : added(residual, turn);
       }
-      static_cast<T*>(to)[output(turn)] = from_float<T>(v);
+      if (has_output(turn)) static_cast<T*>(to)[output(turn)] = from_float<T>(v);
     }
   }
 };

@@ -10,7 +10,7 @@ namespace ferrotune {
 namespace {
 
 // Of a ring, where there is room. More stands in the way of what products wait for: with five boxes one row of 8B in bf16 took 4.34 ms, with two
-// or four 4.20.
+// or four 4.20; one or two rows on NF4, whose products are slower than memory, have two.
 constexpr int kMostDepth = 4, kLeastDepth = 2, kBoxBytes = kTileRows * 128;
 
 // Of what a warp asks for: a product (of all layers' products, by number), a tile of it, and the units that follow those of this tile.
@@ -82,21 +82,19 @@ struct WeightStream {
     __syncwarp();
     return true;
   }
-  // The next unit into a place of the ring. False if there is none of the products up to number `last`.
-  __device__ __forceinline__ bool ask(int place, int last) {
-    if (until == 0 && !seek(last)) return false;
-    if (is_elected()) {
-      const unsigned barrier = barriers + 8 * place;
-      arrive_with_boxes(barrier, kBoxBytes);
-      // Boxes begin at multiples of 1024.
-      copy_box_once((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + map), at, 0, 0, barrier);
-    }
+  // The next unit into a place of the ring.
+  __device__ __forceinline__ void ask(int place) {
+    // Boxes begin at multiples of 1024.
+    ask_once((low & ~1023u) + place * kBoxBytes, reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(maps) + map), at, barriers + 8 * place,
+             kBoxBytes);
     ++at, --until;
-    return true;
   }
   __device__ __forceinline__ void fill(int last) {
 #pragma unroll 1
-    while (free > 0 && ask(slot - free + (slot < free ? s.depth : 0), last)) --free;
+    while (free > 0 && (until > 0 || seek(last))) {
+      ask(slot - free + (slot < free ? s.depth : 0));
+      --free;
+    }
   }
   // The next unit: pieces of this lane's row and of that 8 behind.
   __device__ __forceinline__ void take(uint4 (&to)[4], int last) {
@@ -106,11 +104,14 @@ struct WeightStream {
     to[1] = load_shared_4(other);
     to[2] = load_shared_4(box + 1024);
     to[3] = load_shared_4(other + 1024);
-    // Before the copy engine writes there: in registers of all lanes.
+    // Before the copy engine writes there: in registers of all lanes, which meet to elect the one that asks.
     asm volatile("" ::"r"(to[0].x), "r"(to[1].x), "r"(to[2].x), "r"(to[3].x) : "memory");
-    __syncwarp();
     // A place that is free already had nothing to ask for.
-    if (free > 0 || !ask(slot, last)) ++free;
+    if (until == 0 && (free > 0 || !seek(last))) {
+      ++free;
+    } else {
+      ask(slot);
+    }
     if (++slot == s.depth) slot = 0, parity ^= 1;
   }
 };

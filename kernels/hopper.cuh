@@ -31,14 +31,7 @@ __device__ __forceinline__ void wait_phase(unsigned at, unsigned phase) {
   } while (done == 0);
 }
 
-// In one lane of a warp.
-__device__ __forceinline__ bool is_elected() {
-  unsigned elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected)::"memory");
-  return elected != 0;
-}
-
-// As above, after so many bytes more that the copy engine brings.
+// As `arrive`, after so many bytes more that the copy engine brings.
 __device__ __forceinline__ void arrive_with_boxes(unsigned at, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
@@ -49,13 +42,13 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* matrix,
                : "memory");
 }
 
-// Of three dimensions, the first of which is the box's, and read once: it leaves the second-level cache before what is read again.
-__device__ __forceinline__ void copy_box_once(unsigned to, const CUtensorMap* matrix, int second, int third, int first, unsigned barrier) {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+// One lane of a warp, all of which must be there, asks for box (0, second, 0) of three dimensions, of so many bytes, which is read once: it leaves the
+// second-level cache before what is read again (the policy is what createpolicy makes of L2::evict_first for all). No branch.
+__device__ __forceinline__ void ask_once(unsigned to, const CUtensorMap* matrix, int second, unsigned barrier, unsigned bytes) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(matrix), "r"(first), "r"(second), "r"(third), "r"(barrier), "l"(policy)
+      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\n@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%4], %6;\n"
+      "@p cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %2}], [%4], %5;\n}" ::"r"(to),
+      "l"(matrix), "r"(0), "r"(second), "r"(barrier), "l"(0x12f0000000000000ull), "r"(bytes)
       : "memory");
 }
 
