@@ -31,11 +31,6 @@ template <typename T, int D>
 __device__ __noinline__ void attend(int layer, int arrivals) {
   DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(arrivals);
 }
-template <typename T, int D>
-__device__ __noinline__ void prefetch_pages(int layer) {
-  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).prefetch();
-}
-
 template <typename T, int D, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack stack) {
 #if __CUDA_ARCH__ >= 900
@@ -94,20 +89,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   wait_copies<0>();
   __syncthreads();
   product.make_shares(s.at.layers);
+  product.load_residual();
   if (threadIdx.x < 32 * kDecodeWarps) product.stream.begin(threadIdx.x / 32);
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
     const int l = step / kPhases;
     const int layer = s.at.layers + l % 2 * kLayerBytes;
     const auto phase = static_cast<DecodePhase>(step % kPhases);
-    const void *const x = l == 0 ? s.x : s.y, *const residual = phase == kO ? x : phase == kDown ? s.h : nullptr;
     product.prepare(layer, step);
-    if (phase == kQkv) {
-      // Its place is that of the layer before, which is done.
-      fetch_layer(l + 1);
-      prefetch_pages<T, D>(layer);
-    }
-    const void* const from = phase == kQkv ? x : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
+    // Its place is that of the layer before, which is done.
+    if (phase == kQkv) fetch_layer(l + 1);
+    const void* const from = phase == kQkv ? (l == 0 ? s.x : s.y) : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
     if (threadIdx.x == kPoller) {
       // Behind all products before, and the attention of their layers.
       if (step > 0) barrier.poll(1 + step + (step + kPhases - 1) / kPhases);
@@ -117,8 +109,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     wait_copies<0>();
     __syncthreads();
     product.stage(from);
-    product.run(residual);
-    product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y, residual);
+    product.run();
+    product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y);
     barrier.arrive();
     if (phase != kQkv) continue;
     attend<T, D>(layer, 2 + step + step / kPhases);
@@ -313,6 +305,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     take(at.shares, kPhases * int64_t{sizeof(DecodeShare)});
     take(at.z, int64_t{3} * planned.MP * (kMostRank + 4) * 4);
     take(at.statistics, 17 * planned.MP * 4);
+    take(at.residual, ceil_div(d.C / kTileRows, processors) * planned.MP * kTileRows * 4);
     if (behind > kTableAt + 256 * 256) return false;
     at.attention = size(wide ? behind : next);
     take(at.slots, int64_t{kDecodeWarps + most_tiles} * planned.MP * kSumStride * 4);

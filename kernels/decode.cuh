@@ -19,7 +19,7 @@ constexpr int kMostATiles = 3 * kMostRank / kTileRows;
 constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
-// Warps that share the pages of a run of keys.
+// Pairs of warps that share the pages of a run of keys.
 constexpr int kPageWarps = 8, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
@@ -48,7 +48,7 @@ struct DecodeLayer {
 
 // Where shared memory has what, in bytes from the start of its address space.
 struct DecodeShared {
-  int table, map, layers, sequences, x_arrived, w_arrived, shares, z, statistics, slots, lora, nested, a, x, pages, attention, all;
+  int table, map, layers, sequences, x_arrived, w_arrived, shares, z, statistics, slots, lora, nested, residual, a, x, pages, attention, all;
   int ring[2], first_rings;  // of so many warps one after another, and of the others
   int stages;                // of pages, of each warp in attention
 };
@@ -215,8 +215,29 @@ struct Turn {
   }
 };
 
-// The attention of one sequence, key/value head and run of keys at a time. Half of a thread block's warps read pages, the first of them
-// before the new row is there, which goes into its tile from where it is made; the other half turns the queries, a warp a head. The copy engine brings
+// Rows of keys and values come into the second-level cache before attention asks for them, by one warp of each thread block, which has a share of all
+// sequences' rows, at most so many lines a lane.
+constexpr int kMostLines = 16;
+__device__ __forceinline__ void prefetch_rows(const DecodeCommon& s, int layer_at, int lane) {
+  const DecodeLayer& layer = *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at));
+  const auto* const sequences = reinterpret_cast<const int*>(shared_at(s.at.sequences));
+  const int lines = s.K * s.D / 64, lanes = static_cast<int>(gridDim.x) * 32, first = static_cast<int>(blockIdx.x) * 32 + lane;
+  int left = kMostLines;
+#pragma unroll 1
+  for (int m = 0; m < s.M; ++m) {
+    const int length = sequences[m], low = layer.window > 0 && length > layer.window ? length - layer.window : 0;
+#pragma unroll 1
+    for (int i = first; i < (length - low) * lines * 2 && left > 0; i += lanes, --left) {
+      const int key = low + i / (2 * lines), place = m * s.width + key / kPage;
+      const int64_t number = s.tables_shared ? sequences[kEight + place] : s.tables[place];
+      const void* const pool = i / lines % 2 == 0 ? layer.pool_k : layer.pool_v;
+      prefetch_line(static_cast<const char*>(pool) + (number * kPage + key % kPage) * lines * 128 + i % lines * 128);
+    }
+  }
+}
+
+// The attention of one sequence, key/value head and run of keys at a time. Two warps have each page, and half of what comes of it each; the first pages come
+// before the new row is there, which goes into its tile from where it is made; a warp each turns the queries. The copy engine brings
 // pages: loads would stand before the one that waits for other thread blocks.
 template <int D>
 constexpr int kDecodeTileBytes = kTileElements<D> * 2;
@@ -228,9 +249,11 @@ inline int decode_attention_bytes(int stages) {
 
 template <typename T, int D>
 struct DecodeAttention {
+  static_assert(kDecodeThreads == 64 * kPageWarps);
   const DecodeCommon& s;
   const int layer_at, at = anew(s.at.attention);
   const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group, heads, items;
+  const int pair = warp % kPageWarps, half = warp / kPageWarps;
   int item, run, sequence, head, length, low, begin, end, page, last_page, stage;
   unsigned phase_bits;
 
@@ -240,14 +263,14 @@ struct DecodeAttention {
   __device__ __forceinline__ const DecodeLayer& layer() const { return *reinterpret_cast<const DecodeLayer*>(shared_at(layer_at)); }
   __device__ char* tile(int index) const { return shared_at(at + index * kDecodeTileBytes<D>); }
   __device__ PaddedTile<T, D> query_tile() const { return {reinterpret_cast<T*>(tile(0))}; }
-  __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * warp + of_stage)))}; }
-  __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * warp + of_stage)))}; }
+  __device__ PaddedTile<T, D> key_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(1 + 2 * (s.at.stages * pair + of_stage)))}; }
+  __device__ PaddedTile<T, D> value_tile(int of_stage) const { return {reinterpret_cast<T*>(tile(2 + 2 * (s.at.stages * pair + of_stage)))}; }
   // The new key and value, behind the queries.
   __device__ T* new_row() const { return query_tile().at(kEight, 0); }
   __device__ float2* statistics() const { return reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps)); }
   __device__ int* last() const { return reinterpret_cast<int*>(statistics() + kPageWarps * kMostHeads); }
   // Of a warp: the barriers of its stages, and behind them their phases, a bit each.
-  __device__ unsigned arrived(int of_stage) const { return static_cast<unsigned>(s.at.pages + warp * kPagesBytes + 8 * of_stage); }
+  __device__ unsigned arrived(int of_stage) const { return static_cast<unsigned>(s.at.pages + pair * kPagesBytes + 8 * of_stage); }
   __device__ unsigned& phases() const { return *reinterpret_cast<unsigned*>(shared_at(static_cast<int>(arrived(2)))); }
   // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
   __device__ int64_t place(int of, int row) const {
@@ -283,23 +306,9 @@ struct DecodeAttention {
     const int window = layer().window, run_keys = s.run_pages * kPage;
     low = window > 0 && length > window ? length - window : 0;
     begin = max(low, run * run_keys), end = min(length, (run + 1) * run_keys);
-    page = begin / kPage + warp;
+    page = begin / kPage + pair;
     last_page = (end - 1) / kPage;
     stage = 0;
-  }
-
-  // The pages of this thread block's first item come into the second-level cache, while there is nothing else to do.
-  __device__ __forceinline__ void prefetch() {
-    if (item >= items) return;
-    seek();
-    if (begin >= end) return;
-    constexpr int kLines = D * 2 / 128;
-    for (int at = page; at <= last_page; at += kDecodeThreads / 32) {
-      const int64_t from = place(at, lane % kPage);
-      const void* const pool = lane < kPage ? layer().pool_k : layer().pool_v;
-#pragma unroll
-      for (int line = 0; line < kLines; ++line) prefetch_line(static_cast<const T*>(pool) + from + 64 * line);
-    }
   }
 
   // All of this thread block's share.
@@ -309,17 +318,17 @@ struct DecodeAttention {
 #pragma unroll 1
     for (bool first = true; item < items; item += static_cast<int>(gridDim.x), first = false) {
       seek();
-      const bool seen = begin < end, newest = seen && warp < kPageWarps && end == length && (last_page - begin / kPage) % kPageWarps == warp;
+      const bool seen = begin < end, newest = seen && half == 0 && end == length && (last_page - begin / kPage) % kPageWarps == pair;
       // Before what the layer's projection wrote can be seen.
-      if (seen && warp < kPageWarps) {
-        phase_bits = phases();
+      if (seen) phase_bits = phases();
+      if (seen && half == 0) {
         // Behind what others wrote there comes what the copy engine does.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #pragma unroll 1
         for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
       }
-      const int half = s.R / 2;
-      const Turn<D> turn(lane, s.R, layer().cos + sequence * half, layer().sin + sequence * half);
+      const int angles = sequence * (s.R / 2);
+      const Turn<D> turn(lane, s.R, layer().cos + angles, layer().sin + angles);
       if (first) barrier.wait(arrivals);
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;
       if (!seen) {
@@ -341,33 +350,37 @@ struct DecodeAttention {
           reinterpret_cast<uint4*>(own_value)[lane] = value;
           reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + in_pool)[lane] = value;
         }
-      } else if (warp >= kPageWarps && warp - kPageWarps < group) {
-        const int own = warp - kPageWarps;
+      } else if (half == 1 && pair < group) {
+        const int own = pair;
         turn.make(row + (head * group + own) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(own, 0), static_cast<T*>(nullptr));
       }
       __syncthreads();
-      PagedSums<D, 1> sums;
-      if (warp < kPageWarps) {
+      PagedSums<D / 2, 1> sums;
+      // The two warps of a page.
+      const auto meet = [&] { asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory"); };
 #pragma unroll 1
-        for (; page <= last_page; page += kPageWarps) {
-          wait_phase(arrived(stage), phase_bits >> stage & 1);
-          phase_bits ^= 1u << stage;
-          if (newest && page == last_page && lane < D / 8) {
+      for (; page <= last_page; page += kPageWarps) {
+        wait_phase(arrived(stage), phase_bits >> stage & 1);
+        phase_bits ^= 1u << stage;
+        if (page == last_page && end == length) {
+          if (newest && lane < D / 8) {
             const auto* const from = reinterpret_cast<const uint4*>(new_row());
             *reinterpret_cast<uint4*>(key_tile(stage).at((length - 1) % kPage, lane)) = from[lane];
             *reinterpret_cast<uint4*>(value_tile(stage).at((length - 1) % kPage, lane)) = from[lane + D / 8];
           }
-          __syncwarp();
-          add_page<T, D, 1>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap);
-          __syncwarp();
-          fetch(page + s.at.stages * kPageWarps, stage);
-          if (++stage == s.at.stages) stage = 0;
+          meet();
         }
-        phases() = phase_bits;
+        add_page<T, D, 1>(sums, query_tile(), key_tile(stage), value_tile(stage), page * kPage, begin, end, s.scale, s.softcap, half * (D / 16));
+        if (page + s.at.stages * kPageWarps <= last_page) {
+          meet();
+          if (half == 0) fetch(page + s.at.stages * kPageWarps, stage);
+        }
+        if (++stage == s.at.stages) stage = 0;
       }
+      if (half == 0) phases() = phase_bits;
       __syncthreads();
       float* const parts = reinterpret_cast<float*>(tile(0));  // [warps, group, D]
-      if (warp < kPageWarps) put_parts<D, 1>(sums, parts + warp * group * D, statistics() + warp * kMostHeads, group);
+      put_parts<D, 1>(sums, parts + pair * group * D + half * (D / 2), statistics() + pair * kMostHeads, group);
       __syncthreads();
       join(out, parts);
       __syncthreads();

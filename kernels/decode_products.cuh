@@ -22,8 +22,6 @@ struct Products : ProductInputs<T, MP, kNf4> {
   using Inputs::x_vector, Inputs::z_sums, Inputs::has_piece, Inputs::fetch_scales, Inputs::scales_at, Inputs::put_scales;
   static constexpr int kZ = kMostRank + 4, kLoraStride = kTileRows;
 
-  float first_added;
-
   // ---- LoRA
 
   // Elements 16 t .. of this lane's column of x.
@@ -208,14 +206,93 @@ struct Products : ProductInputs<T, MP, kNf4> {
     }
   }
 
-  // As strips_kernel does: see there.
+  // One or two rows. As strips_kernel does: see there; scales lie in shared memory, of eight units at a time.
+  __device__ __forceinline__ void multiply_wide() {
+    const bool has = Use::has(g, t) && g % MP < s.M;
+    const int row = stream.row_of(g), mixed = kMixed ? (2 * Use::run(g) + t / 2) * 16 : 0;
+    const unsigned shared = shared_address(shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256 + mixed)), table = s.at.table + lane * 4;
+    unsigned x[16] = {};
+    float acc[1][4] = {};
+    unsigned unit = first_unit;
+    int local = first_tile;
+    float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + row;
+    const int own_scales = scales_at() + row * 16 + (MP == 1 ? 8 * (t & 1) : 4 * t);
+    Scales scales;
+    const auto behind_scaled = [&] {
+      const unsigned behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
+      return behind < units ? behind : 0;
+    };
+    // The unit that shared memory has no scales of yet, 0 in the next tile.
+    unsigned without = behind_scaled();
+    fetch_scales(scales, local + (without == 0), without);
+    const auto load_x = [&] {
+      if (!has) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 four = load_shared_4(kMixed ? shared + unit * 512 ^ 16 * i : shared + unit * 512 + 16 * i);
+        x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+      }
+    };
+    const auto scale_unit = [&](GroupSums<MP>& sums) {
+      const auto* const at = reinterpret_cast<const float*>(shared_at(own_scales + unit % kScaledUnits * 512));
+      float of[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (MP == 1) {
+          const auto two = *reinterpret_cast<const float2*>(at + 64 * half);
+          of[half][0] = two.x, of[half][1] = two.y;
+        } else {
+          of[half][0] = at[64 * half];
+        }
+      }
+      sums.scale_group(t, acc, [&](int half, int of_group) { return of[half][MP == 1 ? of_group & 1 : 0]; });
+    };
+    const auto end_unit = [&] {
+      ++unit;
+      const bool over = unit == units;
+      if (over || left == 1) {
+        float total[4];
+        GroupSums<MP>::add_blocks(acc, total);
+        put(slot, total);
+        acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0;
+      }
+      if (over) {
+        unit = 0;
+        ++local;
+      }
+    };
+#pragma unroll 1
+    for (; left > 0; --left) {
+      uint4 own[4];
+      stream.take(own, last_product);
+      load_x();
+      if (unit == without) {
+        const float* const nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
+        put_scales(scales, local, unit, [&](int i) { return nested[i]; });
+        without = behind_scaled();
+        fetch_scales(scales, local + (without == 0), without);
+      }
+      GroupSums<MP> sums;
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        unsigned top[16], bottom[16];
+        look_up_words<true>(own[run], table, top);
+        look_up_words<true>(own[2 + run], table, bottom);
+        sums.template multiply_run<T>(run, t, top, bottom, x);
+      }
+      scale_unit(sums);
+      end_unit();
+    }
+  }
+
+  // More rows, the same.
   template <bool kShared>
   __device__ __forceinline__ void multiply_nf4() {
     const unsigned table = s.at.table + lane * 4;
     const bool has = Use::has(g, t) && g % MP < s.M;
-    const int row = stream.row_of(g), mixed = kMixed ? (2 * Use::run(g) + t / 2) * 16 : 0;
-    const unsigned shared = shared_address(shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256 + mixed));
-    const char* const memory = x_memory_row(g % MP) + t * 64 + Use::run(g) * 256;
+    const int row = stream.row_of(g);
+    const char* const shared = shared_at(x_shared_row(g % MP) + t * 64);
+    const char* const memory = x_memory_row(g % MP) + t * 64;
     unsigned x[16] = {};
     float acc[Use::kBlocks][4] = {};
     unsigned unit = first_unit;
@@ -225,33 +302,18 @@ struct Products : ProductInputs<T, MP, kNf4> {
       if (!has) return;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 four = kShared ? load_shared_4(kMixed ? shared + at ^ 16 * i : shared + at + 16 * i) : reinterpret_cast<const uint4*>(memory + at)[i];
+        const uint4 four = reinterpret_cast<const uint4*>((kShared ? shared : memory) + at)[i];
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
       }
     };
-    const auto multiply_unit = [&](const uint4 (&own)[4], const auto& scale) {
-      GroupSums<MP> group_sums;
-#pragma unroll
-      for (int run = 0; run < 2; ++run) {
-        if (Use::kXOfRun) load(unit * 512 + run * 256);
-        unsigned top[16], bottom[16];
-        look_up_words<Use::kWide>(own[run], table, top);
-        look_up_words<Use::kWide>(own[2 + run], table, bottom);
-        group_sums.template multiply_run<T>(run, t, top, bottom, x);
-        group_sums.scale_run(run, t, acc, scale);
-      }
-      group_sums.scale_group(t, acc, scale);
-    };
-    // The eight units behind these, of this tile or of the next. Eight rows leave no registers for them; of one or two, shared memory has these.
+    // The eight units behind these, of this tile or of the next. Eight rows leave no registers for them.
     constexpr bool kAhead = MP < 8;
-    Scales scales, next_scales;
-    if (!kWide) scales = first_scales;
-    const auto fetch_next = [&](Scales& to) {
+    Scales scales = first_scales, next_scales;
+    const auto fetch_next = [&] {
       const int behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
-      fetch_scales(to, local + (behind >= units), behind < units ? behind : 0);
+      fetch_scales(next_scales, local + (behind >= units), behind < units ? behind : 0);
     };
-    if (kAhead) fetch_next(kWide ? scales : next_scales);
-    const int own_scales = scales_at() + row * 16 + (MP == 1 ? 8 * (t & 1) : 4 * t);
+    if (kAhead) fetch_next();
     const float* const map = reinterpret_cast<const float*>(shared_at(s.at.map)) + g;
     const int blocks = columns / kBlock, shift = s.nested_shift;
     const float* nested;
@@ -263,47 +325,29 @@ struct Products : ProductInputs<T, MP, kNf4> {
       top_block = tile.nested_before + row * blocks;
       offset = part_at(tile.part).nested_offset;
     };
-    if (!kWide) rows_of_tile();
-    // Of a wide kernel: the unit that shared memory has no scales of yet, 0 in the next tile.
-    const auto behind_scaled = [&] {
-      const unsigned behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
-      return behind < units ? behind : 0;
-    };
-    unsigned without = behind_scaled();
+    rows_of_tile();
 #pragma unroll 1
     for (; left > 0; --left) {
       uint4 own[4];
       stream.take(own, last_product);
-      if (!Use::kXOfRun) load(unit * 512);
-      if constexpr (kWide) {
-        if (unit == without) {
-          const float* const nested_of_tile = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
-          put_scales(scales, local, unit, [&](int i) { return nested_of_tile[i]; });
-          fetch_next(scales);
-          without = behind_scaled();
-        }
-        const auto* const at = reinterpret_cast<const float*>(shared_at(own_scales + unit % kScaledUnits * 512));
-        float of[2][2];
+      const int from = 2 * row + unit % kScaledUnits / 4;
+      const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
+      const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
+      const int block = top_block + unit * kGroupBlocks;
+      const float nested_of[2] = {nested[block >> shift], nested[block + 8 * blocks >> shift]};
+      const auto scale = [&](int half, int of_group) {
+        const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
+        return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
+      };
+      GroupSums<MP> sums;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if constexpr (MP == 1) {
-            const auto two = *reinterpret_cast<const float2*>(at + 64 * half);
-            of[half][0] = two.x, of[half][1] = two.y;
-          } else {
-            of[half][0] = at[64 * half];
-          }
-        }
-        multiply_unit(own, [&](int half, int of_group) { return of[half][MP == 1 ? of_group & 1 : 0]; });
-      } else {
-        const int from = 2 * row + unit % kScaledUnits / 4;
-        const unsigned of_unit = unit % 4 < 2 ? (unit % 4 == 0 ? scales.of[0] : scales.of[1]) : (unit % 4 == 2 ? scales.of[2] : scales.of[3]);
-        const unsigned absmax[2] = {__shfl_sync(0xffffffff, of_unit, from), __shfl_sync(0xffffffff, of_unit, from + 16)};
-        const int block = top_block + unit * kGroupBlocks;
-        const float nested_of[2] = {nested[block >> shift], nested[block + 8 * blocks >> shift]};
-        multiply_unit(own, [&](int half, int of_group) {
-          const float value = map[(absmax[half] >> 8 * of_group & 255) * kMapCopies];
-          return __fadd_rn(__fmul_rn(value, nested_of[half]), offset);
-        });
+      for (int run = 0; run < 2; ++run) {
+        load(unit * 512 + run * 256);
+        unsigned top[16], bottom[16];
+        look_up_words<false>(own[run], table, top);
+        look_up_words<false>(own[2 + run], table, bottom);
+        sums.template multiply_run<T>(run, t, top, bottom, x);
+        sums.scale_run(run, t, acc, scale);
       }
       ++unit;
       const bool over = unit == units;
@@ -318,20 +362,20 @@ struct Products : ProductInputs<T, MP, kNf4> {
       if (over) {
         unit = 0;
         ++local;
-        if (!kWide) rows_of_tile();
+        rows_of_tile();
       }
-      if (!kWide && unit % kScaledUnits == 0) {
-        if (!kAhead) fetch_scales(scales, local, unit);
+      if (unit % kScaledUnits == 0) {
         if (kAhead) {
           scales = next_scales;
-          fetch_next(next_scales);
+          fetch_next();
+        } else {
+          fetch_scales(scales, local, unit);
         }
       }
     }
   }
 
-  // residual: what finish adds.
-  __device__ __forceinline__ void run(const void* residual) {
+  __device__ __forceinline__ void run() {
     if (warp == kDecodeWarps) {
       if (this->normed()) {
         const float own = this->rstd_of_lane();
@@ -339,15 +383,19 @@ struct Products : ProductInputs<T, MP, kNf4> {
         __syncwarp();
       }
       multiply_by_a();
+      // While it waits for the others: what attention of the next layer reads.
+      if (phase == kDown && last_product % kPhases == kQkv) {
+        prefetch_rows(s, 2 * s.at.layers + static_cast<int>(sizeof(DecodeLayer)) - this->layer_at, lane);
+      }
     } else if (left > 0) {
-      if constexpr (kNf4) {
-        // One or two rows always fit shared memory.
-        MP <= 2 || s.x_shared[phase] ? multiply_nf4<true>() : multiply_nf4<MP <= 2>();
+      if constexpr (kWide) {
+        multiply_wide();
+      } else if constexpr (kNf4) {
+        s.x_shared[phase] ? multiply_nf4<true>() : multiply_nf4<false>();
       } else {
         s.x_shared[phase] ? multiply_dense<true>() : multiply_dense<false>();
       }
     }
-    first_added = warp < turns() ? added(residual, warp) : 0;
     __syncthreads();
   }
 
@@ -377,12 +425,24 @@ struct Products : ProductInputs<T, MP, kNf4> {
     return int64_t{column_of(turn)} * width + tile_at(turn / kColumnPairs << (phase == kGateUp)).out + lane % kTileRows;
   }
   __device__ __forceinline__ bool has_output(int turn) const { return column_of(turn) < s.M && (MP > 1 || lane < kTileRows); }
-  __device__ __forceinline__ float added(const void* residual, int turn) const {
-    return residual == nullptr || !has_output(turn) ? 0 : to_float(static_cast<const T*>(residual)[output(turn)]);
+
+  // What o and down add to what comes behind them: both have the same rows of it in a thread block, and so it never leaves.
+  __device__ __forceinline__ float& residual(int local, int row, int c) const {
+    return reinterpret_cast<float*>(shared_at(s.at.residual))[(local * MP + c) * kTileRows + row];
+  }
+  // That of the first layer.
+  __device__ __forceinline__ void load_residual() {
+    const int own_thread = thread_number();
+    phase = kO;
+#pragma unroll 1
+    for (int i = own_thread; i < share(kO).count * MP * kTileRows; i += kDecodeThreads) {
+      const int row = i % kTileRows, c = i / kTileRows % MP, local = i / kTileRows / MP;
+      if (c < s.M) residual(local, row, c) = to_float(static_cast<const T*>(s.x)[int64_t{c} * s.C + tile_at(local).out + row]);
+    }
   }
 
-  // to [M, width] = the product, plus `residual` of the same shape unless it is null; of gate and up their activation.
-  __device__ __forceinline__ void finish(void* to, const void* residual) const {
+  // to [M, width] = the product, plus the residual of o and down; of gate and up their activation.
+  __device__ __forceinline__ void finish(void* to) const {
     const int all = turns(), row = lane % kTileRows;
 #pragma unroll 1
     for (int turn = warp; turn < all; turn += kDecodeWarps + 1) {
@@ -395,9 +455,13 @@ struct Products : ProductInputs<T, MP, kNf4> {
         const float up = to_float(from_float<T>(MP == 1 ? __shfl_down_sync(0xffffffff, v, kTileRows) : value(local + 1, row, c)));
         v = activated(s.activation, make_float4(to_float(from_float<T>(v)), 0, 0, 0)).x * up;
       } else {
-        v += turn == warp ? first_added : added(residual, turn);
+        if (phase != kQkv) v += residual(local, row, c);
       }
-      if (has_output(turn)) static_cast<T*>(to)[output(turn)] = from_float<T>(v);
+      const T rounded = from_float<T>(v);
+      if (has_output(turn)) {
+        if (phase == kO || phase == kDown) residual(local, row, c) = to_float(rounded);
+        static_cast<T*>(to)[output(turn)] = rounded;
+      }
     }
   }
 };

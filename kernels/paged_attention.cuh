@@ -35,10 +35,10 @@ __device__ __forceinline__ unsigned transposed(unsigned rows) {
 }
 
 // One page more: keys from `first` on, of which [begin, end) are seen. Keys are the rows of the products and heads their columns, eight at
-// a time: S^T = K Q^T, O^T += V^T P^T.
-template <typename T, int D, int kEights, typename AnyTile>
-__device__ __forceinline__ void add_page(PagedSums<D, kEights>& sums, const AnyTile& query, const AnyTile& keys, const AnyTile& values, int first,
-                                         int begin, int end, float scale, float softcap) {
+// a time: S^T = K Q^T, O^T += V^T P^T, of kWidth elements from piece `piece` of eight on.
+template <typename T, int D, int kEights, int kWidth, typename AnyTile>
+__device__ __forceinline__ void add_page(PagedSums<kWidth, kEights>& sums, const AnyTile& query, const AnyTile& keys, const AnyTile& values, int first,
+                                         int begin, int end, float scale, float softcap, int piece = 0) {
   const int lane = threadIdx.x % 32, g = lane / 4;
   float s[kEights][2][4] = {};
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_page(PagedSums<D, kEights>& sums, const AnyT
     }
     if (__any_sync(0xffffffff, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
+      for (int i = 0; i < kWidth / 16; ++i) {
         float(&o)[4] = sums.o[e][i];
         o[0] *= factor[0], o[1] *= factor[1], o[2] *= factor[0], o[3] *= factor[1];
       }
@@ -90,17 +90,17 @@ __device__ __forceinline__ void add_page(PagedSums<D, kEights>& sums, const AnyT
     weights[e][1] = transposed(pack(p[1][0], p[1][1], T{}));
   }
 #pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
+  for (int i = 0; i < kWidth / 16; ++i) {
     unsigned v[4];
-    load_matrices_transposed(v, values.at(lane % 8 + lane / 16 * 8, 2 * i + lane / 8 % 2));
+    load_matrices_transposed(v, values.at(lane % 8 + lane / 16 * 8, piece + 2 * i + lane / 8 % 2));
 #pragma unroll
     for (int e = 0; e < kEights; ++e) multiply(sums.o[e][i], v, weights[e][0], weights[e][1], T{});
   }
 }
 
-// To parts [group, D] and statistics [group], m and l, of this warp.
-template <int D, int kEights>
-__device__ __forceinline__ void put_parts(const PagedSums<D, kEights>& sums, float* parts, float2* statistics, int group) {
+// To parts, rows of D for each of the group, and statistics [group], m and l, of this warp.
+template <int D, int kEights, int kWidth>
+__device__ __forceinline__ void put_parts(const PagedSums<kWidth, kEights>& sums, float* parts, float2* statistics, int group) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void put_parts(const PagedSums<D, kEights>& sums, flo
       if (row >= group) continue;
       if (g == 0) statistics[row] = make_float2(sums.m[e][j], l);
 #pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
+      for (int i = 0; i < kWidth / 16; ++i) {
         parts[row * D + 16 * i + g] = sums.o[e][i][j];
         parts[row * D + 16 * i + g + 8] = sums.o[e][i][2 + j];
       }
