@@ -217,14 +217,15 @@ struct Products : ProductInputs<T, MP, kNf4> {
     int local = first_tile;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + row;
     const int own_scales = scales_at() + row * 16 + (MP == 1 ? 8 * (t & 1) : 4 * t);
+    // Shared memory has the scales of so many units from this one on; those behind them, of this tile or of the next, are on their way.
     Scales scales;
-    const auto behind_scaled = [&] {
-      const unsigned behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
-      return behind < units ? behind : 0;
+    int scaled;
+    const auto fetch_behind = [&] {
+      const int behind = (unit & ~(kScaledUnits - 1)) + kScaledUnits;
+      scaled = min(behind, units) - static_cast<int>(unit);
+      fetch_scales(scales, local + (behind >= units), behind < units ? behind : 0);
     };
-    // The unit that shared memory has no scales of yet, 0 in the next tile.
-    unsigned without = behind_scaled();
-    fetch_scales(scales, local + (without == 0), without);
+    fetch_behind();
     const auto load_x = [&] {
       if (!has) return;
 #pragma unroll
@@ -266,12 +267,12 @@ struct Products : ProductInputs<T, MP, kNf4> {
       uint4 own[4];
       stream.take(own, last_product);
       load_x();
-      if (unit == without) {
+      if (scaled == 0) {
         const float* const nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
         put_scales(scales, local, unit, [&](int i) { return nested[i]; });
-        without = behind_scaled();
-        fetch_scales(scales, local + (without == 0), without);
+        fetch_behind();
       }
+      --scaled;
       GroupSums<MP> sums;
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
