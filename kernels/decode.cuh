@@ -236,9 +236,9 @@ __device__ __forceinline__ void prefetch_rows(const DecodeCommon& s, int layer_a
   }
 }
 
-// The attention of one sequence, key/value head and run of keys at a time. Two warps have each page, and half of what comes of it each; the first pages come
-// before the new row is there, which goes into its tile from where it is made; a warp each turns the queries. The copy engine brings
-// pages: loads would stand before the one that waits for other thread blocks.
+// The attention of one sequence, key/value head and run of keys at a time. Two warps have a page, and half of what comes of it each. The first
+// pages are under way before the new row is there, which goes into its tile from where it is made; a warp turns a head of the queries. The copy
+// engine brings pages: loads would stand before the one that waits for other thread blocks.
 template <int D>
 constexpr int kDecodeTileBytes = kTileElements<D> * 2;
 // Tiles; m and l of each warp's heads; whether a run came last.
@@ -352,7 +352,8 @@ struct DecodeAttention {
         }
       } else if (half == 1 && pair < group) {
         const int own = pair;
-        turn.make(row + (head * group + own) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(own, 0), static_cast<T*>(nullptr));
+        turn.make(row + (head * group + own) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(own, 0),
+                  static_cast<T*>(nullptr));
       }
       __syncthreads();
       PagedSums<D / 2, 1> sums;

@@ -119,7 +119,8 @@ struct ProductInputs {
     static_assert(kMapCopies == 8);
     const DecodeTile& tile = tile_at(local);
     const float offset = part_at(tile.part).nested_offset;
-    const int row = scaled_row(), first = (unit & ~(kScaledUnits - 1)) + scaled_unit(), block = tile.nested_before + row * (columns / kBlock) + first * kGroupBlocks;
+    const int row = scaled_row(), first = (unit & ~(kScaledUnits - 1)) + scaled_unit();
+    const int block = tile.nested_before + row * (columns / kBlock) + first * kGroupBlocks;
     float4* const to = reinterpret_cast<float4*>(shared_at(scales_at() + row / 8 * 256 + row % 8 * 16 + scaled_unit() * 512));
     const unsigned copy = lane % kMapCopies * 4;
     __syncwarp();

@@ -32,8 +32,8 @@ struct WeightStream {
   // Used next.
   unsigned parity = 0;
   int slot = 0;
-  // Places in the ring that nothing is under way to. Asked for next, how many follow one another, and where their map lies behind the first. All lanes have the same, so that nobody
-  // waits for one that counts.
+  // Places in the ring that nothing is under way to. Asked for next, how many follow one another, and where their map lies behind the first. All
+  // lanes have the same, so that nobody waits for one that counts.
   int free, at = 0, until = 0, map = 0;
 
   __device__ explicit WeightStream(const DecodeStack& stack) : maps(stack.w), s(stack.common) {}
