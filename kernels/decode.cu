@@ -32,6 +32,7 @@ template <typename T, int D>
 __device__ __noinline__ void attend(int layer, int arrivals) {
   DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(arrivals);
 }
+
 template <typename T, int D, int MP, bool kNf4>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_constant__ DecodeStack stack) {
 #if __CUDA_ARCH__ >= 900

@@ -19,13 +19,10 @@ constexpr int kMostATiles = 3 * kMostRank / kTileRows;
 constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
-// Pairs of warps that share the pages of a run of keys.
-constexpr int kPageWarps = 8, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
+// Pairs of warps that share the pages of a run of keys; of each, the barriers of two stages and their phases.
+constexpr int kPageWarps = 8, kPagesBytes = 24, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
 
 enum DecodePhase { kQkv, kO, kGateUp, kDown, kPhases };
-// Of a warp that reads pages: the barriers of two stages, and their phases.
-constexpr int kPagesBytes = 24;
-
 // The first of a product's parts.
 __host__ __device__ constexpr int first_part(int phase) { return phase == kQkv ? 0 : phase + 2 + (phase == kDown); }
 
@@ -269,7 +266,7 @@ struct DecodeAttention {
   __device__ T* new_row() const { return query_tile().at(kEight, 0); }
   __device__ float2* statistics() const { return reinterpret_cast<float2*>(tile(1 + 2 * s.at.stages * kPageWarps)); }
   __device__ int* last() const { return reinterpret_cast<int*>(statistics() + kPageWarps * kMostHeads); }
-  // Of a warp: the barriers of its stages, and behind them their phases, a bit each.
+  // Of a pair of warps: the barriers of its stages, and behind them their phases, a bit each.
   __device__ unsigned arrived(int of_stage) const { return static_cast<unsigned>(s.at.pages + pair * kPagesBytes + 8 * of_stage); }
   __device__ unsigned& phases() const { return *reinterpret_cast<unsigned*>(shared_at(static_cast<int>(arrived(2)))); }
   // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
@@ -351,8 +348,7 @@ struct DecodeAttention {
           reinterpret_cast<uint4*>(static_cast<T*>(layer().pool_v) + in_pool)[lane] = value;
         }
       } else if (half == 1 && pair < group) {
-        const int own = pair;
-        turn.make(row + (head * group + own) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(own, 0),
+        turn.make(row + (head * group + pair) * D, static_cast<const T*>(layer().q_norm), s.q_eps, s.q_norm_offset, query_tile().at(pair, 0),
                   static_cast<T*>(nullptr));
       }
       __syncthreads();
