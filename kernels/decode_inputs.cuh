@@ -47,6 +47,9 @@ struct ProductInputs {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
 
+  // Whether the product is of a norm's.
+  __device__ __forceinline__ bool normed() const { return phase == kQkv || phase == kGateUp; }
+
   // The shares of all four products, once.
   __device__ __forceinline__ void make_shares(int first_layer) {
     layer_at = first_layer;
@@ -158,7 +161,7 @@ struct ProductInputs {
     if (warp == kDecodeWarps - 1) fetch_a();
 #pragma unroll 1
     for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
-    if (phase == kQkv || phase == kGateUp) {
+    if (normed()) {
       const auto* const norm = static_cast<const uint4*>(layer().norms[phase == kGateUp]);
 #pragma unroll 1
       for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(norm_weight(i)), norm + i, true);
@@ -241,7 +244,6 @@ struct ProductInputs {
   // Vector i of the norm's weight, behind x.
   __device__ __forceinline__ uint4* norm_weight(int i) const { return reinterpret_cast<uint4*>(shared_at(s.at.x + s.M * (columns * 2 + 16) + 16 * i)); }
   static constexpr int kHalf = MP / 2;
-  __device__ __forceinline__ bool normed() const { return phase == kQkv || phase == kGateUp; }
   // Sums of squares of warps, [MP, 16], and behind them what products are multiplied by: norms divide by the root mean square behind the product.
   __device__ __forceinline__ float* statistics() const { return reinterpret_cast<float*>(shared_at(s.at.statistics)); }
   __device__ __forceinline__ float& rstd(int c) const { return statistics()[16 * MP + c]; }

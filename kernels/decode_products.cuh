@@ -206,13 +206,22 @@ struct Products : ProductInputs<T, MP, kNf4> {
     }
   }
 
+  // What this warp has of a tile; the next one begins at zero.
+  __device__ __forceinline__ void put_sums(float*& slot, float (&acc)[Use::kBlocks][4]) {
+    float total[4];
+    GroupSums<MP>::add_blocks(acc, total);
+    put(slot, total);
+#pragma unroll
+    for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+  }
+
   // One or two rows. As strips_kernel does: see there; scales lie in shared memory, of eight units at a time.
   __device__ __forceinline__ void multiply_wide() {
     const bool has = Use::has(g, t) && g % MP < s.M;
     const int row = stream.row_of(g), mixed = kMixed ? (2 * Use::run(g) + t / 2) * 16 : 0;
     const unsigned shared = shared_address(shared_at(x_shared_row(g % MP) + t * 64 + Use::run(g) * 256 + mixed)), table = s.at.table + lane * 4;
     unsigned x[16] = {};
-    float acc[1][4] = {};
+    float acc[Use::kBlocks][4] = {};
     unsigned unit = first_unit;
     int local = first_tile;
     float* slot = reinterpret_cast<float*>(shared_at(s.at.slots)) + (warp + local) * kSlot + row;
@@ -226,47 +235,17 @@ struct Products : ProductInputs<T, MP, kNf4> {
       fetch_scales(scales, local + (behind >= units), behind < units ? behind : 0);
     };
     fetch_behind();
-    const auto load_x = [&] {
-      if (!has) return;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4 four = load_shared_4(kMixed ? shared + unit * 512 ^ 16 * i : shared + unit * 512 + 16 * i);
-        x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
-      }
-    };
-    const auto scale_unit = [&](GroupSums<MP>& sums) {
-      const auto* const at = reinterpret_cast<const float*>(shared_at(own_scales + unit % kScaledUnits * 512));
-      float of[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (MP == 1) {
-          const auto two = *reinterpret_cast<const float2*>(at + 64 * half);
-          of[half][0] = two.x, of[half][1] = two.y;
-        } else {
-          of[half][0] = at[64 * half];
-        }
-      }
-      sums.scale_group(t, acc, [&](int half, int of_group) { return of[half][MP == 1 ? of_group & 1 : 0]; });
-    };
-    const auto end_unit = [&] {
-      ++unit;
-      const bool over = unit == units;
-      if (over || left == 1) {
-        float total[4];
-        GroupSums<MP>::add_blocks(acc, total);
-        put(slot, total);
-        acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0;
-      }
-      if (over) {
-        unit = 0;
-        ++local;
-      }
-    };
 #pragma unroll 1
     for (; left > 0; --left) {
       uint4 own[4];
       stream.take(own, last_product);
-      load_x();
+      if (has) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint4 four = load_shared_4(kMixed ? shared + unit * 512 ^ 16 * i : shared + unit * 512 + 16 * i);
+          x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+        }
+      }
       if (scaled == 0) {
         const float* const nested = reinterpret_cast<const float*>(shared_at(s.at.nested)) + local * kNestedOfTile;
         put_scales(scales, local, unit, [&](int i) { return nested[i]; });
@@ -281,8 +260,24 @@ struct Products : ProductInputs<T, MP, kNf4> {
         look_up_words<true>(own[2 + run], table, bottom);
         sums.template multiply_run<T>(run, t, top, bottom, x);
       }
-      scale_unit(sums);
-      end_unit();
+      const auto* const at = reinterpret_cast<const float*>(shared_at(own_scales + unit % kScaledUnits * 512));
+      float of[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (MP == 1) {
+          const auto two = *reinterpret_cast<const float2*>(at + 64 * half);
+          of[half][0] = two.x, of[half][1] = two.y;
+        } else {
+          of[half][0] = at[64 * half];
+        }
+      }
+      sums.scale_group(t, acc, [&](int half, int of_group) { return of[half][MP == 1 ? of_group & 1 : 0]; });
+      ++unit;
+      if (unit == units || left == 1) put_sums(slot, acc);
+      if (unit == units) {
+        unit = 0;
+        ++local;
+      }
     }
   }
 
@@ -352,13 +347,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
       }
       ++unit;
       const bool over = unit == units;
-      if (over || left == 1) {
-        float total[4];
-        GroupSums<MP>::add_blocks(acc, total);
-        put(slot, total);
-#pragma unroll
-        for (int i = 0; i < Use::kBlocks; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-      }
+      if (over || left == 1) put_sums(slot, acc);
       if (left == 1) continue;
       if (over) {
         unit = 0;
