@@ -47,7 +47,7 @@ struct ProductInputs {
     return static_cast<const char*>(s.product) + min(column, s.M - 1) * int64_t{columns} * 2;
   }
 
-  // Whether the product is of a norm's.
+  // Whether a norm stands before the product.
   __device__ __forceinline__ bool normed() const { return phase == kQkv || phase == kGateUp; }
 
   // The shares of all four products, once.
@@ -161,7 +161,7 @@ struct ProductInputs {
     if (warp == kDecodeWarps - 1) fetch_a();
 #pragma unroll 1
     for (int local = warp; warp < kDecodeWarps && local < count; local += kDecodeWarps) fetch_tile(local);
-    if (normed()) {
+    if (phase == kQkv || phase == kGateUp) {
       const auto* const norm = static_cast<const uint4*>(layer().norms[phase == kGateUp]);
 #pragma unroll 1
       for (int i = thread; i < columns / 8; i += kDecodeThreads) copy_16_bytes(shared_address(norm_weight(i)), norm + i, true);
