@@ -82,7 +82,7 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     if !(1..=MOST_ANSWERS).contains(&args.num_return_sequences) {
         let n = args.num_return_sequences;
-        bail!(Error::Usage(format!("--num-return-sequences is {n}, expected 1 to {MOST_ANSWERS}")));
+        bail!(Error::Usage(format!("--num-return-sequences (--n) is {n}, expected 1 to {MOST_ANSWERS}")));
     }
     if let (Some(output), Some(prompts)) = (&args.output, &args.prompt_file)
         && let (Ok(output), Ok(prompts)) = (output.canonicalize(), prompts.canonicalize())
