@@ -8,10 +8,13 @@ namespace ferrotune {
 
 namespace {
 
+// Rows of one launch of all layers.
+constexpr int64_t kMostAtOnce = 8;
+
 // The parts of a product into [most] parts of a layer; false where rows_linear could not take them either.
-bool put_parts(KernelRowsPart* parts, int64_t most, int64_t& count, const void*& bias, const LinearView& view, const Tensor& x) {
+bool put_parts(KernelRowsPart* parts, int64_t most, int64_t& count, const void*& bias, const LinearView& view, int64_t M, at::ScalarType dtype) {
   bool some = false;
-  const std::optional<KernelRows> rows = linear_operands(Linear(view), x.size(0), x.scalar_type(), some);
+  const std::optional<KernelRows> rows = linear_operands(Linear(view), M, dtype, some);
   if (!rows || some || rows->count > most) return false;
   std::copy(rows->parts, rows->parts + rows->count, parts);
   count = rows->count;
@@ -30,18 +33,20 @@ bool put_norm(const void*& to, const NormView& norm, const Tensor& x) {
 bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const LinearView& o, const NormView& post_norm,
                        const AttentionView& attention, const NormView& mlp_norm, const LinearView& gate_up, const LinearView& down,
                        const NormView& mlp_post_norm, Activation activation) {
-  if (x_.is_cpu()) return rows_.push(norm, qkv, o, post_norm, attention, mlp_norm, gate_up, down, mlp_post_norm, activation);
-  if (!is_few_rows(x_) || !attention.pages || post_norm.weight.defined() || mlp_post_norm.weight.defined()) return false;
+  if (x_.is_cpu()) return !ids_.defined() && rows_.push(norm, qkv, o, post_norm, attention, mlp_norm, gate_up, down, mlp_post_norm, activation);
+  if (ids_.defined() && (M_ > kMostAtOnce || !x_.is_contiguous())) return false;
+  if (!is_few_rows(x_, M_) || !attention.pages || post_norm.weight.defined() || mlp_post_norm.weight.defined()) return false;
   const PagedBatch& batch = *attention.pages;
-  if (!batch.all_single() || batch.rows() != x_.size(0) || !attention.pages_k.is_contiguous() || !attention.pages_v.is_contiguous()) return false;
+  if (!batch.all_single() || batch.rows() != M_ || !attention.pages_k.is_contiguous() || !attention.pages_v.is_contiguous()) return false;
   const PagedBatch::Singles& singles = batch.singles(x_.device());
   KernelDecodeLayer layer{};
   int64_t one = 0;
+  const at::ScalarType dtype = x_.scalar_type();
   const bool fits = put_norm(layer.input_norm, norm, x_) && put_norm(layer.mlp_norm, mlp_norm, x_) && put_norm(layer.q_norm, attention.q_norm, x_) &&
-                    put_norm(layer.k_norm, attention.k_norm, x_) && put_parts(layer.qkv, 3, layer.qkv_count, layer.qkv_bias, qkv, x_) &&
-                    put_parts(&layer.o, 1, one, layer.o_bias, o, x_) &&
-                    put_parts(layer.gate_up, 2, layer.gate_up_count, layer.gate_up_bias, gate_up, x_) &&
-                    put_parts(&layer.down, 1, one, layer.down_bias, down, x_) && attention.cos.is_contiguous() && attention.sin.is_contiguous() &&
+                    put_norm(layer.k_norm, attention.k_norm, x_) && put_parts(layer.qkv, 3, layer.qkv_count, layer.qkv_bias, qkv, M_, dtype) &&
+                    put_parts(&layer.o, 1, one, layer.o_bias, o, M_, dtype) &&
+                    put_parts(layer.gate_up, 2, layer.gate_up_count, layer.gate_up_bias, gate_up, M_, dtype) &&
+                    put_parts(&layer.down, 1, one, layer.down_bias, down, M_, dtype) && attention.cos.is_contiguous() && attention.sin.is_contiguous() &&
                     attention.cos.scalar_type() == at::kFloat && singles.tables.size(1) > 0;
   if (!fits) return false;
   layer.window = attention.window;
@@ -50,7 +55,7 @@ bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const Linear
   layer.cos = attention.cos.const_data_ptr<float>();
   layer.sin = attention.sin.const_data_ptr<float>();
   KernelDecode same = stack_;
-  same.M = x_.size(0);
+  same.M = M_;
   same.C = x_.size(1);
   same.F = gate_up.parts.empty() ? 0 : Linear(gate_up).rows() / 2;
   same.H = attention.num_heads;
@@ -61,6 +66,7 @@ bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const Linear
   same.longest = singles.longest;
   same.tables = singles.tables.const_data_ptr<int64_t>();
   same.lengths = singles.lengths.const_data_ptr<int64_t>();
+  if (ids_.defined()) same.ids = ids_.const_data_ptr<int64_t>(), same.positional = 1;
   same.eps = static_cast<float>(norm.eps);
   same.q_eps = static_cast<float>(attention.q_norm.eps);
   same.norm_offset = static_cast<float>(norm.offset);
@@ -76,10 +82,10 @@ bool DecodeStack::push(const NormView& norm, const LinearView& qkv, const Linear
   return true;
 }
 
-std::unique_ptr<Tensor> DecodeStack::run() {
+std::unique_ptr<Tensor> DecodeStack::run(const NormView& norm) {
   if (x_.is_cpu()) {
-    Tensor y = rows_.run();
-    return y.defined() ? std::make_unique<Tensor>(std::move(y)) : nullptr;
+    const Tensor y = rows_.run();
+    return y.defined() ? op_rms_norm(y, norm.weight, norm.eps, norm.offset) : nullptr;
   }
   const Kernels* const kernels = kernels_for(x_);
   if (kernels == nullptr || layers_.empty()) return nullptr;
@@ -89,16 +95,19 @@ std::unique_ptr<Tensor> DecodeStack::run() {
   const Launch launch(x_);
   const Tensor x = x_.contiguous();
   stack.x = x.const_data_ptr();
+  const bool norms = M_ <= kMostAtOnce && put_norm(stack.norm, norm, x_) && static_cast<float>(norm.eps) == stack.eps &&
+                     static_cast<float>(norm.offset) == stack.norm_offset;
+  if (!norms) stack.norm = nullptr;
   const int64_t bytes = kernels->decode_workspace(&stack);
   if (bytes == 0) return nullptr;
-  Tensor y = at::empty_like(x);
+  Tensor y = at::empty({M_, stack.C}, x.options());
   stack.y = y.mutable_data_ptr();
   // What one launch of all layers keeps zero, a launch a product does not.
-  stack.workspace = launch.lasting_zeros(x.size(0) > 8 ? "decode_groups" : "decode", bytes);
+  stack.workspace = launch.lasting_zeros(M_ > kMostAtOnce ? "decode_groups" : "decode", bytes);
   check_launch(kernels->decode(&stack, launch.stream()), "decode");
-  return std::make_unique<Tensor>(std::move(y));
+  return norms ? std::make_unique<Tensor>(std::move(y)) : op_rms_norm(y, norm.weight, norm.eps, norm.offset);
 }
 
-std::unique_ptr<DecodeStack> decode_stack(const Tensor& x) { return std::make_unique<DecodeStack>(x); }
+std::unique_ptr<DecodeStack> decode_stack(const Tensor& x, const Tensor& ids) { return std::make_unique<DecodeStack>(x, ids); }
 
 }  // namespace ferrotune

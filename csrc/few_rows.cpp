@@ -90,8 +90,8 @@ std::optional<KernelRows> linear_operands(const Linear& l, int64_t M, at::Scalar
   return rows;
 }
 
-bool is_few_rows(const Tensor& x) {
-  return kernels_for(x) != nullptr && x.scalar_type() != at::kFloat && x.size(0) <= kFewRows && !at::GradMode::is_enabled();
+bool is_few_rows(const Tensor& x, int64_t rows) {
+  return kernels_for(x) != nullptr && x.scalar_type() != at::kFloat && rows <= kFewRows && !at::GradMode::is_enabled();
 }
 
 Tensor few_rows_linear(const Tensor& x, const Linear& l, const Tensor& residual) {

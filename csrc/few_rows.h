@@ -10,7 +10,8 @@ namespace ferrotune {
 constexpr int64_t kFewRows = 64;
 
 // Whether the products of x go to few_rows_linear: no gradient is asked for, and the rows are few.
-bool is_few_rows(const Tensor& x);
+bool is_few_rows(const Tensor& x, int64_t rows);
+inline bool is_few_rows(const Tensor& x) { return is_few_rows(x, x.size(0)); }
 
 // Parts and bias of l for M rows in `dtype`, without x and y; nullopt where no kernel can take it. `some`: whether LoRA of single rows is
 // left to the caller.

@@ -33,10 +33,11 @@ void load_kernels(const std::string& path) {
   loaded = true;
 }
 
+const Kernels* kernels_on(const at::Device& device) { return loaded && device.is_cuda() ? &table : nullptr; }
+
 const Kernels* kernels_for(const at::Tensor& x) {
-  if (!loaded || !x.is_cuda()) return nullptr;
   const auto dtype = x.scalar_type();
-  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ? &table : nullptr;
+  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ? kernels_on(x.device()) : nullptr;
 }
 
 int (*clear_memory())(void*, int64_t, void*) {

@@ -19,6 +19,9 @@ struct Kernels {
 void load_kernels(const std::string& path);
 inline void load_kernels(rust::Str path) { load_kernels(std::string(path)); }
 
+// The kernels, if the library is loaded and this is a GPU.
+const Kernels* kernels_on(const at::Device& device);
+
 // The kernels, if they can work on x: on CUDA, in a dtype they know, library loaded. Else nullptr: the ATen formula runs.
 const Kernels* kernels_for(const at::Tensor& x);
 

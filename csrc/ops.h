@@ -132,8 +132,11 @@ void fp8_quantize(const Tensor& weight, const Fp8View& to);
 void fp8_dequantize(const Fp8View& weight, const Tensor& destination);
 
 // ---- sample.cpp
-// kernels/sample.cu: logits f32 [N, V], params f64 [N, 5] -> tokens int64 [N], logprobs f32 [2, N].
-void sample(const Tensor& logits, const Tensor& params, const Tensor& tokens, const Tensor& logprobs);
+// kernels/sample.cu: logits f32 [N, V], params [N, 5] -> tokens int64 [N], and the results as kernels.h has them, int64 [2 N] in the host's memory,
+// there once the launch is over.
+std::unique_ptr<Tensor> sample(const Tensor& logits, rust::Slice<const double> params, const Tensor& tokens);
+// kernels/put_words.cu: to, int64 [n] on a GPU, = words, of which the first are those of ids (int64 on that GPU, may be undefined), 0 for a negative one.
+void put_words(const Tensor& to, rust::Slice<const std::int32_t> words, const Tensor& ids);
 
 // ---- optim.cpp
 void backward(const Tensor& y, const Tensor& dy, const TensorList& inputs);

@@ -99,9 +99,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     const int layer = s.at.layers + l % 2 * kLayerBytes;
     const auto phase = static_cast<DecodePhase>(step % kPhases);
     product.prepare(layer, step);
+    if (step == kPhases * s.layers - 1) next_may_start();
     // Its place is that of the layer before, which is done.
     if (phase == kQkv) fetch_layer(l + 1);
-    const void* const from = phase == kQkv ? (l == 0 ? s.x : s.y) : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
+    const void* const from = phase == kQkv ? (l > 0 ? s.y : product.kOne ? product.first_row(0) : nullptr)
+                             : phase == kO ? s.attended
+                             : phase == kGateUp ? s.h
+                                                : s.product;
     if (threadIdx.x == kPoller) {
       // Behind all products before, and the attention of their layers.
       if (step > 0) barrier.poll(1 + step + (step + kPhases - 1) / kPhases);
@@ -120,11 +124,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier.arrive();
   }
-  // The last thread block leaves the counters as it found them. Nobody waits any more.
+  // The last thread block leaves the counters as it found them, as nobody waits any more, and norms what all have written.
+  auto* const last = reinterpret_cast<int*>(shared_at(s.at.sequences));
   if (threadIdx.x == 0) {
-    __threadfence();
-    if (atomicAdd(s.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) s.counters[0] = s.counters[1] = 0;
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(s.counters + 1) : "memory");
+    *last = before == grid - 1;
+    if (*last) s.counters[0] = s.counters[1] = 0;
   }
+  if (s.norm == nullptr) return;
+  __syncthreads();
+  if (*last) norm_rows<T, MP>(s);
 #endif
 }
 
@@ -192,7 +202,8 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.width = size(d.width), s.run_pages = run_pages(d), s.runs = size(ceil_div(d.longest, s.run_pages * kPage)), s.activation = d.activation;
   s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
   s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
-  s.tables = d.tables, s.lengths = d.lengths, s.x = d.x, s.y = d.y;
+  s.tables = d.tables, s.lengths = d.lengths, s.ids = d.ids, s.positional = d.positional != 0;
+  s.x = d.x, s.norm = d.norm, s.y = d.y;
   s.parts[kQkv] = size(first.qkv_count), s.parts[kO] = s.parts[kDown] = 1, s.parts[kGateUp] = size(first.gate_up_count);
   s.columns[kQkv] = s.columns[kGateUp] = size(d.C), s.columns[kO] = size(d.H * d.D), s.columns[kDown] = size(d.F);
   s.nested_shift = 0;
@@ -404,7 +415,8 @@ extern "C" int decode(const KernelDecode* d, void* stream) {
     const int64_t first = i * d->count / launches;
     some.layers += first;
     some.count = (i + 1) * d->count / launches - first;
-    if (i > 0) some.x = d->y;
+    if (i > 0) some.x = d->y, some.ids = nullptr;
+    if (i < launches - 1) some.norm = nullptr;
     Planned planned;
     if (!plan_decode(some, planned)) return cudaErrorInvalidValue;
     const int error = d->D == 64 ? launch_decode<__nv_bfloat16, 64>(planned, stream) : launch_decode<__nv_bfloat16, 128>(planned, stream);

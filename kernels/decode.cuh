@@ -57,11 +57,11 @@ struct DecodeCommon {
   int depth;  // boxes of W that a warp has room for
   int parts[kPhases], columns[kPhases], pieces[kPhases], a_pieces[kPhases];  // pieces of a tile of A, and of all: at most one a thread block
   int row_steps[kPhases];  // of W, 128 bytes each
-  bool lora_f32, tables_shared, a_shared, x_shared[kPhases], biased[kPhases];
+  bool lora_f32, tables_shared, a_shared, positional, x_shared[kPhases], biased[kPhases];
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
-  const int64_t *tables, *lengths;
-  const void* x;
+  const int64_t *tables, *lengths, *ids;
+  const void *x, *norm;
   void *y, *h, *qkv, *attended, *product;
   unsigned long long* z;  // [2, tiles of A, kEight, kTileRows], fixed point
   float* partial;
@@ -212,6 +212,41 @@ struct Turn {
   }
 };
 
+// y divided by the root mean square of its rows, times the norm's weight, by one thread block, once y is there: 16 / MP warps a row.
+template <typename T, int MP>
+__device__ __forceinline__ void norm_rows(const DecodeCommon& s) {
+  constexpr int kThreads = kDecodeThreads / MP;
+  const int thread = thread_number(), c = thread / kThreads, vectors = s.C / 8;
+  auto* const row = static_cast<uint4*>(s.y) + min(c, s.M - 1) * vectors;
+  auto* const sums = reinterpret_cast<float*>(shared_at(s.at.statistics));
+  float sum = 0;
+#pragma unroll 1
+  for (int i = thread % kThreads; i < vectors; i += kThreads) {
+    const uint4 raw = __ldcg(row + i);
+    const Eight<T> v(reinterpret_cast<const T*>(&raw));
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum += v.v[k] * v.v[k];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+  if (thread % 32 == 0) sums[thread / 32] = sum;
+  __syncthreads();
+  if (c >= s.M) return;
+  sum = 0;
+#pragma unroll
+  for (int k = 0; k < kThreads / 32; ++k) sum += sums[c * (kThreads / 32) + k];
+  const float rstd = rsqrtf(sum / s.C + s.eps);
+#pragma unroll 1
+  for (int i = thread % kThreads; i < vectors; i += kThreads) {
+    const uint4 raw = __ldcg(row + i);
+    Eight<T> v(reinterpret_cast<const T*>(&raw));
+    const Eight<T> w(static_cast<const T*>(s.norm) + 8 * i);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v.v[k] *= rstd * (s.norm_offset + w.v[k]);
+    row[i] = v.rounded();
+  }
+}
+
 // Rows of keys and values come into the second-level cache before attention asks for them, by one warp of each thread block, which has a share of all
 // sequences' rows, at most so many lines a lane.
 constexpr int kMostLines = 16;
@@ -324,7 +359,7 @@ struct DecodeAttention {
 #pragma unroll 1
         for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
       }
-      const int angles = sequence * (s.R / 2);
+      const int angles = (s.positional ? max(length - 1, 0) : sequence) * (s.R / 2);
       const Turn<D> turn(lane, s.R, layer().cos + angles, layer().sin + angles);
       if (first) barrier.wait(arrivals);
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;

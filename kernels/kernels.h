@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 18
+#define FERROTUNE_KERNELS_ABI 19
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -169,16 +169,20 @@ struct KernelDecodeLayer {
 };
 
 // All layers of a decoder on one new row of each of M sequences. x and y [M, C], which may be one; tables and lengths as in
-// paged_attention.
+// paged_attention. Up to 8 rows: where ids [M] int64 is not null, x is a table of rows, of which sequence m has row ids[m]; where `positional`,
+// cos and sin are of all positions, of which it has lengths[m] - 1; where `norm` [C] is not null, y is RMS-normed with it, eps and norm_offset.
 struct KernelDecode {
   const struct KernelDecodeLayer* layers;
   int64_t count, M, C, F, H, K, D, R, width, longest;
-  const int64_t *tables, *lengths;
-  const void* x;
+  const int64_t *tables, *lengths, *ids;
+  const void *x, *norm;
   void *y, *workspace;
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
-  int activation, dtype;
+  int activation, dtype, positional;
 };
+
+// What fits a launch's arguments.
+#define KERNEL_MOST_WORDS 8128
 
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
@@ -211,6 +215,7 @@ struct KernelDecode {
   ROW(decode_workspace)         \
   ROW(paged_attention)          \
   ROW(paged_attention_workspace) \
+  ROW(put_words)                \
   ROW(sample)
 
 // The library exports these and nothing else.
@@ -324,10 +329,14 @@ int64_t paged_attention_workspace(const struct KernelPaged* paged);
 int decode(const struct KernelDecode* decode, void* stream);
 int64_t decode_workspace(const struct KernelDecode* decode);
 
-// tokens [N], their log-probabilities [N] and those in the distribution that they are drawn from, [N], of logits [N, V] f32, by params [N, 5] f64: temperature (0: the largest logit), top_k (0:
-// all), top_p, min_p, and a number drawn from [0, 1). A row with NaN, infinity or only -infinity gives the token -1.
-int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, float* drawn, int64_t N, int64_t V,
-           void* stream);
+// tokens [N] and results: 2 N words of 8 bytes, the tokens and behind them in f32 their log-probabilities [N] and those in the distribution that they
+// are drawn from [N], of logits [N, V] f32, by params [N, 5] in the host's memory, which is read before the call returns: temperature (0: the
+// largest logit), top_k (0: all), top_p, min_p, and a number drawn from [0, 1). A row with NaN, infinity or only -infinity gives the token -1.
+// results may lie in the host's memory, pinned.
+int sample(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t V, void* stream);
+
+// to[i] = i < n ? max(ids[i], 0) : words[i] for `count` words, at most KERNEL_MOST_WORDS, in the host's memory, which is read before the call returns.
+int put_words(const int32_t* words, int64_t count, const int64_t* ids, int64_t n, int64_t* to, void* stream);
 
 }  // extern "C"
 #pragma GCC visibility pop

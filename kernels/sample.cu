@@ -10,6 +10,8 @@
 //
 // Thresholds are found by the bits of the scores, 11, 11 and 10 at a time (a radix select), over counts or over sums of w. These are
 // integers, w 2^40, so that their sum has no order and the result no chance in it.
+#include <cstring>
+
 #include "chain.cuh"
 #include "cluster.cuh"
 
@@ -83,8 +85,8 @@ __device__ inline void take(Best& best, const float (&v)[kCount], const Id& id_o
   best.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Of this thread's share of [begin, end); `aligned`: from, begin and end are whole vectors.
-__device__ inline Best best_of(const float* from, int begin, int end, bool aligned) {
+// Of this thread's share of [begin, end), which goes to `copy`, too, unless that is null; `aligned`: from, begin and end are whole vectors.
+__device__ inline Best best_of(const float* from, int begin, int end, bool aligned, float* copy) {
   Best best{-INFINITY, 0x7fffffff, 0, true};
   const int lane = threadIdx.x;
   for (int first = begin + 4 * lane; aligned && first < end; first += kAtOnce * 4 * kThreads) {
@@ -93,6 +95,11 @@ __device__ inline Best best_of(const float* from, int begin, int end, bool align
     for (int k = 0; k < kAtOnce; ++k) {
       const int at = first + 4 * k * kThreads;
       reinterpret_cast<float4&>(v[4 * k]) = at < end ? *reinterpret_cast<const float4*>(from + at) : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int at = first + 4 * k * kThreads;
+      if (copy != nullptr && at < end) *reinterpret_cast<float4*>(copy + at - begin) = reinterpret_cast<const float4&>(v[4 * k]);
     }
     take(best, v, [&](int i) { return first + i / 4 * 4 * kThreads + i % 4; });
   }
@@ -145,6 +152,7 @@ struct Shared {
   Best best_of_block;
   unsigned key;
   int chosen;
+  float logit;  // of the chosen one
 };
 
 // The thread blocks of a row. What one does between two meetings, others see after the second.
@@ -215,21 +223,41 @@ __device__ inline unsigned select(Mass& rest, Shared& s, const Team& team, const
   return prefix;
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restrict__ logits, const double* __restrict__ params,
-                                                          int64_t* __restrict__ tokens, float* __restrict__ logprobs,
-                                                          float* __restrict__ drawn, int V) {
-  __shared__ Shared s;
-  const Team team{static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
-  const int64_t row = blockIdx.y;
-  const float* const from = logits + row * V;
-  const float temperature = static_cast<float>(params[5 * row]);
-  const double top_k = params[5 * row + 1], top_p = params[5 * row + 2], min_p = params[5 * row + 3], u = params[5 * row + 4];
+// Of each row: temperature, top_k, top_p, min_p and the number drawn from [0, 1). Arguments of a launch, as no copy has to come before it.
+template <int kRows>
+struct Params {
+  double of[kRows][5];
+};
+// Rows of a launch: few start it sooner.
+constexpr int kFewParams = 8, kMostParams = 800;
 
-  const bool aligned = V % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+// Of each warp of a team of so many blocks: a run of ids, whole vectors.
+__host__ __device__ inline int run_of(int V, int blocks) {
+  const int piece = (V + blocks - 1) / blocks;
+  return ((piece + kWarps - 1) / kWarps + 3) / 4 * 4;
+}
+
+template <int kRows>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Params<kRows> params, const float* __restrict__ logits,
+                                                          int64_t* __restrict__ tokens, int64_t* __restrict__ results, int64_t N, int64_t first, int V,
+                                                          bool may_hold) {
+  __shared__ Shared s;
+  extern __shared__ __align__(16) float held[];
+  const Team team{static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
+  const int64_t row = first + blockIdx.y;
+  const float* const logits_of_row = logits + row * V;
+  const double(&own)[5] = params.of[blockIdx.y];
+  const float temperature = static_cast<float>(own[0]);
+  const double top_k = own[1], top_p = own[2], min_p = own[3], u = own[4];
+
+  const bool aligned = V % 4 == 0 && reinterpret_cast<uintptr_t>(logits_of_row) % 16 == 0;
   // Of each block, and of each of its warps when a token is drawn: a run of ids.
-  const int piece = (V + team.size - 1) / team.size, run = ((piece + kWarps - 1) / kWarps + 3) / 4 * 4;
+  const int run = run_of(V, team.size);
   const int own_begin = min(team.block * kWarps * run, V), own_end = min(own_begin + kWarps * run, V);
-  Best best = best_of(from, own_begin, own_end, aligned);
+  // What is read again comes from shared memory where all of the block's fits there.
+  const bool holds = aligned && may_hold;
+  Best best = best_of(logits_of_row, own_begin, own_end, aligned, holds ? held : nullptr);
+  const float* const from = holds ? held - own_begin : logits_of_row;
   for (int step = 16; step > 0; step /= 2) best = better(best, shuffled(best, step));
   if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
   __syncthreads();
@@ -243,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
   }
   const bool valid = best.valid && best.value > -INFINITY;
   int chosen = best.id;
-  float drawn_from = 0;
+  float logit = best.value, drawn_from = 0;
   bool writes = team.block == 0;
   if (valid && temperature > 0) {
     const float highest = best.value / temperature;
@@ -349,19 +377,20 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
       for (int i = piece_begin; i < piece_end; ++i) {
         sum += kept_in_order(score_of(i), seen);
         if (sum > target) {
-          s.chosen = i;
+          s.chosen = i, s.logit = from[i];
           break;
         }
       }
     }
     __syncthreads();
-    chosen = writes ? s.chosen : best.id;
-    drawn_from = score_of(chosen) - highest - logf(static_cast<float>(total) * 0x1p-40f);
+    if (writes) chosen = s.chosen, logit = s.logit;
+    drawn_from = scaled(logit) - highest - logf(static_cast<float>(total) * 0x1p-40f);
   }
   if (writes && threadIdx.x == 0) {
-    tokens[row] = valid ? chosen : -1;
-    logprobs[row] = valid ? from[chosen] - best.value - logf(best.sum) : 0;
-    drawn[row] = drawn_from;
+    tokens[row] = results[row] = valid ? chosen : -1;
+    float* const logprobs = reinterpret_cast<float*>(results + N);
+    logprobs[row] = valid ? logit - best.value - logf(best.sum) : 0;
+    logprobs[N + row] = drawn_from;
   }
   // Nobody leaves while others read what it found.
   if (team.size > 1) team.meet();
@@ -372,23 +401,46 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* __restric
 
 using namespace ferrotune;
 
-extern "C" int sample(const float* logits, const double* params, int64_t* tokens, float* logprobs, float* drawn,
-                      int64_t N, int64_t V, void* stream) {
-  if (N == 0) return cudaSuccess;
-  if (V < 1 || V > 1 << 28 || N > 65535) return cudaErrorInvalidValue;
+namespace ferrotune {
+namespace {
+
+// Rows first .. first + count of N.
+template <int kRows>
+int launch(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t first, int64_t count, int64_t V, void* stream) {
+  Params<kRows> own;
+  std::memcpy(own.of, params + 5 * first, count * sizeof own.of[0]);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cudaLaunchConfig_t config{};
   unsigned blocks = 1;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     // A block fills a processor, and a cluster must find its processors beside each other: half of them stay free.
-    while (blocks < kMostBlocks && 4 * blocks * N <= device_attribute(cudaDevAttrMultiProcessorCount)) blocks *= 2;
+    while (blocks < kMostBlocks && 4 * blocks * count <= device_attribute(cudaDevAttrMultiProcessorCount)) blocks *= 2;
   }
   cluster.val.clusterDim = {blocks, 1, 1};
-  config.gridDim = dim3(blocks, static_cast<unsigned>(N));
+  config.gridDim = dim3(blocks, static_cast<unsigned>(count));
   config.blockDim = dim3(kThreads);
+  const int64_t held = int64_t{kWarps} * run_of(static_cast<int>(V), static_cast<int>(blocks)) * 4;
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Shared));
+  const bool may_hold = held <= room;
+  config.dynamicSmemBytes = may_hold ? held : 0;
+  const int error = cudaFuncSetAttribute(sample_kernel<kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes));
+  if (error != cudaSuccess) return error;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, sample_kernel, logits, params, tokens, logprobs, drawn, static_cast<int>(V));
+  return cudaLaunchKernelEx(&config, sample_kernel<kRows>, own, logits, tokens, results, N, first, static_cast<int>(V), may_hold);
+}
+
+}  // namespace
+}  // namespace ferrotune
+
+extern "C" int sample(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t V, void* stream) {
+  if (V < 1 || V > 1 << 28) return cudaErrorInvalidValue;
+  for (int64_t first = 0; first < N; first += kMostParams) {
+    const int64_t count = N - first < kMostParams ? N - first : kMostParams;
+    const auto own = count <= kFewParams ? launch<kFewParams> : launch<kMostParams>;
+    if (const int error = own(logits, params, tokens, results, N, first, count, V, stream); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }

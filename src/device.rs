@@ -372,6 +372,15 @@ impl Download {
         Ok(Download { host, arrived: bridge::record_event(index)? })
     }
 
+    /// Of a tensor in the host's memory that work enqueued on `device` writes.
+    ///
+    /// # Errors
+    /// `device` is no GPU.
+    pub fn written(host: tch::Tensor, device: tch::Device) -> Result<Download> {
+        let (_, index) = cuda_device(device).context("only a GPU's work is waited for")?;
+        Ok(Download { host, arrived: bridge::record_event(index)? })
+    }
+
     /// The tensor on the CPU; the calling thread waits for it.
     pub fn wait(self) -> Result<tch::Tensor> {
         bridge::wait_for(&self.arrived)?;

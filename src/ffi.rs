@@ -259,7 +259,8 @@ pub(crate) mod bridge {
             pool: i64,
             page_size: i64,
         ) -> Result<SharedPtr<PagedBatch>>;
-        fn sample(logits: &Tensor, params: &Tensor, tokens: &Tensor, logprobs: &Tensor) -> Result<()>;
+        fn sample(logits: &Tensor, params: &[f64], tokens: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn put_words(to: &Tensor, words: &[i32], ids: &Tensor) -> Result<()>;
 
         fn tensor_list() -> UniquePtr<TensorList>;
         fn push(list: Pin<&mut TensorList>, tensor: &Tensor);
@@ -286,7 +287,7 @@ pub(crate) mod bridge {
         ) -> Result<UniquePtr<Tensor>>;
 
         type DecodeStack;
-        fn decode_stack(x: &Tensor) -> Result<UniquePtr<DecodeStack>>;
+        fn decode_stack(x: &Tensor, ids: &Tensor) -> Result<UniquePtr<DecodeStack>>;
         fn push(
             self: Pin<&mut DecodeStack>,
             norm: &NormView,
@@ -300,7 +301,7 @@ pub(crate) mod bridge {
             mlp_post_norm: &NormView,
             activation: Activation,
         ) -> Result<bool>;
-        fn run(self: Pin<&mut DecodeStack>) -> Result<UniquePtr<Tensor>>;
+        fn run(self: Pin<&mut DecodeStack>, norm: &NormView) -> Result<UniquePtr<Tensor>>;
 
         fn op_rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<UniquePtr<Tensor>>;
         fn op_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<UniquePtr<Tensor>>;

@@ -25,7 +25,7 @@ pub mod proof;
 mod sample;
 mod script;
 
-pub use decode::DecodeStack;
+pub use decode::{DecodeInput, DecodeStack};
 pub use fp8::Fp8;
 pub use head::{
     Head, Targets, head_scores, linear_cross_entropy, token_log_probs, token_log_probs_and_entropy,
@@ -39,7 +39,7 @@ pub use optim::{
 pub use pages::{LayerPages, PagedBatch};
 pub use pass::{DropoutKey, LoraRun, LoraSet, Pass};
 pub use policy::Policy;
-pub use sample::{Draw, Drawn, Draws, sample};
+pub use sample::{Draw, Drawn, Draws, put_words, sample};
 pub use script::save_script;
 
 /// Low-rank update of one part of a [`Linear`]: `y += scale * dropout(x) A^T B^T`. arXiv:2106.09685

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::device::{self, Graph};
 use crate::models::{Decoder, DeviceRows};
 use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
-use crate::ops::{LoraRun, LoraSet};
+use crate::ops::{self, LoraRun, LoraSet};
 
 /// One new token of a sequence.
 pub(super) struct Row<'a> {
@@ -40,7 +40,7 @@ struct Recorded {
 
 /// The tensors that a graph reads.
 struct Batch {
-    /// int64: ids, positions, lengths, tables one after another, filled by one copy.
+    /// int64: ids, positions, lengths, tables one after another, filled by one launch.
     words: Tensor,
     rows: DeviceRows,
     /// Whole tables: a graph reads them where they were.
@@ -112,7 +112,7 @@ impl DecodeGraphs {
         self.uses += 1;
         let recorded = self.recorded.get_mut(&shape).expect("it was just put there");
         recorded.used = self.uses;
-        recorded.batch.assign(&shape, rows)?;
+        recorded.batch.assign(&shape, rows, None)?;
         if let Some((graph, logits)) = &mut recorded.graph {
             graph.replay()?;
             return Ok(Some(logits.shallow_clone()));
@@ -158,9 +158,7 @@ impl DecodeGraphs {
         let Some((graph, logits)) = &mut recorded.graph else { return Ok(None) };
         self.uses += 1;
         recorded.used = self.uses;
-        recorded.batch.assign(&shape, rows)?;
-        let ids = recorded.batch.rows.input_ids.f_narrow(0, 0, rows.len() as i64)?;
-        ids.shallow_clone().f_copy_(&tokens.f_clamp_min(0)?)?;
+        recorded.batch.assign(&shape, rows, Some(tokens))?;
         graph.replay()?;
         Ok(Some(logits.shallow_clone()))
     }
@@ -233,18 +231,18 @@ impl Batch {
         Ok(Batch { angles: angles.collect::<Result<_>>()?, rows, words })
     }
 
-    fn assign(&mut self, shape: &Shape, rows: &[Row]) -> Result<()> {
+    /// `drawn`: the ids, where the rows' own are still unknown.
+    fn assign(&mut self, shape: &Shape, rows: &[Row], drawn: Option<&Tensor>) -> Result<()> {
         let (n, width) = (shape.rows, shape.longest.div_ceil(PAGE_SIZE));
-        let mut words = vec![0_i64; n * (3 + width)];
+        let mut words = vec![0_i32; n * (3 + width)];
         for (at, row) in rows.iter().enumerate() {
-            words[at] = row.id;
-            words[n + at] = row.length as i64 - 1;
-            words[2 * n + at] = row.length as i64;
-            for (word, &page) in words[3 * n + at * width..].iter_mut().zip(row.pages) {
-                *word = i64::from(page);
-            }
+            words[at] = row.id as i32;
+            words[n + at] = row.length as i32 - 1;
+            words[2 * n + at] = row.length as i32;
+            let own = &mut words[3 * n + at * width..][..row.pages.len()];
+            own.copy_from_slice(row.pages);
         }
-        Ok(self.words.f_copy_(&device::upload(&words, self.words.device())?)?)
+        ops::put_words(&self.words, &words, drawn)
     }
 }
 

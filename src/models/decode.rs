@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 use super::Decoder;
 use crate::device;
 use crate::nn::{KvPages, PAGE_SIZE, RopeTables};
-use crate::ops::{self, BlockInput, DecodeStack, Keys, LoraRun, PagedBatch, Pass};
+use crate::ops::{self, BlockInput, DecodeInput, DecodeStack, Keys, LoraRun, PagedBatch, Pass};
 
 /// New tokens of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -94,9 +94,9 @@ impl Decoder {
         let x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
         let pass = Pass { lora, ..Pass::INFERENCE };
         if self.device == Device::Cpu
-            && let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)?
+            && let Some(y) = self.all_layers(DecodeInput::Rows(&x), &batch, pages, &angles, pass)?
         {
-            return ops::rms_norm(&y, &self.norm);
+            return Ok(y);
         }
         self.each_layer(x, &batch, pages, &angles, pass)
     }
@@ -119,15 +119,21 @@ impl Decoder {
         }
         let batch =
             PagedBatch::on_device(&rows.tables, &rows.lengths, rows.longest, pages.pages(), PAGE_SIZE)?;
+        let pass = Pass { lora, ..Pass::INFERENCE };
+        if self.config.embedding_scale.is_none() && self.embed_tokens.kind() == self.kind {
+            let tokens = DecodeInput::Tokens { embedding: &self.embed_tokens, ids: &rows.input_ids };
+            if let Some(y) = self.all_layers(tokens, &batch, pages, angles, pass)? {
+                return Ok(y);
+            }
+        }
         let at_positions = |table: &Tensor| table.f_index_select(0, &rows.positions);
         let angles = angles
             .iter()
             .map(|(cos, sin)| Ok((at_positions(cos)?, at_positions(sin)?)))
             .collect::<Result<Vec<_>>>()?;
         let x = self.embed(&rows.input_ids, None)?;
-        let pass = Pass { lora, ..Pass::INFERENCE };
-        if let Some(y) = self.all_layers(&x, &batch, pages, &angles, pass)? {
-            return ops::rms_norm(&y, &self.norm);
+        if let Some(y) = self.all_layers(DecodeInput::Rows(&x), &batch, pages, &angles, pass)? {
+            return Ok(y);
         }
         self.each_layer(x, &batch, pages, &angles, pass)
     }
@@ -148,16 +154,16 @@ impl Decoder {
         ops::rms_norm(&x, &self.norm)
     }
 
-    /// All layers on x, where one launch or loop can take them.
+    /// All layers and the final norm, where one launch or loop can take the layers.
     fn all_layers(
         &self,
-        x: &Tensor,
+        input: DecodeInput,
         batch: &PagedBatch,
         pages: &KvPages,
         angles: &[(Tensor, Tensor)],
         pass: Pass,
     ) -> Result<Option<Tensor>> {
-        let mut stack = DecodeStack::new(x)?;
+        let mut stack = DecodeStack::new(input)?;
         for index in 0..self.layers.len() {
             let (attention, mlp) = self.blocks(index);
             let rows = self.rows(index, angles, Keys::Pages(batch, pages.layer(index)));
@@ -165,7 +171,7 @@ impl Decoder {
                 return Ok(None);
             }
         }
-        stack.run()
+        stack.run(&self.norm)
     }
 
     /// cos and sin of all rows for each rope.

@@ -1,11 +1,11 @@
-//! Drawing tokens on a GPU.
+//! Drawing tokens on a GPU, and what the next step reads there.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::op_error;
 use crate::device::Download;
-use crate::ffi::{self, bridge};
+use crate::ffi::{self, bridge, take};
 
 /// How one row's token is drawn: the rules and their order of `generate::Sampler`, without the penalties.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,21 +37,21 @@ pub struct Draws {
 
 /// Draws a token of each row of `logits` (f32 `[N, V]` on a GPU) by a kernel; the calling thread does not wait.
 pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Draws> {
-    let n = draws.len() as i64;
-    let words: Vec<i64> = draws
+    let params: Vec<f64> = draws
         .iter()
         .flat_map(|draw| [draw.temperature, draw.top_k as f64, draw.top_p, draw.min_p, draw.uniform])
-        .map(|value| value.to_bits() as i64)
         .collect();
-    let params =
-        crate::device::upload(&words, logits.device())?.f_view_dtype(Kind::Double)?.f_view([n, 5])?;
-    // All results in one tensor: one copy back.
-    let out = Tensor::f_empty([2 * n], (Kind::Int64, logits.device()))?;
-    let tokens = out.f_narrow(0, 0, n)?;
-    let logprobs = out.f_narrow(0, n, n)?.f_view_dtype(Kind::Float)?.f_view([2, n])?;
-    let [logits, params, tokens, logprobs] = [logits, &params, &tokens, &logprobs].map(ffi::borrow);
-    bridge::sample(logits, params, tokens, logprobs).map_err(op_error)?;
-    Ok(Draws { tokens: out.f_narrow(0, 0, n)?, download: Download::new(&out)? })
+    let tokens = Tensor::f_empty([draws.len() as i64], (Kind::Int64, logits.device()))?;
+    // The kernel writes there by itself.
+    let results = bridge::sample(ffi::borrow(logits), &params, ffi::borrow(&tokens)).map_err(op_error)?;
+    Ok(Draws { download: Download::written(take(results), logits.device())?, tokens })
+}
+
+/// `to` (int64 `[n]` on a GPU) = `words`, of which the first are those of `ids` (int64 on that GPU), 0 for a negative one. The calling thread does
+/// not wait.
+pub fn put_words(to: &Tensor, words: &[i32], ids: Option<&Tensor>) -> Result<()> {
+    let absent = Tensor::new();
+    bridge::put_words(ffi::borrow(to), words, ffi::borrow(ids.unwrap_or(&absent))).map_err(op_error)
 }
 
 impl Draws {
