@@ -207,12 +207,6 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::
   return std::make_unique<at::Tensor>(host.to(cuda(index), /*non_blocking=*/true));
 }
 
-std::unique_ptr<at::Tensor> download(const at::Tensor& x) {
-  at::Tensor host = at::empty(x.sizes(), x.options().device(at::kCPU).pinned_memory(true));
-  host.copy_(x, /*non_blocking=*/true);
-  return std::make_unique<at::Tensor>(std::move(host));
-}
-
 std::unique_ptr<at::Tensor> upload_rows(const at::Tensor& table, rust::Slice<const std::int64_t> rows,
                                         std::int32_t index) {
   TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.is_contiguous(), "upload_rows: the table is ", table.sizes(),

@@ -45,8 +45,6 @@ void keep_freed_memory();
 std::unique_ptr<at::Tensor> pinned(std::int64_t bytes);
 // int64 [n] on the GPU. Enqueued: through pinned memory, so that the calling thread does not wait.
 std::unique_ptr<at::Tensor> upload(rust::Slice<const std::int64_t> values, std::int32_t index);
-// The same values in page-locked memory of the host, once the work enqueued so far is done.
-std::unique_ptr<at::Tensor> download(const at::Tensor& x);
 // Rows of a contiguous matrix in the host's memory, [rows, C] on the GPU; enqueued in the same way.
 std::unique_ptr<at::Tensor> upload_rows(const at::Tensor& table, rust::Slice<const std::int64_t> rows, std::int32_t index);
 

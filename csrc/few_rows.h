@@ -9,7 +9,7 @@ namespace ferrotune {
 // More rows than these pay a product on dequantised weights.
 constexpr int64_t kFewRows = 64;
 
-// Whether the products of x go to few_rows_linear: no gradient is asked for, and the rows are few.
+// Whether the products of `rows` rows like x go to few_rows_linear: no gradient is asked for, and the rows are few.
 bool is_few_rows(const Tensor& x, int64_t rows);
 inline bool is_few_rows(const Tensor& x) { return is_few_rows(x, x.size(0)); }
 

@@ -8,7 +8,7 @@ namespace ferrotune {
 
 std::unique_ptr<Tensor> sample(const Tensor& logits, rust::Slice<const double> params, const Tensor& tokens) {
   const int64_t n = logits.dim() == 2 ? logits.size(0) : -1;
-  TORCH_CHECK(n > 0 && logits.scalar_type() == at::kFloat && logits.is_contiguous() && static_cast<int64_t>(params.size()) == 5 * n &&
+  TORCH_CHECK(n >= 0 && logits.scalar_type() == at::kFloat && logits.is_contiguous() && static_cast<int64_t>(params.size()) == 5 * n &&
                   tokens.scalar_type() == at::kLong && tokens.sizes() == at::IntArrayRef{n} && tokens.is_contiguous() && tokens.device() == logits.device(),
               "sample: logits ", logits.sizes(), " ", logits.scalar_type(), ", ", params.size(), " params, tokens ", tokens.sizes(),
               ", expected f32 [N, V], 5 N numbers and int64 [N]");

@@ -1,5 +1,6 @@
 // One new row of each of at most eight sequences through all layers of a decoder, one launch:
 //   h = x + o(attention(rope(qkv(norm(x))))),   y = h + down(act(gate) * up),  [gate | up] = gate_up(norm(h))
+// x may be rows of an embedding, whose ids and positions it looks up; y may be normed, by the thread block that comes last.
 // Fuses what kernels/rms_norm.cu, rows.cu, rope.cu, paged_attention.cu and swiglu.cu do in nine launches a layer. Moves: W once, 0.516
 // bytes an element of NF4 or 2 in 16 bits, the keys and values once; rows of x come from the second-level cache.
 //

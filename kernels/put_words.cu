@@ -1,7 +1,7 @@
 // Words of a step of decoding (ids, positions, lengths, pages) where its recorded graph reads them, and the ids from where they were drawn:
 //   to[i] = i < n ? max(ids[i], 0) : words[i]
-// Fuses two copies, a clamp and another copy, which are seven of a step's thirteen launches with those of the draw. The words come as the launch's own
-// arguments: no memory of the host's must be kept for them. Moves: 8 bytes a word.
+// Fuses two copies of the words, a clamp and a copy of the ids. The words are arguments of the launch: no memory of the host's must be kept for them.
+// Moves: 8 bytes a word.
 #include <cstring>
 
 #include "chain.cuh"

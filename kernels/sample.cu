@@ -4,7 +4,7 @@
 //          lower ids first among equals); min-p keeps w >= min_p
 //   token  the first in the order of ids at which the sum of the kept w exceeds u times their total
 // Fuses the arg max, log-sum-exp, three filters and the draw; plain libtorch sorts the vocabulary. Moves: a row twice, and three
-// times more for each of top-k and top-p, after the first time from the cache.
+// times more for each of top-k and top-p, after the first time from the cache, or from shared memory where a thread block's part fits there.
 //
 // Of few rows each is the work of a cluster of thread blocks on Hopper, a piece of the vocabulary each, which read each other's sums.
 //
@@ -396,14 +396,6 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
   if (team.size > 1) team.meet();
 }
 
-}  // namespace
-}  // namespace ferrotune
-
-using namespace ferrotune;
-
-namespace ferrotune {
-namespace {
-
 // Rows first .. first + count of N.
 template <int kRows>
 int launch(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t first, int64_t count, int64_t V, void* stream) {
@@ -434,6 +426,8 @@ int launch(const float* logits, const double* params, int64_t* tokens, int64_t* 
 
 }  // namespace
 }  // namespace ferrotune
+
+using namespace ferrotune;
 
 extern "C" int sample(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t V, void* stream) {
   if (V < 1 || V > 1 << 28) return cudaErrorInvalidValue;

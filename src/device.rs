@@ -355,28 +355,18 @@ pub fn upload_rows(table: &tch::Tensor, rows: &[i64], device: tch::Device) -> Re
     }
 }
 
-/// A tensor on its way from a GPU: what is enqueued after it does not delay it.
+/// A tensor in the host's memory, pinned, that a GPU writes: what is enqueued after that does not delay it.
 pub struct Download {
     host: tch::Tensor,
     arrived: UniquePtr<bridge::Event>,
 }
 
 impl Download {
-    /// Enqueues the copy of `tensor`.
-    ///
-    /// # Errors
-    /// It is not on a GPU.
-    pub fn new(tensor: &tch::Tensor) -> Result<Download> {
-        let (_, index) = cuda_device(tensor.device()).context("only what is on a GPU is downloaded")?;
-        let host = take(bridge::download(crate::ffi::borrow(tensor))?);
-        Ok(Download { host, arrived: bridge::record_event(index)? })
-    }
-
-    /// Of a tensor in the host's memory that work enqueued on `device` writes.
+    /// `host`, which work enqueued on `device` writes.
     ///
     /// # Errors
     /// `device` is no GPU.
-    pub fn written(host: tch::Tensor, device: tch::Device) -> Result<Download> {
+    pub fn new(host: tch::Tensor, device: tch::Device) -> Result<Download> {
         let (_, index) = cuda_device(device).context("only a GPU's work is waited for")?;
         Ok(Download { host, arrived: bridge::record_event(index)? })
     }

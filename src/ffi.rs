@@ -213,7 +213,6 @@ pub(crate) mod bridge {
         fn keep_freed_memory();
         fn pinned(bytes: i64) -> Result<UniquePtr<Tensor>>;
         fn upload(values: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
-        fn download(x: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn upload_rows(table: &Tensor, rows: &[i64], index: i32) -> Result<UniquePtr<Tensor>>;
         type Event;
         fn record_event(index: i32) -> Result<UniquePtr<Event>>;

@@ -22,6 +22,7 @@ pub enum DecodeInput<'a> {
 pub struct DecodeStack(UniquePtr<bridge::DecodeStack>);
 
 impl DecodeStack {
+    /// With no layer yet.
     pub fn new(input: DecodeInput) -> Result<DecodeStack> {
         let absent = Tensor::new();
         let (x, ids) = match input {

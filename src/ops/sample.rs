@@ -42,9 +42,9 @@ pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Draws> {
         .flat_map(|draw| [draw.temperature, draw.top_k as f64, draw.top_p, draw.min_p, draw.uniform])
         .collect();
     let tokens = Tensor::f_empty([draws.len() as i64], (Kind::Int64, logits.device()))?;
-    // The kernel writes there by itself.
+    // Written by the kernel itself.
     let results = bridge::sample(ffi::borrow(logits), &params, ffi::borrow(&tokens)).map_err(op_error)?;
-    Ok(Draws { download: Download::written(take(results), logits.device())?, tokens })
+    Ok(Draws { download: Download::new(take(results), logits.device())?, tokens })
 }
 
 /// `to` (int64 `[n]` on a GPU) = `words`, of which the first are those of `ids` (int64 on that GPU), 0 for a negative one. The calling thread does
