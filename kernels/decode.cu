@@ -28,10 +28,31 @@
 namespace ferrotune {
 namespace {
 
-// A function of its own: its sums need the registers that products have their weights in.
-template <typename T, int D>
-__device__ __noinline__ void attend(int layer, int arrivals) {
-  DecodeAttention<T, D>(*reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt)), layer).run_all(arrivals);
+// The last thread block leaves the counters as it found them, as nobody waits any more, and norms what all have written.
+template <typename T, int MP>
+__device__ __forceinline__ void leave(const DecodeCommon& s) {
+  auto* const last = reinterpret_cast<int*>(shared_at(s.at.sequences));
+  if (threadIdx.x == 0) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(s.counters + 1) : "memory");
+    *last = before == static_cast<int>(gridDim.x) - 1;
+    if (*last) s.counters[0] = s.counters[1] = 0;
+  }
+  if (s.norm == nullptr) return;
+  __syncthreads();
+  if (*last) norm_rows<T, MP>(s);
+}
+
+// Attention of a layer, once so many arrivals have been seen, or for none the end. One function for both and not in the kernel: attention's sums need
+// the registers that products have their weights in, and each function that is called leaves them fewer.
+template <typename T, int D, int MP>
+__device__ __noinline__ void attend_or_leave(int layer, int arrivals) {
+  const DecodeCommon& s = *reinterpret_cast<const DecodeCommon*>(shared_at(kCommonAt));
+  if (arrivals == 0) {
+    leave<T, MP>(s);
+  } else {
+    DecodeAttention<T, D>(s, layer).run_all(arrivals);
+  }
 }
 
 template <typename T, int D, int MP, bool kNf4>
@@ -49,6 +70,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     for (int i = threadIdx.x; i < kLayerBytes / 8; i += kDecodeThreads) {
       __stcg(reinterpret_cast<int64_t*>(stack.copy + l) + i, reinterpret_cast<const int64_t*>(&stack.layer[l])[i]);
     }
+  }
+  if (s.ids != nullptr && block < s.M) {
+    inputs_ready();
+    const auto* const row = reinterpret_cast<const uint4*>(static_cast<const T*>(s.embedding) + s.ids[block] * s.C);
+    auto* const to = const_cast<uint4*>(static_cast<const uint4*>(s.x)) + block * (s.C / 8);
+    for (int i = threadIdx.x; i < s.C / 8; i += kDecodeThreads) __stcg(to + i, row[i]);
   }
   barrier.arrive();
   if constexpr (kNf4) {
@@ -76,9 +103,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   auto* const sequences = reinterpret_cast<int*>(shared_at(s.at.sequences));
   inputs_ready();
-  for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) sequences[i] = static_cast<int>(s.lengths[i]);
+  for (int i = threadIdx.x; i < s.M; i += kDecodeThreads) {
+    sequences[i] = static_cast<int>(s.lengths[i]);
+    sequences[kEight + i] = s.positional ? max(sequences[i] - 1, 0) : i;
+  }
   if (s.tables_shared) {
-    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kEight + i] = static_cast<int>(s.tables[i]);
+    for (int i = threadIdx.x; i < s.M * s.width; i += kDecodeThreads) sequences[kTablesAt + i] = static_cast<int>(s.tables[i]);
   }
   barrier.wait(1);
   const auto fetch_layer = [&](int l) {
@@ -94,19 +124,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
   product.make_shares(s.at.layers);
   product.load_residual();
   if (threadIdx.x < 32 * kDecodeWarps) product.stream.begin(threadIdx.x / 32);
+  // Its blocks find room when those of this leave.
+  next_may_start();
 #pragma unroll 1
   for (int step = 0; step < kPhases * s.layers; ++step) {
     const int l = step / kPhases;
     const int layer = s.at.layers + l % 2 * kLayerBytes;
     const auto phase = static_cast<DecodePhase>(step % kPhases);
     product.prepare(layer, step);
-    if (step == kPhases * s.layers - 1) next_may_start();
     // Its place is that of the layer before, which is done.
     if (phase == kQkv) fetch_layer(l + 1);
-    const void* const from = phase == kQkv ? (l > 0 ? s.y : product.kOne ? product.first_row(0) : nullptr)
-                             : phase == kO ? s.attended
-                             : phase == kGateUp ? s.h
-                                                : s.product;
+    const void* const from = phase == kQkv ? (l == 0 ? s.x : s.y) : phase == kO ? s.attended : phase == kGateUp ? s.h : s.product;
     if (threadIdx.x == kPoller) {
       // Behind all products before, and the attention of their layers.
       if (step > 0) barrier.poll(1 + step + (step + kPhases - 1) / kPhases);
@@ -120,22 +148,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode_kernel(const __grid_
     product.finish(phase == kQkv ? s.qkv : phase == kO ? s.h : phase == kGateUp ? s.product : s.y);
     barrier.arrive();
     if (phase != kQkv) continue;
-    attend<T, D>(layer, 2 + step + step / kPhases);
+    attend_or_leave<T, D, MP>(layer, 2 + step + step / kPhases);
     // Behind what attention left in the rings' place comes what the copy engine writes there.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier.arrive();
   }
-  // The last thread block leaves the counters as it found them, as nobody waits any more, and norms what all have written.
-  auto* const last = reinterpret_cast<int*>(shared_at(s.at.sequences));
-  if (threadIdx.x == 0) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(s.counters + 1) : "memory");
-    *last = before == grid - 1;
-    if (*last) s.counters[0] = s.counters[1] = 0;
-  }
-  if (s.norm == nullptr) return;
-  __syncthreads();
-  if (*last) norm_rows<T, MP>(s);
+  attend_or_leave<T, D, MP>(0, 0);
 #endif
 }
 
@@ -204,7 +222,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
   s.eps = d.eps, s.q_eps = d.q_eps, s.norm_offset = d.norm_offset, s.q_norm_offset = d.q_norm_offset, s.scale = d.scale, s.softcap = d.softcap;
   s.quant_map = first.o.nf4.quant_map, s.nested_map = first.o.nf4.nested_quant_map;
   s.tables = d.tables, s.lengths = d.lengths, s.ids = d.ids, s.positional = d.positional != 0;
-  s.x = d.x, s.norm = d.norm, s.y = d.y;
+  s.embedding = d.x, s.x = d.ids == nullptr ? d.x : d.y, s.norm = d.norm, s.y = d.y;
   s.parts[kQkv] = size(first.qkv_count), s.parts[kO] = s.parts[kDown] = 1, s.parts[kGateUp] = size(first.gate_up_count);
   s.columns[kQkv] = s.columns[kGateUp] = size(d.C), s.columns[kO] = size(d.H * d.D), s.columns[kDown] = size(d.F);
   s.nested_shift = 0;
@@ -312,7 +330,7 @@ inline bool plan_decode(const KernelDecode& d, Planned& planned) {
     if (wide) at.table = kTableAt;
     if (planned.nf4 && !wide) take(at.table, 256 * 128);
     take(at.layers, 2 * int64_t{sizeof(DecodeLayer)});
-    take(at.sequences, (kEight + (s.tables_shared ? d.M * d.width : 0)) * 4);
+    take(at.sequences, (kTablesAt + (s.tables_shared ? d.M * d.width : 0)) * 4);
     take(at.x_arrived, 8);
     take(at.w_arrived, kDecodeWarps * kStreamBytes);
     take(at.pages, kPageWarps * kPagesBytes);

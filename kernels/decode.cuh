@@ -19,6 +19,8 @@ constexpr int kMostATiles = 3 * kMostRank / kTileRows;
 constexpr int kPoller = 32 * kDecodeWarps;
 // Page numbers that shared memory has room for.
 constexpr int kMostPages = 2048;
+// It has the sequences' lengths, which row of angles each has, and behind these the page numbers.
+constexpr int kTablesAt = 16;
 // Pairs of warps that share the pages of a run of keys; of each, the barriers of two stages and their phases.
 constexpr int kPageWarps = 8, kPagesBytes = 24, kShortRunPages = 8, kRunPages = 16, kLongRunPages = 64;
 
@@ -61,7 +63,7 @@ struct DecodeCommon {
   float eps, q_eps, norm_offset, q_norm_offset, scale, softcap;
   const float *quant_map, *nested_map;
   const int64_t *tables, *lengths, *ids;
-  const void *x, *norm;
+  const void *embedding, *x, *norm;  // where there are ids, x is where rows of the embedding are put first
   void *y, *h, *qkv, *attended, *product;
   unsigned long long* z;  // [2, tiles of A, kEight, kTileRows], fixed point
   float* partial;
@@ -261,7 +263,7 @@ __device__ __forceinline__ void prefetch_rows(const DecodeCommon& s, int layer_a
 #pragma unroll 1
     for (int i = first; i < (length - low) * lines * 2 && left > 0; i += lanes, --left) {
       const int key = low + i / (2 * lines), place = m * s.width + key / kPage;
-      const int64_t number = s.tables_shared ? sequences[kEight + place] : s.tables[place];
+      const int64_t number = s.tables_shared ? sequences[kTablesAt + place] : s.tables[place];
       const void* const pool = i / lines % 2 == 0 ? layer.pool_k : layer.pool_v;
       prefetch_line(static_cast<const char*>(pool) + (number * kPage + key % kPage) * lines * 128 + i % lines * 128);
     }
@@ -306,7 +308,7 @@ struct DecodeAttention {
   __device__ unsigned& phases() const { return *reinterpret_cast<unsigned*>(shared_at(static_cast<int>(arrived(2)))); }
   // Row `row` of the pool's page that a sequence has at `of`, and this head's elements of it.
   __device__ int64_t place(int of, int row) const {
-    const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + kEight;
+    const auto* const tables = reinterpret_cast<const int*>(shared_at(s.at.sequences)) + kTablesAt;
     const int64_t number = s.tables_shared ? tables[sequence * s.width + of] : s.tables[int64_t{sequence} * s.width + of];
     return (number * kPage + row) * (int64_t{s.K} * D) + head * D;
   }
@@ -359,7 +361,7 @@ struct DecodeAttention {
 #pragma unroll 1
         for (int i = 0; i < s.at.stages; ++i) fetch(page + i * kPageWarps, i);
       }
-      const int angles = (s.positional ? max(length - 1, 0) : sequence) * (s.R / 2);
+      const int angles = reinterpret_cast<const int*>(shared_at(s.at.sequences))[kEight + sequence] * (s.R / 2);
       const Turn<D> turn(lane, s.R, layer().cos + angles, layer().sin + angles);
       if (first) barrier.wait(arrivals);
       T* const out = static_cast<T*>(s.attended) + (sequence * s.H + head * group) * D;

@@ -218,10 +218,7 @@ struct ProductInputs {
     }
   }
 
-  // Row c of the first layer's input.
-  __device__ __forceinline__ const T* first_row(int c) const { return static_cast<const T*>(s.x) + (s.ids == nullptr ? c : s.ids[c]) * s.C; }
-
-  // x, or for none the first layer's input, on its way into shared memory, by one thread. All thread blocks are done with the product before.
+  // x on its way into shared memory, by one thread. All thread blocks are done with the product before.
   __device__ __forceinline__ void fetch_x(const void* from) const {
     if (!s.x_shared[phase]) return;
     const unsigned arrived = shared_address(shared_at(s.at.x_arrived)), bytes = columns * 2;
@@ -230,7 +227,7 @@ struct ProductInputs {
     arrive_with_boxes(arrived, s.M * bytes);
     for (int c = 0; c < s.M; ++c) {
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x_vector(c, 0))),
-                   "l"(from == nullptr ? first_row(c) : static_cast<const T*>(from) + int64_t{c} * columns), "r"(bytes), "r"(arrived)
+                   "l"(static_cast<const char*>(from) + int64_t{c} * bytes), "r"(bytes), "r"(arrived)
                    : "memory");
     }
   }

@@ -427,7 +427,7 @@ struct Products : ProductInputs<T, MP, kNf4> {
 #pragma unroll 1
     for (int i = own_thread; i < share(kO).count * MP * kTileRows; i += kDecodeThreads) {
       const int row = i % kTileRows, c = i / kTileRows % MP, local = i / kTileRows / MP;
-      if (c < s.M) residual(local, row, c) = to_float(this->first_row(c)[tile_at(local).out + row]);
+      if (c < s.M) residual(local, row, c) = to_float(static_cast<const T*>(s.x)[int64_t{c} * s.C + tile_at(local).out + row]);
     }
   }
 
