@@ -18,6 +18,7 @@ fn main() {
         "attention",
         "attention_formula",
         "attention_fused",
+        "bf12",
         "blocks",
         "cpu",
         "cross_entropy",

@@ -91,38 +91,38 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
 
 }  // namespace
 
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
-                                             const Tensor& rows, const Tensor& labels, double softcap) {
-  check_head("linear_cross_entropy", hidden, weight, nf4, rows, labels);
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const HeadView& view, const Tensor& rows, const Tensor& labels,
+                                             double softcap) {
+  check_head("linear_cross_entropy", hidden, view, rows, labels);
   // The cast is no part of the graph: dW is computed here.
   const Head head = [&] {
     at::NoGradGuard no_grad;
-    return Head(weight, nf4, hidden.scalar_type());
+    return Head(view, hidden.scalar_type());
   }();
   return std::make_unique<Tensor>(
-      LinearCrossEntropy::apply(hidden, if_defined(weight), head, if_defined(rows), labels, softcap));
+      LinearCrossEntropy::apply(hidden, if_defined(view.weight), head, if_defined(rows), labels, softcap));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
                                                                 const Tensor& labels, double softcap, bool need_dh,
                                                                 bool need_dw) {
   const Tensor none;
-  check_head("linear_cross_entropy", hidden, weight, Nf4View{0, 0, none, none, none, 0, none, none, 0, 0}, none, labels);
+  TORCH_CHECK(weight.dim() == 2, "linear_cross_entropy: weight is ", weight.sizes(), ", expected [V, C]");
+  check_head("linear_cross_entropy", hidden, weight.size(0), weight.size(1), none, labels);
   at::NoGradGuard no_grad;
   return loss_and_gradients(hidden, weight, Head(weight, hidden.scalar_type()), std::nullopt, labels, softcap, need_dh,
                             need_dw);
 }
 
-std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const Tensor& weight, const Nf4View& view) {
-  const bool dense = weight.defined();
-  const int64_t in = dense ? weight.size(1) : view.in_features;
-  if (dense && (at::GradMode::is_enabled() || hidden.is_cpu())) return std::make_unique<Tensor>(linear(hidden, Linear(weight)));
+std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const HeadView& view) {
+  const Tensor& weight = view.weight;
+  if (weight.defined() && (at::GradMode::is_enabled() || hidden.is_cpu())) return std::make_unique<Tensor>(linear(hidden, Linear(weight)));
   at::NoGradGuard no_grad;
+  const Head head(view, hidden.scalar_type());
+  const int64_t in = head.nf4 ? head.nf4->in : head.bf12 ? head.bf12->in : weight.size(1);
   TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == in, "head_scores: hidden is ", hidden.sizes(), ", expected [N, ", in, "]");
-  if (Tensor scores = few_rows_scores(hidden, dense ? Linear(weight) : Linear(Nf4(view))); scores.defined()) {
-    return std::make_unique<Tensor>(std::move(scores));
-  }
-  return std::make_unique<Tensor>(scores_of(hidden, Head(weight, view, hidden.scalar_type()), 1));
+  Tensor scores = head.bf12 ? bf12_scores(hidden, *head.bf12) : few_rows_scores(hidden, head.nf4 ? Linear(*head.nf4) : Linear(weight));
+  return std::make_unique<Tensor>(scores.defined() ? std::move(scores) : scores_of(hidden, head, 1));
 }
 
 }  // namespace ferrotune

@@ -8,7 +8,7 @@ namespace ferrotune {
 
 int64_t chunk_rows(const Tensor& hidden, const Head& head) {
   const int64_t row = 4 * head.words();
-  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 29) / row, 1, head.nf4 ? 1024 : 512);
+  if (hidden.is_cuda()) return std::clamp<int64_t>((int64_t{1} << 29) / row, 1, head.dense.defined() ? 512 : 1024);
   return std::max<int64_t>(16, (int64_t{1} << 26) / row);
 }
 
@@ -21,7 +21,7 @@ Tensor scores_of(const Tensor& hidden, const Head& head, double temperature) {
 }
 
 void head_gradient_into(const Tensor& dh, const Tensor& ds, const Head& head) {
-  if (!head.nf4) return product_into(dh, ds, head.dense, 1, false);
+  if (head.dense.defined()) return product_into(dh, ds, head.dense, 1, false);
   const Tensor sum = at::empty(dh.sizes(), dh.options().dtype(accumulate_type(dh)));
   head.each_run(dh, [&](int64_t first, const Tensor& w) {
     product_as(sum, ds.narrow(1, first, w.size(0)), w, 1, first > 0);
@@ -99,16 +99,25 @@ void add_head_gradient(Tensor& dw, const Tensor& ds, const Tensor& hidden) {
   }
 }
 
-void check_head(const char* op, const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows,
-                const Tensor& labels) {
+Head::Head(const HeadView& view, at::ScalarType dtype) : Head(view.weight, dtype) {
+  if (dense.defined()) return;
+  view.bf12.rows > 0 ? void(bf12.emplace(view.bf12)) : void(nf4.emplace(view.nf4));
+}
+
+void check_head(const char* op, const Tensor& hidden, int64_t words, int64_t in, const Tensor& rows, const Tensor& labels) {
   const int64_t expected = rows.defined() ? rows.size(0) : hidden.size(0);
-  const bool dense = weight.defined();
-  const int64_t in = dense && weight.dim() == 2 ? weight.size(1) : nf4.in_features;
-  TORCH_CHECK(hidden.dim() == 2 && (!dense || weight.dim() == 2) && hidden.size(1) == in && labels.dim() == 1 &&
-                  labels.size(0) == expected && labels.scalar_type() == at::kLong,
-              op, ": hidden is ", hidden.sizes(), ", weight is ",
-              dense ? weight.sizes().vec() : std::vector<int64_t>{nf4.rows, nf4.in_features}, ", labels is ",
-              labels.sizes(), ", expected [N, C], [V, C] and int64 [", expected, "]");
+  TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == in && labels.dim() == 1 && labels.size(0) == expected && labels.scalar_type() == at::kLong, op,
+              ": hidden is ", hidden.sizes(), ", weight is [", words, ", ", in, "], labels is ", labels.sizes(),
+              ", expected [N, C], [V, C] and int64 [", expected, "]");
+}
+
+void check_head(const char* op, const Tensor& hidden, const HeadView& head, const Tensor& rows, const Tensor& labels) {
+  if (const Tensor& weight = head.weight; weight.defined()) {
+    TORCH_CHECK(weight.dim() == 2, op, ": weight is ", weight.sizes(), ", expected [V, C]");
+    return check_head(op, hidden, weight.size(0), weight.size(1), rows, labels);
+  }
+  const bool bf12 = head.bf12.rows > 0;
+  check_head(op, hidden, bf12 ? head.bf12.rows : head.nf4.rows, bf12 ? head.bf12.in_features : head.nf4.in_features, rows, labels);
 }
 
 }  // namespace ferrotune

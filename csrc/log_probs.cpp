@@ -111,21 +111,21 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
 
 }  // namespace
 
-std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows,
-                                        const Tensor& labels, double temperature, double softcap, const Tensor& entropy) {
-  check_head("token_log_probs", hidden, weight, nf4, rows, labels);
+std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const HeadView& view, const Tensor& rows, const Tensor& labels,
+                                        double temperature, double softcap, const Tensor& entropy) {
+  check_head("token_log_probs", hidden, view, rows, labels);
   TORCH_CHECK(temperature > 0, "token_log_probs: temperature is ", temperature, ", expected more than 0");
   TORCH_CHECK(!entropy.defined() || (entropy.dim() == 1 && entropy.size(0) == hidden.size(0)),
               "token_log_probs: entropy is ", entropy.sizes(), ", expected [", hidden.size(0), "]");
   // The cast is no part of the graph: dW is computed here.
   const Head head = [&] {
     at::NoGradGuard no_grad;
-    return Head(weight, nf4, hidden.scalar_type());
+    return Head(view, hidden.scalar_type());
   }();
   const auto given = [](const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; };
   const LabelledRows of{hidden, head, rows, labels, {temperature, softcap}};
   return std::make_unique<Tensor>(
-      TokenLogProbs::apply(hidden, given(weight), of, given(entropy), at::GradMode::is_enabled()));
+      TokenLogProbs::apply(hidden, given(view.weight), of, given(entropy), at::GradMode::is_enabled()));
 }
 
 }  // namespace ferrotune

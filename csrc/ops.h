@@ -28,6 +28,8 @@ using at::Tensor;
 
 // Shared with Rust; defined in src/ffi.rs.
 struct Nf4View;
+struct Bf12View;
+struct HeadView;
 struct Fp8View;
 struct PartView;
 struct LinearView;
@@ -97,21 +99,25 @@ std::unique_ptr<Tensor> op_attention(const Tensor& q, const Tensor& k, const Ten
 // ---- cross_entropy.cpp
 // labels are those of `rows` of hidden, or of all rows where `rows` is undefined; then rows labelled -100 count nothing. The
 // head is nf4 where weight is undefined.
-std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4,
-                                             const Tensor& rows, const Tensor& labels, double softcap);
+std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const HeadView& head, const Tensor& rows, const Tensor& labels,
+                                             double softcap);
 // The loss alone without autograd, and for a gradient of 1 its dhidden and dweight (in f32 or f64), undefined unless wanted.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
                                                                 const Tensor& labels, double softcap, bool need_dh,
                                                                 bool need_dw);
-// hidden W^T; the head is nf4 where weight is undefined. Where it is dense, differentiable and in the dtype of hidden on the CPU
+// hidden W^T. Where the head it is dense, differentiable and in the dtype of hidden on the CPU
 // and with autograd; else in f32 (f64 for f64).
-std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4);
+std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const HeadView& head);
 
 // ---- log_probs.cpp
 // As linear_cross_entropy, but a number for every row of hidden, 0 where it has no label; entropy [N], unless undefined, is filled
 // where there is one. Every label is a word.
-std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const Tensor& weight, const Nf4View& nf4, const Tensor& rows,
-                                        const Tensor& labels, double temperature, double softcap, const Tensor& entropy);
+std::unique_ptr<Tensor> token_log_probs(const Tensor& hidden, const HeadView& head, const Tensor& rows, const Tensor& labels,
+                                        double temperature, double softcap, const Tensor& entropy);
+
+// ---- bf12.cpp
+std::unique_ptr<Tensor> bf12_pack(const Tensor& weight, const Tensor& units, const Tensor& scales, const Tensor& counts);
+void bf12_unpack(const Bf12View& weight, const Tensor& destination);
 
 // ---- nf4.cpp
 // The 16 values of NF4, and the 256 of the 8-bit absmax: f32, ascending.

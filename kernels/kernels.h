@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // Raised with every change of a signature; csrc refuses a library of another number.
-#define FERROTUNE_KERNELS_ABI 19
+#define FERROTUNE_KERNELS_ABI 20
 
 // Storage types. Arithmetic is f32.
 enum KernelDtype { KERNEL_F32 = 0, KERNEL_F16 = 1, KERNEL_BF16 = 2 };
@@ -46,6 +46,16 @@ struct KernelNf4 {
   void* y;
   int64_t rows, blocksize, nested_blocksize;
   float nested_offset;
+};
+
+// A matrix [rows, K] of bf16 in 12 bits, the tensors of csrc/bf12.h.
+#define KERNEL_MOST_BF12_ROWS 128
+struct KernelBf12 {
+  const uint8_t* units;
+  const float* scales;
+  const int32_t* starts;
+  const void* rest;
+  int64_t rows;
 };
 
 // One part of lora_gradients: dy [N, rows] of a wider matrix, b [rows, R], z [N, R], g [N, R], db [rows, R] f32.
@@ -187,6 +197,8 @@ struct KernelDecode {
 // The names of all launchers below, for the table in csrc/kernels.h.
 #define FERROTUNE_KERNELS(ROW)  \
   ROW(adamw_8bit)               \
+  ROW(bf12_product)             \
+  ROW(bf12_unpack)              \
   ROW(fill)                     \
   ROW(fp8_rows)                 \
   ROW(fp8_lora)                 \
@@ -229,6 +241,12 @@ int ferrotune_kernels_abi(void);
 int adamw_8bit(const struct KernelAdamW8bit* tensors, int64_t count, const void* maps, const float* step,
                const float* learning_rate, const float* grad_scale, const float* skip, double beta1, double beta2,
                double epsilon, double weight_decay, void* stream);
+
+// y [M, rows] f32 = x W^T: x [M, K] bf16, M at most KERNEL_MOST_BF12_ROWS, K a multiple of 64, x_stride of 8. sm_80 or newer.
+int bf12_product(const struct KernelBf12* w, const void* x, int64_t M, int64_t K, int64_t x_stride, float* y, int64_t y_stride, void* stream);
+
+// Rows first .. first + count of W in bf16; first is a multiple of 16.
+int bf12_unpack(const struct KernelBf12* w, int64_t first, int64_t count, int64_t K, void* y, void* stream);
 
 // `count` matrices, at most KERNEL_MOST_FILLS, one launch.
 int fill(const struct KernelFill* matrices, int64_t count, int dtype, void* stream);

@@ -1,4 +1,4 @@
-// defines: Tile and PaddedTile (16-bit rows in shared memory), copy_rows, load_a, load_b, load_b_rows, multiply, pack.
+// defines: Tile and PaddedTile (16-bit rows in shared memory), copy_rows, load_a, load_b, load_b_rows, multiply, multiply_new, pack.
 // The tensor cores' m16n8k16 products, sm_80 and newer. A thread of a warp has g = lane / 4 and t = lane % 4. Of C [16, 8]
 // it holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #pragma once
@@ -109,6 +109,13 @@ __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned 
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c = a b
+__device__ inline void multiply_new(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __nv_bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
 // Two neighbours as they lie in memory.

@@ -115,12 +115,19 @@ pub fn init(choice: Choice, kernels: Option<&Path>) -> Result<tch::Device> {
     }
 }
 
+/// What came of looking for the kernel library.
+static KERNELS: OnceLock<Result<(), String>> = OnceLock::new();
+
+/// Whether the fused CUDA kernels are there for tensors on a GPU.
+pub(crate) fn has_kernels() -> bool {
+    matches!(KERNELS.get(), Some(Ok(())))
+}
+
 fn start(index: usize, kernels: Option<&Path>) -> Result<tch::Device> {
     check(probe(), index)?;
     static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| load_libtorch_cuda().map_err(|error| format!("{error:#}")));
     loaded.clone().map_err(anyhow::Error::msg)?;
-    static KERNELS: OnceLock<Result<(), String>> = OnceLock::new();
     let found = KERNELS.get_or_init(|| {
         let result = load_kernels(kernels).map_err(|error| format!("{error:#}"));
         if let (Err(error), None) = (&result, kernels) {

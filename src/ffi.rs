@@ -21,6 +21,23 @@ pub(crate) mod bridge {
         nested_blocksize: i64,
     }
 
+    /// A matrix of bf16 in 12 bits; the shapes are in csrc/bf12.h. No rows where there is none.
+    struct Bf12View<'a> {
+        rows: i64,
+        in_features: i64,
+        units: &'a Tensor,
+        scales: &'a Tensor,
+        starts: &'a Tensor,
+        rest: &'a Tensor,
+    }
+
+    /// The matrix of a head: `weight` where it is defined, `bf12` where that has rows, else `nf4`.
+    struct HeadView<'a> {
+        weight: &'a Tensor,
+        nf4: Nf4View<'a>,
+        bf12: Bf12View<'a>,
+    }
+
     /// One row part of a Linear: its own weight (where the Linear has no joined one) and its LoRA, undefined tensors where
     /// it has none.
     struct PartView<'a> {
@@ -317,29 +334,34 @@ pub(crate) mod bridge {
         ) -> Result<UniquePtr<Tensor>>;
         fn linear_cross_entropy(
             hidden: &Tensor,
-            weight: &Tensor,
-            nf4: &Nf4View,
+            head: &HeadView,
             rows: &Tensor,
             labels: &Tensor,
             softcap: f64,
         ) -> Result<UniquePtr<Tensor>>;
         fn token_log_probs(
             hidden: &Tensor,
-            weight: &Tensor,
-            nf4: &Nf4View,
+            head: &HeadView,
             rows: &Tensor,
             labels: &Tensor,
             temperature: f64,
             softcap: f64,
             entropy: &Tensor,
         ) -> Result<UniquePtr<Tensor>>;
-        fn head_scores(hidden: &Tensor, weight: &Tensor, nf4: &Nf4View) -> Result<UniquePtr<Tensor>>;
+        fn head_scores(hidden: &Tensor, head: &HeadView) -> Result<UniquePtr<Tensor>>;
 
         fn backward(y: &Tensor, dy: &Tensor, inputs: &TensorList) -> Result<()>;
         fn grad_norm(params: &TensorList) -> Result<UniquePtr<Tensor>>;
         fn zero_grads(params: &TensorList) -> Result<()>;
         fn copy_all(to: &TensorList, from: &TensorList) -> Result<()>;
         fn drop_grads(params: &TensorList) -> Result<()>;
+        fn bf12_pack(
+            weight: &Tensor,
+            units: &Tensor,
+            scales: &Tensor,
+            counts: &Tensor,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn bf12_unpack(weight: &Bf12View, destination: &Tensor) -> Result<()>;
         fn nf4_quant_map() -> Result<UniquePtr<Tensor>>;
         fn nf4_nested_quant_map() -> Result<UniquePtr<Tensor>>;
         fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()>;

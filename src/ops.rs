@@ -11,6 +11,7 @@ use tch::Tensor;
 pub use crate::ffi::bridge::{Activation, BlockPolicy, Place};
 use crate::ffi::{self, bridge};
 
+mod bf12;
 mod decode;
 mod fp8;
 mod head;
@@ -25,6 +26,7 @@ pub mod proof;
 mod sample;
 mod script;
 
+pub use bf12::Bf12;
 pub use decode::{DecodeInput, DecodeStack};
 pub use fp8::Fp8;
 pub use head::{

@@ -76,7 +76,8 @@ struct Module {
 
 impl FastLanguageModel {
     /// For answers alone: the LoRA matrices take the dtype that products read them in, half of the memory where that has 16 bits, and train no
-    /// more. No number changes: each is rounded once, here and not in every product.
+    /// more. No number changes: each is rounded once, here and not in every product. Of a model in 4 bits on a GPU an untied bf16 head is packed
+    /// into 12 bits without loss ([`Bf12`](crate::ops::Bf12)): a quarter less for decoding to read, and logits that differ by rounding alone.
     pub fn for_inference(&mut self) -> Result<()> {
         let kind = kind_beside(self.decoder.kind);
         let lora = self
@@ -87,7 +88,7 @@ impl FastLanguageModel {
         for matrix in lora.flat_map(|lora| [&mut lora.a, &mut lora.b]) {
             *matrix = matrix.f_detach()?.f_to_kind(kind)?;
         }
-        Ok(())
+        self.decoder.pack_head()
     }
 
     /// Reads an adapter folder written by peft or by [`FastLanguageModel::save_trained`]; the model stays as it is.

@@ -9,12 +9,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::device_batch::{DeviceBatch, DeviceInput};
-use crate::device::Generator;
+use crate::device::{self, Generator};
 use crate::error::Error;
 use crate::io::Weights;
 use crate::nn::{Init, LoadOptions, Loader};
 use crate::ops::{
-    self, AttentionBlock, BlockInput, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets,
+    self, AttentionBlock, Bf12, BlockInput, Head, Keys, Linear, MlpBlock, Nf4, Pass, RmsNorm, Rows, Targets,
 };
 
 /// A flat batch: samples one after another, no padding.
@@ -59,6 +59,8 @@ pub struct Decoder {
     pub(super) norm: RmsNorm,
     /// `[V, C]`; none where the embedding is also the head.
     pub(super) lm_head: Option<Tensor>,
+    /// The head, if it is in 12 bits; then `lm_head` is none.
+    pub(super) bf12_head: Option<Bf12>,
     /// The head, if it is in 4 bits; then `lm_head` is none.
     pub(super) nf4_head: Option<Nf4>,
 }
@@ -99,7 +101,7 @@ fn check_fp8(loader: &Loader) -> Result<()> {
         ("a base dtype of fp8 with weights in 4 bits", "one of them")
     } else if matches!(loader.init, Init::Unset) {
         ("a base dtype of fp8 for a GGUF file", "a checkpoint folder")
-    } else if !crate::device::supports_fp8(device) {
+    } else if !device::supports_fp8(device) {
         ("a base dtype of fp8 on this GPU", "compute capability 8.9 (Ada) or newer")
     } else if device.is_cuda() && kind != Kind::BFloat16 {
         ("a base dtype of fp8 beside activations that are not in bf16, on a GPU", "bf16")
@@ -141,9 +143,9 @@ impl Decoder {
         let loader = Loader { init: Init::Checkpoint(weights), options, kept };
         let decoder = Decoder::build(config, prefix, &loader, extent)?;
         // The reading threads worked on a stream of their own.
-        crate::device::synchronize(options.device)?;
+        device::synchronize(options.device)?;
         // What they freed only they could use again.
-        crate::device::empty_cache(options.device)?;
+        device::empty_cache(options.device)?;
         Ok(decoder)
     }
 
@@ -214,7 +216,7 @@ impl Decoder {
         };
         let build = |index: usize| DecoderLayer::build(&config, index, prefix, loader);
         let layers = match loader.init {
-            Init::Checkpoint(_) => crate::device::reading_threads()?
+            Init::Checkpoint(_) => device::reading_threads()?
                 .install(|| range.clone().into_par_iter().map(build).collect::<Result<_>>())?,
             // One generator: in order.
             Init::Random { .. } | Init::Unset => range.clone().map(build).collect::<Result<_>>()?,
@@ -248,6 +250,7 @@ impl Decoder {
             layers,
             norm,
             lm_head,
+            bf12_head: None,
             nf4_head: in_4_bits,
         })
     }
@@ -359,10 +362,39 @@ impl Decoder {
 
     /// lm_head, or the tied embedding.
     pub fn head(&self) -> Head<'_> {
-        match &self.nf4_head {
-            Some(nf4) => Head::Nf4(nf4),
-            None => Head::Dense(self.lm_head.as_ref().unwrap_or(&self.embed_tokens)),
+        match (&self.nf4_head, &self.bf12_head) {
+            (Some(nf4), _) => Head::Nf4(nf4),
+            (None, Some(bf12)) => Head::Bf12(bf12),
+            (None, None) => Head::Dense(self.lm_head.as_ref().unwrap_or(&self.embed_tokens)),
         }
+    }
+
+    /// Keeps an untied bf16 head in 12 bits where decoding reads it so: in a model in 4 bits on a GPU of compute capability 8.0 or newer. Logits
+    /// change by rounding alone, and the head is the same to the bit for who asks for its weights.
+    pub(super) fn pack_head(&mut self) -> Result<()> {
+        let Some(head) = &self.lm_head else { return Ok(()) };
+        let reads = device::has_kernels() && self.device.is_cuda() && device::supports_bf16(self.device);
+        if !reads || !self.is_quantized() || head.kind() != Kind::BFloat16 || head.requires_grad() {
+            return Ok(());
+        }
+        self.bf12_head = Bf12::pack(head)?;
+        match &self.bf12_head {
+            Some(packed) => {
+                let (bytes, before) = (packed.bytes(), 2 * head.numel());
+                tracing::debug!("the head is in 12 bits without loss: {bytes} bytes, {before} before");
+                self.lm_head = None;
+            }
+            None => tracing::debug!("the head stays in 16 bits: its weights differ too much in size for 12"),
+        }
+        Ok(())
+    }
+
+    /// Takes [`Decoder::pack_head`] back.
+    pub(super) fn unpack_head(&mut self) -> Result<()> {
+        if let Some(packed) = self.bf12_head.take() {
+            self.lm_head = Some(packed.unpack()?);
+        }
+        Ok(())
     }
 
     /// Whether the embedding is in the host's memory; each batch then has its rows uploaded.

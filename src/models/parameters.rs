@@ -171,7 +171,9 @@ impl Decoder {
         let trainable = |tensor: &Tensor| -> Result<Tensor> {
             Ok(tensor.f_to_dtype(Kind::Float, false, true)?.f_set_requires_grad(true)?)
         };
-        match SavedModule::named(module, self.offloads_embedding, self.nf4_head.is_some())? {
+        let saved = SavedModule::named(module, self.offloads_embedding, self.nf4_head.is_some())?;
+        self.unpack_head()?;
+        match saved {
             SavedModule::Embedding => {
                 // A tied head stays the original embedding, as in peft.
                 if self.lm_head.is_none() && self.nf4_head.is_none() {
@@ -199,6 +201,7 @@ impl Decoder {
             *tensor = tensor.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
             Ok(())
         };
+        self.unpack_head()?;
         trainable(&mut self.embed_tokens)?;
         trainable(&mut self.norm.weight)?;
         if let Some(head) = &mut self.lm_head {
@@ -283,8 +286,8 @@ impl Decoder {
         );
         // A 4-bit copy of a tied embedding is no weight of its own.
         let in_4_bits = self.nf4_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
-        let head =
-            self.lm_head.as_ref().map_or(0, count) + in_4_bits.map_or(0, |nf4| nf4.shape[0] * nf4.shape[1]);
+        let packed = in_4_bits.map(|nf4| nf4.shape).or(self.bf12_head.as_ref().map(|bf12| bf12.shape));
+        let head = self.lm_head.as_ref().map_or(0, count) + packed.map_or(0, |[rows, width]| rows * width);
         layers.sum::<i64>() + count(&self.embed_tokens) + count(&self.norm.weight) + head
     }
 
@@ -354,6 +357,7 @@ impl Decoder {
             (Head::Nf4(nf4), false) => visit("lm_head.weight", &nf4.dequantize(self.kind)?),
             // The embedding stands for both.
             (Head::Nf4(_), true) => Ok(()),
+            (Head::Bf12(bf12), _) => visit("lm_head.weight", &bf12.unpack()?),
             (Head::Dense(_), _) => self.lm_head.as_ref().map_or(Ok(()), |head| visit("lm_head.weight", head)),
         }
     }

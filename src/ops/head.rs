@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use super::{Nf4, checked, nf4};
+use super::{Bf12, Nf4, bf12, checked, nf4};
 use crate::ffi::{self, bridge};
 
 /// The rows of a batch that have a label, and their labels, on the device.
@@ -48,6 +48,8 @@ pub enum Head<'a> {
     Dense(&'a Tensor),
     /// Frozen, and never dequantised as a whole.
     Nf4(&'a Nf4),
+    /// Frozen, and never unpacked as a whole.
+    Bf12(&'a Bf12),
 }
 
 impl<'a> From<&'a Tensor> for Head<'a> {
@@ -57,10 +59,16 @@ impl<'a> From<&'a Tensor> for Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    fn views(self, absent: &'a Tensor) -> (&'a bridge::Tensor, bridge::Nf4View<'a>) {
-        match self {
-            Head::Dense(weight) => (ffi::borrow(weight), nf4::view(None, absent)),
-            Head::Nf4(nf4) => (ffi::borrow(absent), nf4::view(Some(nf4), absent)),
+    fn view(self, absent: &'a Tensor) -> bridge::HeadView<'a> {
+        let (weight, nf4, bf12) = match self {
+            Head::Dense(weight) => (weight, None, None),
+            Head::Nf4(nf4) => (absent, Some(nf4), None),
+            Head::Bf12(bf12) => (absent, None, Some(bf12)),
+        };
+        bridge::HeadView {
+            weight: ffi::borrow(weight),
+            nf4: nf4::view(nf4, absent),
+            bf12: bf12::view(bf12, absent),
         }
     }
 }
@@ -74,11 +82,9 @@ pub fn linear_cross_entropy<'a>(
     softcap: Option<f64>,
 ) -> Result<Tensor> {
     let absent = Tensor::new();
-    let (weight, nf4) = head.into().views(&absent);
     checked(bridge::linear_cross_entropy(
         ffi::borrow(hidden),
-        weight,
-        &nf4,
+        &head.into().view(&absent),
         ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
         ffi::borrow(&targets.labels),
         softcap.unwrap_or(0.0),
@@ -124,11 +130,9 @@ fn log_probs(
     entropy: &Tensor,
 ) -> Result<Tensor> {
     let absent = Tensor::new();
-    let (weight, nf4) = head.views(&absent);
     checked(bridge::token_log_probs(
         ffi::borrow(hidden),
-        weight,
-        &nf4,
+        &head.view(&absent),
         ffi::borrow(targets.rows.as_ref().unwrap_or(&absent)),
         ffi::borrow(&targets.labels),
         temperature,
@@ -138,9 +142,8 @@ fn log_probs(
 }
 
 /// `hidden W^T`, `[N, V]`. Of a dense head differentiable and in the dtype of hidden, on a GPU without autograd in f32; of a head
-/// in 4 bits in f32 (f64 for f64) and not differentiable.
+/// in 4 or 12 bits in f32 (f64 for f64) and not differentiable.
 pub fn head_scores(hidden: &Tensor, head: Head) -> Result<Tensor> {
     let absent = Tensor::new();
-    let (weight, nf4) = head.views(&absent);
-    checked(bridge::head_scores(ffi::borrow(hidden), weight, &nf4))
+    checked(bridge::head_scores(ffi::borrow(hidden), &head.view(&absent)))
 }
