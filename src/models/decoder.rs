@@ -383,6 +383,8 @@ impl Decoder {
                 let (bytes, before) = (packed.bytes(), 2 * head.numel());
                 tracing::debug!("the head is in 12 bits without loss: {bytes} bytes, {before} before");
                 self.lm_head = None;
+                // For keys and values, which are given a share of what is free.
+                device::empty_cache(self.device)?;
             }
             None => tracing::debug!("the head stays in 16 bits: its weights differ too much in size for 12"),
         }
