@@ -11,9 +11,13 @@
 #include "chain.cuh"
 #include "mma.cuh"
 
+// Before compute capability 8.0 nothing calls what the products are made of.
+#pragma nv_diag_suppress 177
+
 namespace ferrotune {
 namespace {
 
+static_assert(KERNEL_MOST_BF12_ROWS == 128, "the most rows of a launch");
 using T = __nv_bfloat16;
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kTileRows = 16, kUnit = 64, kUnitBytes = kTileRows * kUnit * 3 / 2, kPlane = 512, kEight = 8;
 // Up to eight rows: units of a warp that are under way or read, and thread blocks of a processor.
@@ -404,15 +408,9 @@ int launch_many(const Product& p, void* stream) {
   return launch_product(many_rows_of_bf12<kEights>, p, groups < most ? groups : most, Sizes::kShared, stream);
 }
 
-}  // namespace
-}  // namespace ferrotune
-
-using namespace ferrotune;
-
-extern "C" int bf12_product(const KernelBf12* w, const void* x, int64_t M, int64_t K, int64_t x_stride, float* y, int64_t y_stride, void* stream) {
-  if (M == 0) return cudaSuccess;
-  const int tiles = static_cast<int>(ceil_div(w->rows, kTileRows)), units = static_cast<int>(K / kUnit);
-  const Product p{*w, static_cast<const T*>(x), y, x_stride, y_stride, static_cast<int>(M), tiles, units};
+int launch(const KernelBf12& w, const T* x, int64_t M, int64_t K, int64_t x_stride, float* y, int64_t y_stride, void* stream) {
+  const int tiles = static_cast<int>(ceil_div(w.rows, kTileRows)), units = static_cast<int>(K / kUnit);
+  const Product p{w, x, y, x_stride, y_stride, static_cast<int>(M), tiles, units};
   switch (ceil_div(M, kEight)) {
     case 1: {
       const int most = kEightBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
@@ -429,10 +427,25 @@ extern "C" int bf12_product(const KernelBf12* w, const void* x, int64_t M, int64
     case 7:
     case 8:
       return launch_many<8>(p, stream);
-    default:
-      if (M > KERNEL_MOST_BF12_ROWS) return static_cast<int>(cudaErrorInvalidValue);
-      return M <= 96 ? launch_many<12>(p, stream) : launch_many<16>(p, stream);
   }
+  return M <= 96 ? launch_many<12>(p, stream) : launch_many<16>(p, stream);
+}
+
+}  // namespace
+}  // namespace ferrotune
+
+using namespace ferrotune;
+
+extern "C" int bf12_product(const KernelBf12* w, const void* x, int64_t M, int64_t K, int64_t x_stride, float* y, int64_t y_stride, void* stream) {
+  if (M > KERNEL_MOST_BF12_ROWS) return cudaErrorInvalidValue;
+  // Less shared memory than Hopper's has room for 32 rows.
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= Many<8>::kShared ? KERNEL_MOST_BF12_ROWS : 32;
+  for (int64_t first = 0; first < M; first += most) {
+    const int64_t rows = M - first < most ? M - first : most;
+    const int error = launch(*w, static_cast<const T*>(x) + first * x_stride, rows, K, x_stride, y + first * y_stride, y_stride, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 extern "C" int bf12_unpack(const KernelBf12* w, int64_t first, int64_t count, int64_t K, void* y, void* stream) {
