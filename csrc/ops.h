@@ -105,7 +105,7 @@ std::unique_ptr<Tensor> linear_cross_entropy(const Tensor& hidden, const HeadVie
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
                                                                 const Tensor& labels, double softcap, bool need_dh,
                                                                 bool need_dw);
-// hidden W^T. Where the head it is dense, differentiable and in the dtype of hidden on the CPU
+// hidden W^T. Where the head is dense, differentiable and in the dtype of hidden on the CPU
 // and with autograd; else in f32 (f64 for f64).
 std::unique_ptr<Tensor> head_scores(const Tensor& hidden, const HeadView& head);
 

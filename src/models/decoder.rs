@@ -377,16 +377,20 @@ impl Decoder {
         if !reads || !self.is_quantized() || head.kind() != Kind::BFloat16 || head.requires_grad() {
             return Ok(());
         }
-        self.bf12_head = Bf12::pack(head)?;
-        match &self.bf12_head {
-            Some(packed) => {
+        match Bf12::pack(head) {
+            Ok(Some(packed)) => {
                 let (bytes, before) = (packed.bytes(), 2 * head.numel());
                 tracing::debug!("the head is in 12 bits without loss: {bytes} bytes, {before} before");
+                self.bf12_head = Some(packed);
                 self.lm_head = None;
                 // For keys and values, which are given a share of what is free.
                 device::empty_cache(self.device)?;
             }
-            None => tracing::debug!("the head stays in 16 bits: its weights differ too much in size for 12"),
+            Ok(None) => {
+                tracing::debug!("the head stays in 16 bits: its weights differ too much in size for 12")
+            }
+            // A GPU that is nearly full: what was there before still is.
+            Err(error) => tracing::warn!("the head stays in 16 bits: {error:#}"),
         }
         Ok(())
     }

@@ -9,8 +9,8 @@ use crate::ffi::{self, bridge};
 const TILE_ROWS: i64 = 16;
 const UNIT: i64 = 64;
 const UNIT_BYTES: i64 = 1536;
-/// Rows that are packed at once: a few hundred MiB of working memory at 4096 columns.
-const RUN: i64 = 4096;
+/// Rows that are packed at once: some 100 MiB of working memory at 4096 columns.
+const RUN: i64 = 1024;
 /// Elements that are no code and take eight bytes each: at most one in so many, and in no tile of 16 rows more than so many, or products
 /// would be slower than they save.
 const ELEMENTS_EACH: i64 = 2048;
