@@ -8,8 +8,7 @@
 //
 // Up to eight rows of x a thread block has every C-th tile of 16 rows of W, and its warps a piece of K each. More rows go through
 // shared memory in pieces of 64 columns, which the warps of a block read for 32 or 64 rows of W at once.
-#include "chain.cuh"
-#include "mma.cuh"
+#include "rows.cuh"
 
 // Before compute capability 8.0 nothing calls what the products are made of.
 #pragma nv_diag_suppress 177
@@ -19,7 +18,7 @@ namespace {
 
 static_assert(KERNEL_MOST_BF12_ROWS == 128, "the most rows of a launch");
 using T = __nv_bfloat16;
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kTileRows = 16, kUnit = 64, kUnitBytes = kTileRows * kUnit * 3 / 2, kPlane = 512, kEight = 8;
+constexpr int kThreads = 32 * kWarps, kUnitBytes = kTileRows * kBlock * 3 / 2, kPlane = 512;
 // Up to eight rows: units of a warp that are under way or read, and thread blocks of a processor.
 constexpr int kRing = 4, kEightBlocks = 3;
 // What is not a code has the least one: 2^-15 times the row's scale.
@@ -51,12 +50,6 @@ __device__ __forceinline__ void weights_of(const uint4& low, unsigned high_0, un
   }
 }
 
-__device__ inline uint4 load_shared_4(unsigned address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-
 // This lane's weights of a unit: elements 16 t .. of rows g and g + 8.
 __device__ __forceinline__ void unit_of(unsigned at, unsigned (&top)[8], unsigned (&bottom)[8]) {
   const uint4 a = load_shared_4(at), b = load_shared_4(at + kPlane), high = load_shared_4(at + 2 * kPlane);
@@ -64,16 +57,6 @@ __device__ __forceinline__ void unit_of(unsigned at, unsigned (&top)[8], unsigne
   weights_of(b, high.z, high.w, bottom);
 }
 
-// Into two sums by turns. x: elements 16 t .. of this lane's column.
-__device__ __forceinline__ void multiply_unit(float (&even)[4], float (&odd)[4], const unsigned (&top)[8], const unsigned (&bottom)[8], const uint4& low,
-                                              const uint4& high) {
-  const unsigned a[4] = {top[0], bottom[0], top[1], bottom[1]}, b[4] = {top[2], bottom[2], top[3], bottom[3]};
-  const unsigned c[4] = {top[4], bottom[4], top[5], bottom[5]}, d[4] = {top[6], bottom[6], top[7], bottom[7]};
-  multiply(even, a, low.x, low.y, T{});
-  multiply(odd, b, low.z, low.w, T{});
-  multiply(even, c, high.x, high.y, T{});
-  multiply(odd, d, high.z, high.w, T{});
-}
 // A sum of its own, which is then added: the tensor cores cut off where an addition rounds, and over all of K that adds up.
 __device__ __forceinline__ void add_unit(float (&acc)[4], const unsigned (&top)[8], const unsigned (&bottom)[8], const uint4& low, const uint4& high) {
   const unsigned a[4] = {top[0], bottom[0], top[1], bottom[1]}, b[4] = {top[2], bottom[2], top[3], bottom[3]};
@@ -122,17 +105,13 @@ struct Units {
     commit_copies();
   }
   __device__ __forceinline__ void tile(float (&acc)[4], const T* x) {
-    uint4 low{}, high{};
-    const auto load = [&] {
-      const auto* const from = reinterpret_cast<const uint4*>(x);
-      low = from[0], high = from[1];
-    };
-    if (x != nullptr && count > 0) load();
+    XOfUnit columns{};
+    if (x != nullptr && count > 0) columns = load_x(x);
     float odd[4] = {};
 #pragma unroll 1
     for (int unit = 0; unit < count; ++unit) {
-      const uint4 own_low = low, own_high = high;
-      if (x != nullptr && unit + 1 < count) x += kUnit, load();
+      const XOfUnit own = columns;
+      if (x != nullptr && unit + 1 < count) columns = load_x(x += kBlock);
       wait_copies<kRing - 1>();
       __syncwarp();
       unsigned top[8], bottom[8];
@@ -140,7 +119,7 @@ struct Units {
       __syncwarp();
       fetch(slot);
       slot = slot + kUnitBytes == kRing * kUnitBytes ? 0 : slot + kUnitBytes;
-      multiply_unit(acc, odd, top, bottom, own_low, own_high);
+      multiply_pairs<T>(acc, odd, top, bottom, own);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) acc[i] += odd[i];
@@ -180,7 +159,6 @@ struct RestAhead {
 
 __global__ void __launch_bounds__(kThreads, kEightBlocks) eight_rows_of_bf12(const __grid_constant__ Product p) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int kSumStride = kTileRows + 4;
   __shared__ float sums[2][kWarps][kEight * kSumStride];
   __shared__ Rest rests[2][RestAhead::kAtOnce];
   __shared__ float x_of_rests[2][RestAhead::kAtOnce][kEight];
@@ -192,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kEightBlocks) eight_rows_of_bf12(con
   Units source(p, from, count, shared_address(dynamic) + warp * (kRing * kUnitBytes));
   RestAhead ahead(p);
   inputs_ready();
-  const T* const x = g < p.M ? p.x + g * p.x_stride + from * kUnit + 16 * t : nullptr;
+  const T* const x = g < p.M ? p.x + g * p.x_stride + from * kBlock + 16 * t : nullptr;
   int half = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < p.tiles; tile += static_cast<int>(gridDim.x), half ^= 1) {
     int begin, end;
@@ -278,7 +256,7 @@ __device__ __forceinline__ void finish(const Product& p, int tile, float (&acc)[
 template <int kEights>
 struct Many {
   static constexpr int kTiles = kEights > 4 && kEights <= 8 ? 4 : 2, kBlocks = kEights > 4 ? 1 : 2, kStages = 3;
-  static constexpr int kTilesStage = kTiles * kUnitBytes, kXStage = kEights * kEight * kUnit * 2, kShared = kStages * (kWarps * kTilesStage + kXStage);
+  static constexpr int kTilesStage = kTiles * kUnitBytes, kXStage = kEights * kEight * kBlock * 2, kShared = kStages * (kWarps * kTilesStage + kXStage);
 };
 
 template <int kEights>
@@ -307,12 +285,12 @@ __global__ void __launch_bounds__(kThreads, Many<kEights>::kBlocks) many_rows_of
   // Piece c of row n is at c ^ (n % 2): what eight neighbouring lanes read is in different banks.
   const auto fetch_x = [&](int step, int stage) {
     if (step >= steps) return;
-    const T* const from = p.x + step % p.units * kUnit;
+    const T* const from = p.x + step % p.units * kBlock;
 #pragma unroll
     for (int i = 0; i < kPieces; i += kThreads) {
       const int piece = i + static_cast<int>(threadIdx.x), n = piece / 8, c = piece % 8;
       if (kPieces % kThreads != 0 && piece >= kPieces) continue;
-      copy_16_bytes(x_ring + stage * Sizes::kXStage + n * (kUnit * 2) + (c ^ (n & 1)) * 16, from + (n < p.M ? n : 0) * p.x_stride + c * 8, n < p.M);
+      copy_16_bytes(x_ring + stage * Sizes::kXStage + n * (kBlock * 2) + (c ^ (n & 1)) * 16, from + (n < p.M ? n : 0) * p.x_stride + c * 8, n < p.M);
     }
   };
   next_may_start();
@@ -337,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, Many<kEights>::kBlocks) many_rows_of
       for (int h = 0; h < 2; ++h) unit_of(w_ring + stage * Sizes::kTilesStage + (two + h) * kUnitBytes, top[h], bottom[h]);
 #pragma unroll
       for (int e = 0; e < kEights; ++e) {
-        const unsigned at = x_ring + stage * Sizes::kXStage + (kEight * e + g) * (kUnit * 2);
+        const unsigned at = x_ring + stage * Sizes::kXStage + (kEight * e + g) * (kBlock * 2);
         const uint4 low = load_shared_4(at + ((2 * t) ^ (g & 1)) * 16), high = load_shared_4(at + ((2 * t + 1) ^ (g & 1)) * 16);
 #pragma unroll
         for (int h = 0; h < 2; ++h) add_unit(acc[two + h][e], top[h], bottom[h], low, high);
@@ -359,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, Many<kEights>::kBlocks) many_rows_of
 // W of one tile, as it was: the codes, whose scale is added to the exponent, and what is no code over them.
 __global__ void __launch_bounds__(kThreads) unpack_bf12(KernelBf12 w, int64_t first, int64_t count, T* y, int units) {
   const int tile = static_cast<int>(blockIdx.x), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t from_tile = first / kTileRows + tile, K = int64_t{units} * kUnit;
+  const int64_t from_tile = first / kTileRows + tile, K = int64_t{units} * kBlock;
   const uint8_t* const from = w.units + from_tile * units * kUnitBytes;
   for (int unit = threadIdx.x / 32; unit < units; unit += kWarps) {
     const auto* const planes = reinterpret_cast<const uint4*>(from + int64_t{unit} * kUnitBytes) + lane;
@@ -369,19 +347,18 @@ __global__ void __launch_bounds__(kThreads) unpack_bf12(KernelBf12 w, int64_t fi
       const int row = g + 8 * h;
       const float scale = w.scales[from_tile * kTileRows + row];
       // Of a row of zeros the scale is zero.
-      const int shift = (static_cast<int>(__float_as_uint(scale) >> 23) - 127) * (1 << 7);
-      const unsigned shifts = static_cast<unsigned>(shift) * 0x10000u + static_cast<unsigned>(shift);
+      const unsigned shift = ((__float_as_uint(scale) >> 23) - 127u) << 7 & 0xffffu, shifts = shift | shift << 16;
       unsigned out[8];
       weights_of(planes[h * kPlane / 16], h == 0 ? high.x : high.z, h == 0 ? high.y : high.w, out);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = scale == 0 ? 0 : __vadd2(out[i], shifts & 0xffffu | shifts << 16);
+      for (int i = 0; i < 8; ++i) out[i] = scale == 0 ? 0 : __vadd2(out[i], shifts);
       // Of a pair of lanes each writes half of both's 32 bytes: whole sectors at once.
       const bool odd = t % 2 == 1;
       uint4 own[2] = {make_uint4(out[0], out[1], out[2], out[3]), make_uint4(out[4], out[5], out[6], out[7])}, given = own[odd ? 0 : 1];
       given = make_uint4(__shfl_xor_sync(0xffffffff, given.x, 1), __shfl_xor_sync(0xffffffff, given.y, 1), __shfl_xor_sync(0xffffffff, given.z, 1),
                          __shfl_xor_sync(0xffffffff, given.w, 1));
       if (int64_t{tile} * kTileRows + row >= count) continue;
-      auto* const to = reinterpret_cast<uint4*>(y + (int64_t{tile} * kTileRows + row) * K + unit * kUnit + 16 * (t - odd)) + odd;
+      auto* const to = reinterpret_cast<uint4*>(y + (int64_t{tile} * kTileRows + row) * K + unit * kBlock + 16 * (t - odd)) + odd;
       to[0] = odd ? given : own[0];
       to[2] = odd ? own[1] : given;
     }
@@ -394,27 +371,20 @@ __global__ void __launch_bounds__(kThreads) unpack_bf12(KernelBf12 w, int64_t fi
   }
 }
 
-template <typename Kernel>
-int launch_product(Kernel* kernel, const Product& p, int blocks, int shared, void* stream) {
-  const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  return launch_chained(true, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), static_cast<size_t>(shared), stream, p);
-}
-
 template <int kEights>
 int launch_many(const Product& p, void* stream) {
   using Sizes = Many<kEights>;
   const int groups = static_cast<int>(ceil_div(p.tiles, Sizes::kTiles * kWarps)), most = Sizes::kBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
-  return launch_product(many_rows_of_bf12<kEights>, p, groups < most ? groups : most, Sizes::kShared, stream);
+  return launch_with(many_rows_of_bf12<kEights>, dim3(static_cast<unsigned>(groups < most ? groups : most)), kThreads, Sizes::kShared, stream, p);
 }
 
 int launch(const KernelBf12& w, const T* x, int64_t M, int64_t K, int64_t x_stride, float* y, int64_t y_stride, void* stream) {
-  const int tiles = static_cast<int>(ceil_div(w.rows, kTileRows)), units = static_cast<int>(K / kUnit);
+  const int tiles = static_cast<int>(ceil_div(w.rows, kTileRows)), units = static_cast<int>(K / kBlock);
   const Product p{w, x, y, x_stride, y_stride, static_cast<int>(M), tiles, units};
   switch (ceil_div(M, kEight)) {
     case 1: {
       const int most = kEightBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
-      return launch_product(eight_rows_of_bf12, p, tiles < most ? tiles : most, kWarps * kRing * kUnitBytes, stream);
+      return launch_with(eight_rows_of_bf12, dim3(static_cast<unsigned>(tiles < most ? tiles : most)), kThreads, kWarps * kRing * kUnitBytes, stream, p);
     }
     case 2:
       return launch_many<2>(p, stream);
@@ -451,6 +421,6 @@ extern "C" int bf12_product(const KernelBf12* w, const void* x, int64_t M, int64
 extern "C" int bf12_unpack(const KernelBf12* w, int64_t first, int64_t count, int64_t K, void* y, void* stream) {
   if (count == 0) return cudaSuccess;
   unpack_bf12<<<static_cast<unsigned>(ceil_div(count, kTileRows)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*w, first, count, static_cast<T*>(y),
-                                                                                                                  static_cast<int>(K / kUnit));
+                                                                                                                  static_cast<int>(K / kBlock));
   return cudaGetLastError();
 }

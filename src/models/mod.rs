@@ -8,6 +8,7 @@ mod device_batch;
 mod fast_language_model;
 mod gemma;
 mod gguf;
+mod head;
 mod llama;
 mod mistral;
 mod non_finite;

@@ -32,7 +32,7 @@ pub struct Bf12 {
 
 impl Bf12 {
     /// Packs a bf16 matrix `[rows, in]` where it is. None where 12 bits are not enough: `in` is not a multiple of 64, or more than one element
-    /// in 2048 (or more than 512 of 16 rows) is 2^16 times smaller than the largest of its row.
+    /// in 2048 (or more than 512 of 16 rows) is zero beside others or has an exponent 16 or more below the largest of its row.
     pub fn pack(weight: &Tensor) -> Result<Option<Bf12>> {
         let &[rows, in_features] = &weight.size()[..] else {
             anyhow::bail!("bf12: the weight is {:?}, expected [rows, in]", weight.size());
