@@ -75,11 +75,18 @@ fn main() {
         }
         build.compile(&format!("ferrotune_{table}"));
     };
-    let avx512 =
-        ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"];
+    let avx512 = [
+        "-mavx512f",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ];
     cc::Build::new().cpp(true).std("c++17").file("kernels/cpu/select.cpp").compile("ferrotune_cpu_select");
     cpu("cpu_avx512", "AVX-512", &avx512);
-    cpu("cpu_avx2", "AVX2", &["-mavx2", "-mfma"]);
+    cpu("cpu_avx2", "AVX2", &["-mavx2", "-mfma", "-mf16c"]);
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-changed=kernels/cpu");
     println!("cargo:rerun-if-changed=kernels/kernels.h");

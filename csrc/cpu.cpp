@@ -35,6 +35,8 @@ void split_gemm(const CpuKernels& kernels, const Tensor& c, const Tensor& a, con
 
 }  // namespace
 
+bool has_cpu_kernels() { return cpu_kernels() != nullptr; }
+
 const CpuKernels* cpu_kernels_for(const Tensor& x) {
   return x.is_cpu() && x.scalar_type() == at::kFloat ? cpu_kernels() : nullptr;
 }

@@ -11,6 +11,12 @@ namespace {
 // Weights that stay in the caches: 16 MiB.
 constexpr int64_t kCachedWeights = 1 << 22;
 
+// What one thread works in.
+struct Scratch {
+  std::unique_ptr<float[]> normed, projected, attended, gated, product, out, rstd, norm;
+  std::vector<float> scores;
+};
+
 struct NormOfRows {
   Tensor weight;  // undefined for no norm
   float eps, offset;
@@ -19,16 +25,12 @@ struct NormOfRows {
       : weight(view.weight), eps(static_cast<float>(view.eps)), offset(static_cast<float>(view.offset)) {}
   bool fits() const { return !weight.defined() || (fits_rows(weight) && weight.dim() == 1); }
   // y may be x; rows of both stand side by side.
-  void apply(int64_t rows, const float* x, float* y, float* rstd) const {
+  void apply(int64_t rows, const float* x, float* y, Scratch& s) const {
     const int64_t n = weight.size(0);
-    cpu_kernels()->rms_norm_forward(rows, n, x, n, weight.const_data_ptr<float>(), eps, offset, y, rstd);
+    const bool wide = weight.scalar_type() == at::kFloat;
+    if (!wide) cpu_kernels()->widen(n, cpu_array(weight), s.norm.get());
+    cpu_kernels()->rms_norm_forward(rows, n, x, n, wide ? weight.const_data_ptr<float>() : s.norm.get(), eps, offset, y, s.rstd.get());
   }
-};
-
-// What one thread works in.
-struct Scratch {
-  std::unique_ptr<float[]> normed, projected, attended, gated, product, out, rstd;
-  std::vector<float> scores;
 };
 
 }  // namespace
@@ -47,7 +49,7 @@ struct RowsStack::Layer {
   // x [m, C] += out, through `post` if there is one.
   static void add(const NormOfRows& post, int64_t m, int64_t c, float* x, Scratch& s) {
     float* const out = s.out.get();
-    if (post.weight.defined()) post.apply(m, out, out, s.rstd.get());
+    if (post.weight.defined()) post.apply(m, out, out, s);
     for (int64_t i = 0; i < m * c; ++i) x[i] += out[i];
   }
 
@@ -55,13 +57,13 @@ struct RowsStack::Layer {
   void run(int64_t first, int64_t m, float* x, Scratch& s) const {
     const CpuKernels& kernels = *cpu_kernels();
     const int64_t c = norm.weight.size(0), half = cos.size(1), before_v = (heads + kv_heads) * dim;
-    float *const normed = s.normed.get(), *const projected = s.projected.get(), *const rstd = s.rstd.get();
-    norm.apply(m, x, normed, rstd);
+    float *const normed = s.normed.get(), *const projected = s.projected.get();
+    norm.apply(m, x, normed, s);
     rows_linear_into(qkv, first, m, normed, projected);
     for (int64_t i = 0; i < m && q_norm.weight.defined(); ++i) {
       float *const q = projected + i * width(), *const k = q + heads * dim;
-      q_norm.apply(heads, q, q, rstd);
-      k_norm.apply(kv_heads, k, k, rstd);
+      q_norm.apply(heads, q, q, s);
+      k_norm.apply(kv_heads, k, k, s);
     }
     kernels.rope(m, heads + kv_heads, dim, half, projected, width(), cos.const_data_ptr<float>() + first * half,
                  sin.const_data_ptr<float>() + first * half, 1, projected, width());
@@ -76,7 +78,7 @@ struct RowsStack::Layer {
     }
     rows_linear_into(o, first, m, s.attended.get(), s.out.get());
     add(post_norm, m, c, x, s);
-    mlp_norm.apply(m, x, normed, rstd);
+    mlp_norm.apply(m, x, normed, s);
     rows_linear_into(gate_up, first, m, normed, s.gated.get());
     kernels.swiglu_forward(m, down.in(), s.gated.get(), activation, s.product.get());
     rows_linear_into(down, first, m, s.product.get(), s.out.get());
@@ -136,18 +138,19 @@ Tensor RowsStack::run() const {
   const int64_t n = x_.size(0), c = x_.size(1), threads = at::get_num_threads();
   const bool shared_out = n * largest_ >= 2 * kRowThreadWork;
   if (layers_.empty() || work_ > kCachedWeights || (n < threads && shared_out)) return {};
-  int64_t width = 0, inner = 0, f = 0, heads = 1;
+  int64_t width = 0, inner = 0, f = 0, heads = 1, norm = c;
   for (const Layer& layer : layers_) {
     width = std::max(width, layer.width());
     inner = std::max(inner, layer.heads * layer.dim);
     f = std::max(f, layer.down.in());
     heads = std::max(heads, layer.heads);
+    norm = std::max(norm, layer.dim);
   }
   Tensor y = x_.clone();
   const auto part = [&](int64_t begin, int64_t end) {
     const int64_t m = end - begin;
     const auto room = [m](int64_t row) { return std::unique_ptr<float[]>(new float[m * row]); };
-    Scratch scratch{room(c), room(width), room(inner), room(2 * f), room(f), room(c), room(heads), {}};
+    Scratch scratch{room(c), room(width), room(inner), room(2 * f), room(f), room(c), room(heads), std::unique_ptr<float[]>(new float[norm]), {}};
     for (const Layer& layer : layers_) layer.run(begin, m, y.mutable_data_ptr<float>() + begin * c, scratch);
   };
   const int64_t parts = n * work_ < 2 * kRowThreadWork ? 1 : std::min(n, threads);

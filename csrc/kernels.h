@@ -18,6 +18,8 @@ struct Kernels {
 // Loads the library; after it kernels_for answers.
 void load_kernels(const std::string& path);
 inline void load_kernels(rust::Str path) { load_kernels(std::string(path)); }
+// Whether kernels/cpu runs on this processor.
+bool has_cpu_kernels();
 
 // The kernels, if the library is loaded and this is a GPU.
 const Kernels* kernels_on(const at::Device& device);

@@ -1,4 +1,4 @@
-// Attention over paged keys and values (arXiv:2309.06180): the CPU's kernel for f32, a GPU's for sequences with one new row
+// Attention over paged keys and values (arXiv:2309.06180): the CPU's kernel for rows of f32, a GPU's for sequences with one new row
 // (kernels/paged_attention.cu). Of the rest those that start attend to their own rows; those that go on have their keys copied
 // together out of the pages, 4 D bytes a key and key/value head in 16 bits.
 #include "ferrotune/csrc/pages.h"
@@ -183,27 +183,40 @@ void check_pages(const PagesView& pages, const Tensor& x, int64_t kv_heads, int6
   const std::array<int64_t, 3> row{batch.page_size(), kv_heads, dim};
   for (const Tensor* pool : {&pages.k, &pages.v}) {
     TORCH_CHECK(pool->dim() == 4 && pool->sizes().slice(1) == at::IntArrayRef(row) && pool->size(0) >= batch.pool() &&
-                    pool->is_contiguous() && pool->scalar_type() == x.scalar_type() && pool->device() == x.device(),
+                    pool->is_contiguous() && pool->device() == x.device() &&
+                    (pool->scalar_type() == x.scalar_type() || (x.is_cpu() && x.scalar_type() == at::kFloat && fits_rows(*pool))),
                 "paged attention: the pool is ", pool->sizes(), " ", pool->scalar_type(), ", expected at least ",
                 batch.pool(), " pages of ", at::IntArrayRef(row), " ", x.scalar_type(), " on ", x.device());
   }
 }
 
 CpuPages::CpuPages(const PagesView& pages, int64_t heads, int64_t kv_heads, int64_t dim, const AttentionSpec& spec)
-    : batch(*pages.batch), k(pages.k.mutable_data_ptr<float>()), v(pages.v.mutable_data_ptr<float>()), heads(heads),
-      kv_heads(kv_heads), dim(dim), spec(spec) {}
+    : batch(*pages.batch), k(pages.k), v(pages.v), heads(heads), kv_heads(kv_heads), dim(dim), spec(spec) {}
 
 void CpuPages::write(const PagedBatch::Sequence& sequence, int64_t position, const float* new_k, const float* new_v) const {
   const int64_t width = kv_heads * dim, at = batch.slot(sequence, position) * width;
-  std::copy_n(new_k, width, k + at);
-  std::copy_n(new_v, width, v + at);
+  const auto put = [&](const Tensor& pool, const float* row) {
+    switch (pool.scalar_type()) {
+      case at::kBFloat16:
+        std::copy_n(row, width, pool.mutable_data_ptr<at::BFloat16>() + at);
+        break;
+      case at::kHalf:
+        std::copy_n(row, width, pool.mutable_data_ptr<at::Half>() + at);
+        break;
+      default:
+        std::copy_n(row, width, pool.mutable_data_ptr<float>() + at);
+    }
+  };
+  put(k, new_k);
+  put(v, new_v);
 }
 
 void CpuPages::attend(const PagedBatch::Sequence& sequence, int64_t position, int64_t head, const float* q, float* o,
                       std::vector<float>& scores) const {
   const int64_t low = spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0, group = heads / kv_heads;
   scores.resize(std::max<size_t>(scores.size(), 2 * (position + 1 - low + 16)));
-  cpu_kernels()->paged_attention({q + head * group * dim, k + head * dim, v + head * dim, batch.pages(sequence), batch.page_size(),
+  const CpuArray keys = cpu_array(k, head * dim), values = cpu_array(v, head * dim);
+  cpu_kernels()->paged_attention({q + head * group * dim, keys.data, values.data, keys.type, batch.pages(sequence), batch.page_size(),
                                   kv_heads * dim, low, position + 1, dim, group, static_cast<float>(spec.scale),
                                   static_cast<float>(spec.softcap)},
                                  o + head * group * dim, scores.data());
@@ -211,7 +224,7 @@ void CpuPages::attend(const PagedBatch::Sequence& sequence, int64_t position, in
 
 namespace {
 
-// f32 on the CPU, by kernels/cpu/rows.h: each row and key/value head by itself.
+// Rows of f32 on the CPU, by kernels/cpu/rows.h: each row and key/value head by itself.
 Tensor by_cpu_kernel(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const PagesView& view,
                      const AttentionSpec& spec) {
   const PagedBatch& batch = *view.batch;

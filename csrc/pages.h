@@ -92,13 +92,13 @@ struct PagesView {
   std::shared_ptr<PagedBatch> batch;
 };
 
-// Fails unless the pools are those of K heads of D for x's dtype and device, with the batch's pages.
+// Fails unless the pools are those of K heads of D for x's dtype (or of 16 bits for f32 on the CPU) and device, with the batch's pages.
 void check_pages(const PagesView& pages, const Tensor& x, int64_t kv_heads, int64_t dim);
 
-// Pages of f32 on the CPU, as kernels/cpu reads and writes them.
+// Pages of f32 or 16 bits on the CPU, as kernels/cpu reads them, beside rows of f32.
 struct CpuPages {
   const PagedBatch& batch;
-  float *k, *v;
+  const Tensor &k, &v;
   int64_t heads, kv_heads, dim;
   AttentionSpec spec;
 
@@ -111,7 +111,7 @@ struct CpuPages {
 };
 
 // Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
-// -> [N, H*D]. On the CPU in f32 a row's result does not depend on the other rows. On a GPU one kernel takes the sequences with one
+// -> [N, H*D]. On the CPU in f32 (k and v are rounded to the dtype of the pages) a row's result does not depend on the other rows. On a GPU one kernel takes the sequences with one
 // new row, one call those that start, and one those that go on; `tail` columns of the result's rows are then left for the caller to write:
 // [N, H*D + tail]. cos and sin [N, R/2]: of q and k that are not turned yet. Not differentiable.
 Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, int64_t tail = 0,

@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> rms_forward_cpu(const CpuKernels& kernels, const Tens
                                            double offset) {
   const TokenRows rows(rms_heads(x));
   const int64_t n = rows.x.size(0), h = rows.x.size(1), c = rows.x.size(2);
-  const Tensor w = weight.contiguous();
+  const Tensor w = weight.to(at::kFloat).contiguous();
   Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty({n, h, 1}, x.options());
   cpu_rows(n, h * c, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += h > 1 ? 1 : end - begin) {
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
     const Tensor y = tail > 0 ? at::empty({x.size(0), y_stride}, x.options()) : at::empty(x.sizes(), x.options());
     return {y, rms_forward_kernel(*kernels, y, y_stride, x, weight, eps, offset, fp8)};
   }
-  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() == at::kFloat) {
+  if (const CpuKernels* kernels = cpu_kernels_for(x); kernels != nullptr && weight.scalar_type() != at::kDouble) {
     return rms_forward_cpu(*kernels, x, weight, eps, offset);
   }
   TORCH_CHECK(tail == 0, "rms_norm: only the kernel leaves room in its rows");

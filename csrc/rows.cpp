@@ -10,10 +10,10 @@ namespace {
 // y[i, r] = scale * w_r . x_i, added to y where `add`; w [rows, n], rows of y y_stride apart.
 void rows_product(const Tensor& w, int64_t m, const float* x, float* y, int64_t y_stride, double scale, bool add) {
   const int64_t rows = w.size(0), n = w.size(1);
-  const float* from = w.const_data_ptr<float>();
   const CpuKernels& kernels = *cpu_kernels();
   const auto part = [&](int64_t begin, int64_t end) {
-    kernels.rows_product(m, end - begin, n, static_cast<float>(scale), from + begin * n, x, y + begin, y_stride, add);
+    const std::unique_ptr<float[]> scratch(w.scalar_type() == at::kFloat ? nullptr : new float[4 * n]);
+    kernels.rows_product(m, end - begin, n, static_cast<float>(scale), cpu_array(w, begin * n), x, y + begin, y_stride, add, scratch.get());
   };
   m * rows * n < 2 * kRowThreadWork
       ? part(0, rows)
@@ -26,7 +26,7 @@ void rows_product(const Nf4& w, int64_t m, const float* x, float* y, int64_t y_s
     std::vector<float> row(w.in);
     for (int64_t r = begin; r < end; ++r) {
       dequantize_run(w, r * w.in, (r + 1) * w.in, row.data());
-      cpu_kernels()->rows_product(m, 1, w.in, 1, row.data(), x, y + r, y_stride, add);
+      cpu_kernels()->rows_product(m, 1, w.in, 1, {row.data(), CpuType::kFloat}, x, y + r, y_stride, add, nullptr);
     }
   });
 }
@@ -51,7 +51,14 @@ bool is_rows(const Tensor& x) {
 }
 
 bool fits_rows(const Tensor& other) {
-  return other.scalar_type() == at::kFloat && other.is_cpu() && other.is_contiguous();
+  const auto type = other.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) && other.is_cpu() && other.is_contiguous();
+}
+
+CpuArray cpu_array(const Tensor& x, int64_t offset) {
+  const auto type = x.scalar_type();
+  return {static_cast<const char*>(x.const_data_ptr()) + offset * x.element_size(),
+          type == at::kBFloat16 ? CpuType::kBfloat16 : type == at::kHalf ? CpuType::kHalf : CpuType::kFloat};
 }
 
 bool rows_fit_linear(const Tensor& x, const Linear& l) {
@@ -79,7 +86,7 @@ bool rows_fit_linear(const Tensor& x, const Linear& l) {
 void rows_linear_into(const Linear& l, int64_t first, int64_t m, const float* x, float* y) {
   const bool has_bias = l.bias.defined();
   const int64_t rows = l.rows(), in = l.in();
-  for (int64_t i = 0; i < m && has_bias; ++i) std::copy_n(l.bias.const_data_ptr<float>(), rows, y + i * rows);
+  for (int64_t i = 0; i < m && has_bias; ++i) cpu_kernels()->widen(rows, cpu_array(l.bias), y + i * rows);
   if (l.weight.defined()) {
     rows_product(l.weight, m, x, y, rows, 1, has_bias);
   } else {
@@ -117,7 +124,8 @@ Tensor rows_rms_norm(const Tensor& x, const Tensor& weight, double eps, double o
   Tensor y = at::empty(x.sizes(), x.options());
   const int64_t n = weight.size(0), rows = x.numel() / n;
   c10::SmallVector<float, 128> rstd(rows);
-  cpu_kernels()->rms_norm_forward(rows, n, x.const_data_ptr<float>(), n, weight.const_data_ptr<float>(),
+  const Tensor w = weight.to(at::kFloat);
+  cpu_kernels()->rms_norm_forward(rows, n, x.const_data_ptr<float>(), n, w.const_data_ptr<float>(),
                                   static_cast<float>(eps), static_cast<float>(offset), y.mutable_data_ptr<float>(), rstd.data());
   return y;
 }

@@ -1,9 +1,10 @@
-// Few rows of f32 on the CPU: what decoding works on, token after token. ATen spends 1 to 3 us on a call, some 40 calls a
+// Few rows of f32 on the CPU: what decoding works on, token after token, beside weights in f32 or 16 bits. ATen spends 1 to 3 us on a call, some 40 calls a
 // layer; on a small model that is nearly all of the time. These go straight to kernels/cpu, with threads only where there is
 // work for them, and a row's result is the same to the bit whatever other rows there are.
 #pragma once
 
 #include "ferrotune/csrc/linear.h"
+#include "ferrotune/kernels/cpu/cpu_kernels.h"
 
 namespace ferrotune {
 
@@ -15,8 +16,9 @@ constexpr int64_t kMostRows = 64;
 
 // Whether x [N, ..] is a few contiguous rows of f32 on the CPU, kernels/cpu runs on this one, and no gradient is asked for.
 bool is_rows(const Tensor& x);
-// Whether a kernel can read `other` beside the rows: contiguous f32 on the CPU.
+// Whether a kernel can read `other` beside the rows: contiguous on the CPU, f32 or 16 bits.
 bool fits_rows(const Tensor& other);
+CpuArray cpu_array(const Tensor& x, int64_t offset = 0);
 
 // As rms_norm; x [N, C] or [N, H, D].
 Tensor rows_rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);

@@ -118,6 +118,11 @@ pub fn init(choice: Choice, kernels: Option<&Path>) -> Result<tch::Device> {
 /// What came of looking for the kernel library.
 static KERNELS: OnceLock<Result<(), String>> = OnceLock::new();
 
+/// Whether this processor has what kernels/cpu needs.
+pub(crate) fn has_cpu_kernels() -> bool {
+    bridge::has_cpu_kernels()
+}
+
 /// Whether the fused CUDA kernels are there for tensors on a GPU.
 pub(crate) fn has_kernels() -> bool {
     matches!(KERNELS.get(), Some(Ok(())))

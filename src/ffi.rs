@@ -216,6 +216,7 @@ pub(crate) mod bridge {
         fn torch_lib_dir() -> Result<String>;
         fn load_library(path: &str) -> Result<()>;
         fn load_kernels(path: &str) -> Result<()>;
+        fn has_cpu_kernels() -> bool;
         fn load_cuda_library(path: &str) -> Result<()>;
         fn start_cuda() -> Result<bool>;
         fn use_stream(index: i32) -> Result<()>;

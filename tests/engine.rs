@@ -6,7 +6,7 @@ use std::path::Path;
 use ferrotune::generate::{
     Engine, EngineOptions, EventKind, Generation, KvBudget, Request, Sampler, SamplingParams, generate,
 };
-use ferrotune::models::{Decoder, FastLanguageModel};
+use ferrotune::models::{Config, Decoder, FastLanguageModel};
 use tch::{Device, Kind, Tensor};
 
 use crate::golden::{Flat, checkpoints, load, logits, root};
@@ -46,10 +46,17 @@ fn assert_same(found: &Generation, expected: &Generation, what: &str) {
     assert_eq!(found.finish_reason, expected.finish_reason, "{what}");
 }
 
+/// Every architecture in f32, and in 16 bits, whose weights, keys and values go into products of f32.
 #[test]
 fn a_request_does_not_see_its_neighbours() {
-    for name in checkpoints() {
-        let decoder = load(&root().join(&name), Kind::Float);
+    let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+    for (name, kind) in checkpoints().into_iter().flat_map(|name| kinds.map(|kind| (name.clone(), kind))) {
+        let dir = root().join(&name);
+        if kind == Kind::Half && Config::from_dir(&dir).unwrap().overflows_f16() {
+            continue;
+        }
+        let decoder = load(&dir, kind);
+        assert_eq!(decoder.decode_kind(), Kind::Float, "{name}, {kind:?}");
         let prompts = prompts(&decoder, 20);
         let request = |p: usize| Request::new(&prompts[p], &params(p));
         let alone: Vec<Generation> =
@@ -66,7 +73,7 @@ fn a_request_does_not_see_its_neighbours() {
                 assert_same(
                     &all[p][0],
                     expected,
-                    &format!("{name}, {tokens} tokens, {most} a pass, request {p}"),
+                    &format!("{name}, {kind:?}, {tokens} tokens, {most} a pass, request {p}"),
                 );
             }
             let stats = engine.stats();

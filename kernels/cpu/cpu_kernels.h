@@ -1,5 +1,5 @@
-// Kernels for f32 on the CPU: raw pointers and sizes, no torch type, no allocation by the caller's allocator, one thread
-// (csrc splits the work). The same sources are compiled once an instruction set; cpu_kernels() picks at run time.
+// Kernels for f32 on the CPU, where decoding multiplies beside weights of 16 bits, too: raw pointers and sizes, no torch type, no
+// allocation by the caller's allocator, one thread (csrc splits the work). The same sources are compiled once an instruction set; cpu_kernels() picks at run time.
 //
 // Why own ones: MKL takes a slow path on processors that are not Intel's (57 % of peak at 512 x 512 x 1536 on Zen 4, far
 // less on small shapes), and ATen spends microseconds a call where a small model's whole product takes ten.
@@ -21,6 +21,13 @@ struct CpuMatrix {
 
 enum class CpuActivation { kSilu, kGeluTanh, kGelu };
 
+// What weights, keys and values of decoding are stored as; all sums are of f32.
+enum class CpuType { kFloat, kBfloat16, kHalf };
+struct CpuArray {
+  const void* data;
+  CpuType type;
+};
+
 // One segment of one key/value head's attention, its `group` query heads included. Strides are in elements; heads of a
 // group lie D apart in q, o, dq and do.
 struct CpuAttention {
@@ -36,7 +43,9 @@ struct CpuAttention {
 // One query of each of the `group` heads of a key/value head, over the keys low..high of its sequence. Key s lies at row
 // pages[s / page_size] * page_size + s % page_size of k and v, whose rows are key_stride apart; heads of q lie D apart.
 struct CpuPagedAttention {
-  const float *q, *k, *v;
+  const float* q;
+  const void *k, *v;
+  CpuType type;  // of k and v
   const int32_t* pages;
   int64_t page_size, key_stride, low, high, dim, group;
   float scale, softcap;
@@ -82,9 +91,11 @@ struct CpuKernels {
   void (*nf4_block)(const uint8_t* packed, int64_t bytes, const float* map, float scale, float* out);
   // Logits z in place to softmax(z) - onehot(label) (times the softcap's slope), and the rows' losses.
   void (*cross_entropy)(int64_t rows, int64_t v, float* z, const int64_t* labels, float softcap, float* losses);
-  // y[i, r] (+)= scale w_r . x_i; x [m, n], w [rows, n], rows of y y_stride apart.
-  void (*rows_product)(int64_t m, int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y,
-                       int64_t y_stride, bool add);
+  // y[i, r] (+)= scale w_r . x_i; x [m, n], w [rows, n], rows of y y_stride apart. scratch: 4 n floats, unless w is f32.
+  void (*rows_product)(int64_t m, int64_t rows, int64_t n, float scale, CpuArray w, const float* x, float* y,
+                       int64_t y_stride, bool add, float* scratch);
+  // n elements as f32.
+  void (*widen)(int64_t n, CpuArray from, float* to);
   // o [group, D]; scores: room for twice high - low + 16 floats.
   void (*paged_attention)(const CpuPagedAttention& attention, float* o, float* scores);
   // n elements of the parameter, its gradient and its two moments.
@@ -98,7 +109,7 @@ struct CpuKernels {
 // Floats that attention_forward and attention_backward need as scratch.
 int64_t cpu_attention_scratch(int64_t length, int64_t dim);
 
-// For this processor; nullptr where it has neither AVX-512F nor AVX2 with FMA.
+// For this processor; nullptr where it has neither AVX-512F nor AVX2 with FMA. Each of those has F16C, too.
 const CpuKernels* cpu_kernels();
 
 }  // namespace ferrotune

@@ -1,7 +1,8 @@
 // Few rows, as decoding works on: products with a matrix, and attention of one query over its cached keys. What comes out
 // for a row is the same to the bit whatever other rows stand beside it: each number is one sum in one order, rounded once a
 // multiply-add (in so many words: the compiler joins a product and a sum in one loop and not in another). A row alone reads
-// every weight once and uses it once, so memory sets its time: 4 bytes for each multiply-add.
+// every weight once and uses it once, so memory sets its time: 4 bytes for each multiply-add, or 2 of 16 bits. Weights, keys and
+// values of 16 bits become f32 in registers, which is exact, and rows of x are f32 in any case.
 #pragma once
 
 #include <type_traits>
@@ -37,19 +38,12 @@ inline V4 sums(V a, V b, V c, V d) {
 }
 #endif
 
-template <typename T>
-inline T load_as(const float* p) {
-  T v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // As many rows of x as registers hold sums beside four rows of w.
 constexpr int kRows = kLanes == 16 ? 6 : 2;
 
 // kX rows of x against four rows of w: [0, whole) by vectors of T, what is left of n one by one.
-template <typename T, int kX>
-inline void dots(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n, V4* result) {
+template <typename T, int kX, typename W>
+inline void dots(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n, V4* result) {
   constexpr int64_t kWidth = sizeof(T) / 4;
   T acc[kX][4] = {};
   int64_t i = 0;
@@ -67,20 +61,20 @@ inline void dots(const float* w, int64_t w_stride, const float* x, int64_t x_str
 #pragma GCC unroll 6
   for (int m = 0; m < kX; ++m) result[m] = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
   for (; i < n; ++i) {
-    const float* column = w + i;
-    const V4 rows{column[0], column[w_stride], column[2 * w_stride], column[3 * w_stride]};
+    V4 rows;
+    for (int r = 0; r < 4; ++r) rows[r] = load_as<float>(w + r * w_stride + i);
     for (int m = 0; m < kX; ++m) result[m] = fma(rows, V4{} + x[m * x_stride + i], result[m]);
   }
 }
 
-template <int kX>
-inline void dots(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n, V4* result) {
+template <int kX, typename W>
+inline void dots(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n, V4* result) {
   n < kLanes ? dots<V4, kX>(w, w_stride, x, x_stride, n, result) : dots<V, kX>(w, w_stride, x, x_stride, n, result);
 }
 
 // Fewer than four rows of w, one after the other.
-template <int kX>
-inline void dots_some(int64_t rows, const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n,
+template <int kX, typename W>
+inline void dots_some(int64_t rows, const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n,
                       V4* result) {
   for (int64_t r = 0; r < rows; ++r) {
     V4 one[kX];
@@ -89,8 +83,8 @@ inline void dots_some(int64_t rows, const float* w, int64_t w_stride, const floa
   }
 }
 
-template <int kX>
-inline void products(int64_t rows, int64_t n, float scale, const float* w, const float* x, int64_t x_stride, float* y,
+template <int kX, typename W>
+inline void products(int64_t rows, int64_t n, float scale, const W* w, const float* x, int64_t x_stride, float* y,
                      int64_t y_stride, bool add) {
   V4 result[kX] = {};
   rows == 4 ? dots<kX>(w, n, x, x_stride, n, result) : dots_some<kX>(rows, w, n, x, x_stride, n, result);
@@ -109,16 +103,37 @@ inline void some_products(int64_t m, Arguments... arguments) {
   if constexpr (kMost > 1) some_products<kMost - 1>(m, arguments...);
 }
 
-inline void rows_product(int64_t m, int64_t rows, int64_t n, float scale, const float* w, const float* x, float* y,
-                         int64_t y_stride, bool add) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    const int64_t count = rows - r < 4 ? rows - r : 4;
+// Some rows of w, at most four, against all of x.
+template <typename W>
+inline void four_rows(int64_t m, int64_t count, int64_t n, float scale, const W* w, const float* x, float* y, int64_t y_stride,
+                      bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows) products<kRows>(count, n, scale, w, x + i * n, n, y + i * y_stride, y_stride, add);
+  some_products<kRows - 1>(m - i, count, n, scale, w, x + i * n, n, y + i * y_stride, y_stride, add);
+}
+
+inline void widen(int64_t n, CpuArray from, float* to) {
+  typed(from.data, from.type, [&](const auto* p) {
     int64_t i = 0;
-    for (; i + kRows <= m; i += kRows) {
-      products<kRows>(count, n, scale, w + r * n, x + i * n, n, y + i * y_stride + r, y_stride, add);
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load_as<V>(p + i));
+    for (; i < n; ++i) to[i] = load_as<float>(p + i);
+  });
+}
+
+inline void rows_product(int64_t m, int64_t rows, int64_t n, float scale, CpuArray w, const float* x, float* y,
+                         int64_t y_stride, bool add, float* scratch) {
+  typed(w.data, w.type, [&](const auto* from) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int64_t count = rows - r < 4 ? rows - r : 4;
+      if (m > kRows && w.type != CpuType::kFloat) {
+        // Read again for more rows of x: made f32 once.
+        widen(count * n, {from + r * n, w.type}, scratch);
+        four_rows(m, count, n, scale, scratch, x, y + r, y_stride, add);
+      } else {
+        four_rows(m, count, n, scale, from + r * n, x, y + r, y_stride, add);
+      }
     }
-    some_products<kRows - 1>(m - i, count, n, scale, w + r * n, x + i * n, n, y + i * y_stride + r, y_stride, add);
-  }
+  });
 }
 
 // Calls body(row of a pool of pages, index of the key, keys) for each run of seen keys that lie in one page.
@@ -134,13 +149,14 @@ inline void each_run(const CpuPagedAttention& a, const Body& body) {
 
 // out = scale times the sum of weights[s] v_s, in registers: kCount vectors of v at a time, from dim d on. Four sums side by
 // side, as one would wait for each of its multiply-adds.
-template <typename T, int kCount>
-inline void weighted(const CpuPagedAttention& a, const float* weights, int64_t d, float scale, float* out) {
+template <typename T, int kCount, typename E>
+inline void weighted(const CpuPagedAttention& a, const E* v, const float* weights, int64_t d, float scale, float* out) {
   constexpr int64_t kWidth = sizeof(T) / 4;
   constexpr int kSums = 4;
   T acc[kSums][kCount] = {};
   each_run(a, [&](int64_t at, int64_t first, int64_t count) {
-    const float *row = a.v + at + d, *weight = weights + first;
+    const E* row = v + at + d;
+    const float* weight = weights + first;
     int64_t s = 0;
     for (; s + kSums <= count; s += kSums) {
 #pragma GCC unroll 4
@@ -159,12 +175,12 @@ inline void weighted(const CpuPagedAttention& a, const float* weights, int64_t d
 }
 
 // The scores of kX neighbouring heads, which share the keys: head m's at scores + m * scores_stride.
-template <int kX>
-inline void paged_scores(const CpuPagedAttention& a, const float* q, float* scores, int64_t scores_stride) {
+template <int kX, typename E>
+inline void paged_scores(const CpuPagedAttention& a, const E* keys, const float* q, float* scores, int64_t scores_stride) {
   each_run(a, [&](int64_t at, int64_t first, int64_t count) {
     for (int64_t s = 0; s < count; s += 4) {
       const int64_t some = count - s < 4 ? count - s : 4;
-      const float* k = a.k + at + s * a.key_stride;
+      const E* k = keys + at + s * a.key_stride;
       V4 four[kX];
       some == 4 ? dots<kX>(k, a.key_stride, q, a.dim, a.dim, four)
                 : dots_some<kX>(some, k, a.key_stride, q, a.dim, a.dim, four);
@@ -177,7 +193,8 @@ inline void paged_scores(const CpuPagedAttention& a, const float* q, float* scor
 }
 
 // One head, from its scores to its output.
-inline void paged_output(const CpuPagedAttention& a, float* scores, float* out) {
+template <typename E>
+inline void paged_output(const CpuPagedAttention& a, const E* v, float* scores, float* out) {
   const int64_t keys = a.high - a.low;
   if (a.softcap > 0) {
     each_vector(keys, [&](int64_t i, auto get, auto put) {
@@ -197,25 +214,28 @@ inline void paged_output(const CpuPagedAttention& a, float* scores, float* out) 
   }
   const float scale = 1 / sum(total);
   int64_t d = 0;
-  for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes) weighted<V, 4>(a, scores, d, scale, out);
-  for (; d + kLanes <= a.dim; d += kLanes) weighted<V, 1>(a, scores, d, scale, out);
-  for (; d + 8 <= a.dim; d += 8) weighted<V4, 2>(a, scores, d, scale, out);
-  for (; d + 4 <= a.dim; d += 4) weighted<V4, 1>(a, scores, d, scale, out);
-  for (; d < a.dim; ++d) weighted<float, 1>(a, scores, d, scale, out);
+  for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes) weighted<V, 4>(a, v, scores, d, scale, out);
+  for (; d + kLanes <= a.dim; d += kLanes) weighted<V, 1>(a, v, scores, d, scale, out);
+  for (; d + 8 <= a.dim; d += 8) weighted<V4, 2>(a, v, scores, d, scale, out);
+  for (; d + 4 <= a.dim; d += 4) weighted<V4, 1>(a, v, scores, d, scale, out);
+  for (; d < a.dim; ++d) weighted<float, 1>(a, v, scores, d, scale, out);
 }
 
 inline void paged_attention(const CpuPagedAttention& a, float* o, float* scores) {
   const int64_t stride = a.high - a.low + kLanes;
-  int64_t h = 0;
-  for (; h + 2 <= a.group; h += 2) {
-    paged_scores<2>(a, a.q + h * a.dim, scores, stride);
-    paged_output(a, scores, o + h * a.dim);
-    paged_output(a, scores + stride, o + (h + 1) * a.dim);
-  }
-  if (h < a.group) {
-    paged_scores<1>(a, a.q + h * a.dim, scores, stride);
-    paged_output(a, scores, o + h * a.dim);
-  }
+  typed(a.k, a.type, [&](const auto* k) {
+    const auto* const v = static_cast<decltype(k)>(a.v);
+    int64_t h = 0;
+    for (; h + 2 <= a.group; h += 2) {
+      paged_scores<2>(a, k, a.q + h * a.dim, scores, stride);
+      paged_output(a, v, scores, o + h * a.dim);
+      paged_output(a, v, scores + stride, o + (h + 1) * a.dim);
+    }
+    if (h < a.group) {
+      paged_scores<1>(a, k, a.q + h * a.dim, scores, stride);
+      paged_output(a, v, scores, o + h * a.dim);
+    }
+  });
 }
 
 }  // namespace

@@ -10,6 +10,6 @@ extern const CpuKernels FERROTUNE_CPU_TABLE;
 const CpuKernels FERROTUNE_CPU_TABLE{
     FERROTUNE_CPU_NAME, kTileRows, kPanel, gemm, rms_norm_forward, rms_norm_backward, rope, swiglu_forward, swiglu_backward,
     attention_forward, attention_backward, nf4_block, cross_entropy,
-    rows_product, paged_attention, adamw, adamw_8bit, sum_of_squares};
+    rows_product, widen, paged_attention, adamw, adamw_8bit, sum_of_squares};
 
 }  // namespace ferrotune

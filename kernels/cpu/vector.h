@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu_kernels.h"
+
 namespace ferrotune {
 namespace {
 
@@ -68,6 +70,67 @@ inline I gather_bytes(const uint8_t* base, I index) {
   return reinterpret_cast<I>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), reinterpret_cast<__m256i>(index), 1)) & 255;
 }
 #endif
+
+// 16-bit floats as they are stored.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// A vector of T = V, V4 or float from as many elements at p.
+template <typename T>
+inline T load_as(const float* p) {
+  T v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+inline T load_as(const Bfloat16* p) {
+  if constexpr (sizeof(T) == 4) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+  } else if constexpr (sizeof(T) == 16) {
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16));
+  } else {
+#if defined(__AVX512F__)
+    const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, words, 16));
+#else
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#endif
+  }
+}
+template <typename T>
+inline T load_as(const Half* p) {
+  if constexpr (sizeof(T) == 4) {
+    return _cvtsh_ss(p->bits);
+  } else if constexpr (sizeof(T) == 16) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+  }
+}
+
+// body(typed pointer) for elements of that type.
+template <typename Body>
+inline void typed(const void* data, CpuType type, const Body& body) {
+  switch (type) {
+    case CpuType::kBfloat16:
+      return body(static_cast<const Bfloat16*>(data));
+    case CpuType::kHalf:
+      return body(static_cast<const Half*>(data));
+    default:
+      return body(static_cast<const float*>(data));
+  }
+}
 
 inline float sum(V v) {
   float lanes[kLanes];

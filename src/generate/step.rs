@@ -35,7 +35,7 @@ const MOST_APART: usize = 8;
 
 impl Engine {
     fn most_rows(&self, decoder: &Decoder) -> usize {
-        let exact = decoder.device == Device::Cpu && decoder.kind == Kind::Float;
+        let exact = decoder.device == Device::Cpu && decoder.decode_kind() == Kind::Float;
         let most = self.options.max_num_batched_tokens;
         if exact { most.min(64) } else { most }
     }

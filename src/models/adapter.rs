@@ -79,7 +79,7 @@ impl FastLanguageModel {
     /// more. No number changes: each is rounded once, here and not in every product. Of a model in 4 bits on a GPU an untied bf16 head is packed
     /// into 12 bits without loss ([`Bf12`](crate::ops::Bf12)): a quarter less for decoding to read, and logits that differ by rounding alone.
     pub fn for_inference(&mut self) -> Result<()> {
-        let kind = kind_beside(self.decoder.kind);
+        let kind = kind_beside(self.decoder.decode_kind());
         let lora = self
             .decoder
             .linears_mut()
@@ -111,7 +111,7 @@ impl FastLanguageModel {
             };
             linear.parts.iter().map(module).collect()
         });
-        AdapterReader { kind: kind_beside(decoder.kind), linears: linears.collect() }
+        AdapterReader { kind: kind_beside(decoder.decode_kind()), linears: linears.collect() }
     }
 }
 
@@ -149,7 +149,7 @@ impl AdapterReader {
     }
 }
 
-/// The dtype of LoRA matrices that do not train, of a model in `kind`.
+/// The dtype of LoRA matrices that do not train, beside rows of `kind`.
 fn kind_beside(kind: Kind) -> Kind {
     if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float }
 }

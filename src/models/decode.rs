@@ -1,7 +1,7 @@
 //! The decoder behind what it has read: new rows of several sequences over paged keys and values.
 
 use anyhow::{Result, bail};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::Decoder;
 use crate::device;
@@ -39,6 +39,14 @@ pub struct DeviceRows {
 }
 
 impl Decoder {
+    /// The dtype of the rows that decoding works on: the decoder's, but f32 beside 16-bit weights on a CPU, whose kernels read those as they are.
+    pub fn decode_kind(&self) -> Kind {
+        let widens = self.device == Device::Cpu
+            && matches!(self.kind, Kind::BFloat16 | Kind::Half)
+            && device::has_cpu_kernels();
+        if widens { Kind::Float } else { self.kind }
+    }
+
     /// A pool of `pages` pages for this decoder.
     pub fn kv_pages(&self, pages: usize) -> Result<KvPages> {
         let spec = &self.config.layers[0].attention;
@@ -57,7 +65,7 @@ impl Decoder {
     }
 
     /// Hidden states `[N, C]` after the final norm, of the new rows of `sequences`, one sequence after another; writes their
-    /// keys and values into the pages. On the CPU in f32, up to 64 rows, those of a sequence are the same to the bit
+    /// keys and values into the pages. In [`decode_kind`](Self::decode_kind). On the CPU in f32, up to 64 rows, those of a sequence are the same to the bit
     /// whatever else is in the batch and however the sequence was cut into calls.
     pub fn decode(
         &self,
@@ -91,7 +99,8 @@ impl Decoder {
         let embedded =
             self.offloads_embedding.then(|| device::upload_rows(&self.embed_tokens, &ids, self.device));
         // What was uploaded goes with this line: x is nobody else's.
-        let x = self.embed(&device::upload(&ids, self.device)?, embedded.transpose()?.as_ref())?;
+        let ids = device::upload(&ids, self.device)?;
+        let x = self.embed(&ids, embedded.transpose()?.as_ref(), self.decode_kind())?;
         let pass = Pass { lora, ..Pass::INFERENCE };
         if self.device == Device::Cpu
             && let Some(y) = self.all_layers(DecodeInput::Rows(&x), &batch, pages, &angles, pass)?
@@ -131,7 +140,7 @@ impl Decoder {
             .iter()
             .map(|(cos, sin)| Ok((at_positions(cos)?, at_positions(sin)?)))
             .collect::<Result<Vec<_>>>()?;
-        let x = self.embed(&rows.input_ids, None)?;
+        let x = self.embed(&rows.input_ids, None, self.kind)?;
         if let Some(y) = self.all_layers(DecodeInput::Rows(&x), &batch, pages, &angles, pass)? {
             return Ok(y);
         }

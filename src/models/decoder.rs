@@ -268,7 +268,7 @@ impl Decoder {
         pass: Pass,
         watch: &mut Watch,
     ) -> Result<Tensor> {
-        let mut x = self.embed(&input.input_ids, input.embedded.as_ref())?;
+        let mut x = self.embed(&input.input_ids, input.embedded.as_ref(), self.kind)?;
         watch(None, &x, &x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_input = x.shallow_clone();
@@ -279,16 +279,14 @@ impl Decoder {
         ops::rms_norm(&x, &self.norm)
     }
 
-    /// The embedding's rows `[N, C]` in the decoder's dtype, which are `embedded` already where it is in the host's memory.
-    pub(super) fn embed(&self, input_ids: &Tensor, embedded: Option<&Tensor>) -> Result<Tensor> {
+    /// The embedding's rows `[N, C]` in `kind`, which are `embedded` already where it is in the host's memory.
+    pub(super) fn embed(&self, input_ids: &Tensor, embedded: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
         let x = match embedded {
             Some(rows) => rows.shallow_clone(),
-            None => {
-                Tensor::f_embedding(&self.embed_tokens, input_ids, -1, false, false)?.f_to_kind(self.kind)?
-            }
+            None => Tensor::f_embedding(&self.embed_tokens, input_ids, -1, false, false)?.f_to_kind(kind)?,
         };
         match self.config.embedding_scale {
-            // Rounded to the dtype first, as Gemma was trained.
+            // Rounded to the decoder's dtype first, as Gemma was trained.
             Some(scale) => {
                 let scale = Tensor::from(scale).f_to_kind(self.kind)?.double_value(&[]);
                 Ok(x.f_mul_scalar(scale)?)

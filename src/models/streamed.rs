@@ -98,7 +98,7 @@ impl StreamedModel {
             self.adapter.iter().flat_map(|(_, weights)| weights.names()).map(str::to_string).collect();
         let embedding = self.piece(&Extent::Embedding, &mut unread)?;
         let input = embedding.upload_input(input)?;
-        let mut x = embedding.embed(&input.input_ids, input.embedded.as_ref())?;
+        let mut x = embedding.embed(&input.input_ids, input.embedded.as_ref(), embedding.kind)?;
         drop(embedding);
         for layers in self.runs() {
             let piece = self.piece(&Extent::Layers(layers), &mut unread)?;
