@@ -9,24 +9,16 @@
 // Of few rows each is the work of a cluster of thread blocks on Hopper, a piece of the vocabulary each, which read each other's sums.
 //
 // Thresholds are found by the bits of the scores, 11, 11 and 10 at a time (a radix select), over counts or over sums of w. These are
-// integers, w 2^40, so that their sum has no order and the result no chance in it.
+// integers, w 2^40, so that their sum has no order and the result no chance in it. Few rows without top-k and top-p need no threshold and stay in
+// registers: draw.cuh.
 #include <cstring>
 
-#include "chain.cuh"
-#include "cluster.cuh"
+#include "draw.cuh"
 
 namespace ferrotune {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2048, kMostBlocks = 8;
-using Mass = unsigned long long;
-
-// Ordered as the floats are.
-__device__ inline unsigned key_of(float v) {
-  const unsigned bits = __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float value_of(unsigned key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+constexpr int kBins = 2048;
 
 struct Best {
   float value;
@@ -48,17 +40,6 @@ __device__ inline Best better(const Best& a, const Best& b) {
 __device__ inline Best shuffled(const Best& a, int step) {
   return {__shfl_xor_sync(0xffffffff, a.value, step), __shfl_xor_sync(0xffffffff, a.id, step),
           __shfl_xor_sync(0xffffffff, a.sum, step), static_cast<bool>(__shfl_xor_sync(0xffffffff, a.valid, step))};
-}
-
-// The larger one; NaN where one is.
-__device__ inline float larger(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-  float most;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-  return most;
-#else
-  return a > b || isnan(a) ? a : b;
-#endif
 }
 
 // Elements that are under way at once, as a thread has nothing else to wait with: so many vectors of four.
@@ -131,16 +112,6 @@ __device__ inline void each_of(const float* from, int begin, int end, int lane, 
     return;
   }
   for (int i = begin + lane; i < end; i += lanes) body(i, from[i]);
-}
-
-// Sum over the lanes up to and with this one.
-__device__ inline Mass scan(Mass value) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Mass lower = __shfl_up_sync(0xffffffff, value, step);
-    if (threadIdx.x % 32 >= static_cast<unsigned>(step)) value += lower;
-  }
-  return value;
 }
 
 struct Shared {
@@ -223,20 +194,6 @@ __device__ inline unsigned select(Mass& rest, Shared& s, const Team& team, const
   return prefix;
 }
 
-// Of each row: temperature, top_k, top_p, min_p and the number drawn from [0, 1). Arguments of a launch, as no copy has to come before it.
-template <int kRows>
-struct Params {
-  double of[kRows][5];
-};
-// Rows of a launch: few start it sooner.
-constexpr int kFewParams = 8, kMostParams = 800;
-
-// Of each warp of a team of so many blocks: a run of ids, whole vectors.
-__host__ __device__ inline int run_of(int V, int blocks) {
-  const int piece = (V + blocks - 1) / blocks;
-  return ((piece + kWarps - 1) / kWarps + 3) / 4 * 4;
-}
-
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Params<kRows> params, const float* __restrict__ logits,
                                                           int64_t* __restrict__ tokens, int64_t* __restrict__ results, int64_t N, int64_t first, int V,
@@ -281,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     const auto each_score = [&](int begin, int end, int lane, int lanes, const auto& body) {
       each_of(from, begin, end, lane, lanes, aligned, [&](int, float v) { body(scaled(v)); });
     };
-    const auto mass_of = [&](float score) { return static_cast<Mass>(expf(score - highest) * 0x1p40f); };
+    const auto mass_of = [&](float score) { return units_of(expf(score - highest)); };
     unsigned lowest = 0;  // key of the least score that is kept
     Mass dropped_equals = 0;
     if (top_k > 0 && top_k < V) {
@@ -401,26 +358,33 @@ template <int kRows>
 int launch(const float* logits, const double* params, int64_t* tokens, int64_t* results, int64_t N, int64_t first, int64_t count, int64_t V, void* stream) {
   Params<kRows> own;
   std::memcpy(own.of, params + 5 * first, count * sizeof own.of[0]);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cudaLaunchConfig_t config{};
   unsigned blocks = 1;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     // A block fills a processor, and a cluster must find its processors beside each other: half of them stay free.
     while (blocks < kMostBlocks && 4 * blocks * count <= device_attribute(cudaDevAttrMultiProcessorCount)) blocks *= 2;
   }
+  const int run = run_of(static_cast<int>(V), static_cast<int>(blocks));
+  bool plain = V % 4 == 0 && aligned16(logits) && run <= kMostRun;
+  for (int64_t i = 0; i < count; ++i) plain = plain && (own.of[i][1] <= 0 || own.of[i][1] >= V) && own.of[i][2] >= 1;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {blocks, 1, 1};
+  cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks, static_cast<unsigned>(count));
   config.blockDim = dim3(kThreads);
-  const int64_t held = int64_t{kWarps} * run_of(static_cast<int>(V), static_cast<int>(blocks)) * 4;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  if (plain) {
+    const auto kernel = run <= kMostRun / 2 ? draw_kernel<kMostVectors / 2, kRows> : draw_kernel<kMostVectors, kRows>;
+    return cudaLaunchKernelEx(&config, kernel, own, logits, tokens, results, N, first, static_cast<int>(V));
+  }
+  const int64_t held = int64_t{kWarps} * run * 4;
   const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Shared));
   const bool may_hold = held <= room;
   config.dynamicSmemBytes = may_hold ? held : 0;
   const int error = cudaFuncSetAttribute(sample_kernel<kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes));
   if (error != cudaSuccess) return error;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = blocks > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, sample_kernel<kRows>, own, logits, tokens, results, N, first, static_cast<int>(V), may_hold);
 }
 

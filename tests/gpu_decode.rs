@@ -186,14 +186,20 @@ fn the_gpu_draws_as_the_host_does() {
         SamplingParams { temperature: 1.0, top_p: 0.3, min_p: 0.05, ..neutral.clone() },
         SamplingParams { temperature: 0.9, top_k: 7, top_p: 0.8, min_p: 0.1, ..neutral.clone() },
         SamplingParams { temperature: 1.0, top_k: 1, ..neutral.clone() },
-        SamplingParams { temperature: 2.0, top_p: 1e-6, ..neutral },
+        SamplingParams { temperature: 2.0, top_p: 1e-6, ..neutral.clone() },
     ];
+    // These need no threshold, and a kernel of their own draws few rows of them.
+    let plain: Vec<SamplingParams> = [(0.0, 0.0), (1.0, 0.0), (0.6, 0.0), (1.0, 0.05), (1.7, 0.3)]
+        .map(|(temperature, min_p)| SamplingParams { temperature, min_p, ..neutral.clone() })
+        .into();
     // A row is the work of 1, 2, 4 or 8 thread blocks.
     for (vocab, ties, rows) in [
         (1_i64, false, 96),
         (1, false, 3),
         (37, true, 96),
         (37, true, 16),
+        (36, true, 8),
+        (1028, true, 1),
         (5000, true, 96),
         (5000, true, 64),
         (5001, true, 8),
@@ -201,6 +207,7 @@ fn the_gpu_draws_as_the_host_does() {
         (128_256, false, 96),
         (128_256, false, 16),
         (262_144, false, 40),
+        (151_936, true, 2),
         (262_144, true, 8),
     ] {
         let mut random = Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * 4.0;
@@ -209,36 +216,40 @@ fn the_gpu_draws_as_the_host_does() {
             random = (random * 0.5).round();
         }
         let host = random.copy();
-        let mut expected = Vec::new();
-        let mut draws = Vec::new();
-        for row in 0..rows {
-            let params = &all[row as usize % all.len()];
-            let uniform = (row as f64 + 0.5) / rows as f64;
-            let SamplingParams { temperature, top_k, top_p, min_p, .. } = *params;
-            draws.push(Draw { temperature, top_k, top_p, min_p, uniform });
-            let mut values = Vec::<f32>::try_from(host.get(row)).unwrap();
-            let probabilities =
-                Sampler::new(params, 0, &[], vocab as usize).probabilities(&mut values).unwrap();
-            expected.push((probabilities, uniform));
-        }
-        let drawn = ops::sample(&random.to_device(device), &draws).unwrap().wait().unwrap();
         let log_softmax = random.to_kind(Kind::Double).log_softmax(-1, Kind::Double);
-        for (row, (drawn, (probabilities, uniform))) in drawn.iter().zip(&expected).enumerate() {
-            let id = drawn.id.unwrap() as usize;
-            let before: f64 = probabilities[..id].iter().sum();
-            let label = format!("V {vocab}, ties {ties}, row {row}: {:?} gave {id}", draws[row]);
-            // f32 weights, 2^-40 steps: the edges of a token's range are known to about 1e-5.
-            assert!(probabilities[id] > 0.0, "{label}, which the filters drop");
-            assert!(
-                before <= uniform + 1e-5 && *uniform <= before + probabilities[id] + 1e-5,
-                "{label}, from {before}"
-            );
-            let logprob = log_softmax.double_value(&[row as i64, id as i64]);
-            assert!(
-                (logprob - f64::from(drawn.logprob)).abs() < 1e-4,
-                "{label}: {logprob}, {}",
-                drawn.logprob
-            );
+        for params in [&all[..], &plain] {
+            let mut expected = Vec::new();
+            let mut draws = Vec::new();
+            for row in 0..rows {
+                let params = &params[row as usize % params.len()];
+                let uniform = (row as f64 + 0.5) / rows as f64;
+                let SamplingParams { temperature, top_k, top_p, min_p, .. } = *params;
+                draws.push(Draw { temperature, top_k, top_p, min_p, uniform });
+                let mut values = Vec::<f32>::try_from(host.get(row)).unwrap();
+                let probabilities =
+                    Sampler::new(params, 0, &[], vocab as usize).probabilities(&mut values).unwrap();
+                expected.push((probabilities, uniform));
+            }
+            let drawn = ops::sample(&random.to_device(device), &draws).unwrap().wait().unwrap();
+            for (row, (drawn, (probabilities, uniform))) in drawn.iter().zip(&expected).enumerate() {
+                let id = drawn.id.unwrap() as usize;
+                let before: f64 = probabilities[..id].iter().sum();
+                let label = format!("V {vocab}, ties {ties}, row {row}: {:?} gave {id}", draws[row]);
+                // f32 weights, 2^-40 steps: the edges of a token's range are known to about 1e-5.
+                assert!(probabilities[id] > 0.0, "{label}, which the filters drop");
+                assert!(
+                    before <= uniform + 1e-5 && *uniform <= before + probabilities[id] + 1e-5,
+                    "{label}, from {before}"
+                );
+                let logprob = log_softmax.double_value(&[row as i64, id as i64]);
+                assert!(
+                    (logprob - f64::from(drawn.logprob)).abs() < 1e-4,
+                    "{label}: {logprob}, {}",
+                    drawn.logprob
+                );
+                let of_filtered = probabilities[id].ln() - f64::from(drawn.sampling_logprob);
+                assert!(of_filtered.abs() < 1e-4, "{label}: {} of the filtered", drawn.sampling_logprob);
+            }
         }
     }
     let mut broken = Tensor::zeros([3, 100], (Kind::Float, device));
