@@ -62,7 +62,11 @@ fn main() {
     // The name is libtorch's own libgomp.so.1 at run time.
     println!("cargo:rustc-link-lib=gomp");
     // The CPU kernels once an instruction set; kernels/cpu/select.cpp picks at run time.
-    let cpu = |table: &str, name: &str, flags: &[&str]| {
+    cc::Build::new().cpp(true).std("c++17").file("kernels/cpu/select.cpp").compile("ferrotune_cpu_select");
+    // A line each: the table, what it is called, the compiler's flags.
+    for line in include_str!("kernels/cpu/tables.txt").lines() {
+        let mut words = line.split_whitespace();
+        let (Some(table), Some(name)) = (words.next(), words.next()) else { continue };
         let mut build = cc::Build::new();
         build.cpp(true).std("c++17").opt_level(3).file("kernels/cpu/table.cpp");
         // gcc 12 warns of its own _mm512_undefined_ps (PR 105593).
@@ -70,23 +74,11 @@ fn main() {
         build
             .define("FERROTUNE_CPU_TABLE", table)
             .define("FERROTUNE_CPU_NAME", format!("\"{name}\"").as_str());
-        for flag in flags {
+        for flag in words {
             build.flag(flag);
         }
         build.compile(&format!("ferrotune_{table}"));
-    };
-    let avx512 = [
-        "-mavx512f",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512bw",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ];
-    cc::Build::new().cpp(true).std("c++17").file("kernels/cpu/select.cpp").compile("ferrotune_cpu_select");
-    cpu("cpu_avx512", "AVX-512", &avx512);
-    cpu("cpu_avx2", "AVX2", &["-mavx2", "-mfma", "-mf16c"]);
+    }
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-changed=kernels/cpu");
     println!("cargo:rerun-if-changed=kernels/kernels.h");

@@ -1,6 +1,6 @@
-// All layers of a decoder on one new row of each of many sequences, f32 on the CPU beside weights in f32 or 16 bits. Each thread takes some of the sequences through
-// all layers: nobody waits for another between two products. A model whose weights a core's cache does not hold is better off with
-// each product shared out, as then every core reads a part of them.
+// All layers of a decoder on one new row of each of many sequences, f32 on the CPU beside weights in f32 or 16 bits. Each thread takes
+// some of the sequences through all layers: nobody waits for another between two products. A model whose weights a core's cache does
+// not hold is better off with each product shared out, as then every core reads a part of them.
 #pragma once
 
 #include "ferrotune/csrc/pages.h"

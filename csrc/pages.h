@@ -111,8 +111,8 @@ struct CpuPages {
 };
 
 // Writes k and v [N, K, D] into the pages and lets each row of q [N, H, D] attend to the keys of its sequence up to its own.
-// -> [N, H*D]. On the CPU in f32 (k and v are rounded to the dtype of the pages) a row's result does not depend on the other rows. On a GPU one kernel takes the sequences with one
-// new row, one call those that start, and one those that go on; `tail` columns of the result's rows are then left for the caller to write:
+// -> [N, H*D]. On the CPU in f32 (k and v are rounded to the dtype of the pages) a row's result does not depend on the other rows. On
+// a GPU one kernel takes the sequences with one new row, one call those that start, and one those that go on; `tail` columns of the result's rows are then left for the caller to write:
 // [N, H*D + tail]. cos and sin [N, R/2]: of q and k that are not turned yet. Not differentiable.
 Tensor attention_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagesView& pages, const AttentionSpec& spec, int64_t tail = 0,
                        const Tensor& cos = {}, const Tensor& sin = {});

@@ -1,6 +1,6 @@
-// Few rows of f32 on the CPU: what decoding works on, token after token, beside weights in f32 or 16 bits. ATen spends 1 to 3 us on a call, some 40 calls a
-// layer; on a small model that is nearly all of the time. These go straight to kernels/cpu, with threads only where there is
-// work for them, and a row's result is the same to the bit whatever other rows there are.
+// Few rows of f32 on the CPU: what decoding works on, token after token, beside weights in f32 or 16 bits. ATen spends 1 to 3 us on a
+// call, some 40 calls a layer; on a small model that is nearly all of the time. These go straight to kernels/cpu, with threads only where
+// there is work for them, and a row's result is the same to the bit whatever other rows there are.
 #pragma once
 
 #include "ferrotune/csrc/linear.h"
@@ -18,6 +18,7 @@ constexpr int64_t kMostRows = 64;
 bool is_rows(const Tensor& x);
 // Whether a kernel can read `other` beside the rows: contiguous on the CPU, f32 or 16 bits.
 bool fits_rows(const Tensor& other);
+// From element `offset` of x on, which fits_rows.
 CpuArray cpu_array(const Tensor& x, int64_t offset = 0);
 
 // As rms_norm; x [N, C] or [N, H, D].
